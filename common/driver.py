@@ -1,0 +1,199 @@
+"""Driver API through cuda-bindings: load a cubin once per process, launch it on a given stream.
+
+Plans call ``device_kernel(spec, device_index)`` once and ``launch`` at each call. ``launch`` is the
+hot path of the package: beside the binding's own 5 us it may cost well under one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import threading
+from typing import Any
+
+from . import cache, compiler
+from .spec import KernelSpec
+
+# CUresult values that a launch can mend: INVALID_VALUE is what a kernel that needs more than 48 KiB
+# of shared memory gives on a device it was not prepared for.
+_INVALID_VALUE = 1
+_INVALID_CONTEXT = 201
+_DEFAULT_MAX_DYNAMIC_SMEM = 48 * 1024
+
+
+class DriverError(RuntimeError):
+    """A driver call failed. ``code`` is its CUresult as an int."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def load_bindings() -> Any:
+    """The module cuda.bindings.driver; ImportError says how to install it."""
+    try:
+        return importlib.import_module("cuda.bindings.driver")
+    except ImportError as error:
+        raise ImportError(
+            f"flash_attn_interface launches kernels through cuda-bindings, which cannot be "
+            f'imported ({error}). Fix: pip install "cuda-bindings==13.*" '
+            f'(CUDA 12: "cuda-bindings==12.*")'
+        ) from error
+
+
+class DeviceKernel:
+    """A loaded kernel. One object serves all devices, contexts, streams and threads of the process.
+
+    It is never unloaded: plans and captured CUDA graphs may hold its handle.
+    """
+
+    def __init__(self, spec: KernelSpec, cubin: bytes) -> None:
+        cuda = load_bindings()
+        self.spec = spec
+        self._cuda = cuda
+        self._cubin = cubin
+        self._smem = int(spec["smem_bytes"])
+        self._threads = int(spec["num_threads"])
+        self._prepared: set[int] = set()
+        self._guard = threading.Lock()
+        self._call("cuInit", 0)
+        self._library = self._load(cubin)
+        self._kernel = self._call("cuLibraryGetKernel", self._library, spec.entry.encode())
+        # A CUkernel is passed where a CUfunction is expected; converted once, not at each launch.
+        self._function = cuda.CUfunction(int(self._kernel))
+        self._launch = cuda.cuLaunchKernel
+        self._streams: dict[int, Any] = {}
+
+    def prepare(self, device_index: int) -> None:
+        """Allows the kernel its shared memory on the device and loads its code there. Once each.
+
+        Done before the first launch, so that no launch loads code lazily: that may synchronise the
+        device, and is not allowed while a CUDA graph is captured.
+        """
+        if device_index in self._prepared:
+            return
+        with self._guard:
+            if device_index in self._prepared:
+                return
+            device = self._call("cuDeviceGet", device_index)
+            if self._smem > _DEFAULT_MAX_DYNAMIC_SMEM:
+                names = self._cuda.CUfunction_attribute
+                attribute = names.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                self._call("cuKernelSetAttribute", attribute, self._smem, self._kernel, device)
+            previous = self._call("cuCtxGetCurrent")
+            self._call("cuCtxSetCurrent", _primary_context(self._cuda, device_index))
+            try:
+                self._call("cuKernelGetFunction", self._kernel)
+            finally:
+                self._call("cuCtxSetCurrent", previous)
+            self._prepared.add(device_index)
+
+    def launch(self, grid: int, params_address: int, stream: int) -> None:
+        """Queues the kernel with ``grid`` CTAs.
+
+        params_address: of a void*[1] array that points to the parameter block
+        (``ParamBlock.kernel_params_address``); the block is copied before this returns.
+        stream: raw handle, of the device the caller made current; 0 is the default stream.
+        """
+        handle = self._streams.get(stream)
+        if handle is None:
+            handle = self._stream(stream)
+        (status,) = self._launch(
+            self._function, grid, 1, 1, self._threads, 1, 1, self._smem, handle, params_address, 0
+        )
+        if status:
+            self._mend_or_raise(status, grid, params_address, handle)
+
+    def _load(self, cubin: bytes) -> Any:
+        try:
+            return self._call("cuLibraryLoadData", cubin, None, None, 0, None, None, 0)
+        except DriverError as error:
+            version = int(self._call("cuDriverGetVersion"))
+            raise DriverError(
+                f"{error}\n  The display driver supports CUDA {version // 1000}."
+                f"{version % 1000 // 10}, the compiler is {compiler.compiler_version()}: a driver "
+                f"loads what a compiler of its own or an older CUDA version made",
+                error.code,
+            ) from error
+
+    def _stream(self, stream: int) -> Any:
+        if len(self._streams) >= 1024:  # handles are reused, this only bounds a leak
+            self._streams.clear()
+        handle = self._streams[stream] = self._cuda.CUstream(stream)
+        return handle
+
+    def _mend_or_raise(self, status: Any, grid: int, params_address: int, handle: Any) -> None:
+        """The slow path of ``launch``: one retry where the cause can be removed."""
+        code = int(status)
+        if code in (_INVALID_CONTEXT, _INVALID_VALUE):
+            device_index = _torch_device()
+            mended = False
+            if code == _INVALID_CONTEXT or int(self._call("cuCtxGetCurrent")) == 0:
+                # A thread that made no call to the CUDA runtime so far.
+                self._call("cuCtxSetCurrent", _primary_context(self._cuda, device_index))
+                mended = True
+            if device_index not in self._prepared:
+                self.prepare(device_index)
+                mended = True
+            if mended:
+                (status,) = self._launch(
+                    self._function, grid, 1, 1, self._threads, 1, 1, self._smem, handle,
+                    params_address, 0,
+                )  # fmt: skip
+                code = int(status)
+        if code:
+            self._fail("cuLaunchKernel", status, f", grid {grid}")
+
+    def _call(self, function: str, *arguments: object) -> Any:
+        status, *result = getattr(self._cuda, function)(*arguments)
+        if int(status) != 0:
+            self._fail(function, status)
+        return result[0] if result else None
+
+    def _fail(self, function: str, status: Any, where: str = "") -> None:
+        code = int(status)
+        name = getattr(status, "name", str(status))
+        raise DriverError(
+            f"{function} failed: {name} ({code}) for kernel {self.spec.label()}{where}, "
+            f"{self._threads} threads, {self._smem} bytes of shared memory\n"
+            f"  {self.spec.describe()}",
+            code,
+        )
+
+
+_kernels: dict[KernelSpec, DeviceKernel] = {}
+_kernels_guard = threading.Lock()
+_contexts: dict[int, Any] = {}
+
+
+def device_kernel(spec: KernelSpec, device_index: int) -> DeviceKernel:
+    """The kernel, ready to launch on the device: found or compiled, loaded and prepared."""
+    kernel = _kernels.get(spec)
+    if kernel is None:
+        image = cache.default_kernels().image(spec)  # outside the guard: others compile meanwhile
+        with _kernels_guard:
+            kernel = _kernels.get(spec)
+            if kernel is None:
+                kernel = _kernels[spec] = DeviceKernel(spec, image.cubin)
+    kernel.prepare(device_index)
+    return kernel
+
+
+def _primary_context(cuda: Any, device_index: int) -> Any:
+    """The device's primary context, which is torch's. Retained once and for good."""
+    context = _contexts.get(device_index)
+    if context is None:
+        status, device = cuda.cuDeviceGet(device_index)
+        if int(status) == 0:
+            status, context = cuda.cuDevicePrimaryCtxRetain(device)
+        if int(status) != 0:
+            name = getattr(status, "name", str(status))
+            raise DriverError(f"no CUDA context on device {device_index}: {name}", int(status))
+        _contexts[device_index] = context
+    return context
+
+
+def _torch_device() -> int:
+    """torch's current device of this thread; 0 in a process that launches without torch."""
+    torch = sys.modules.get("torch")
+    return int(torch.cuda.current_device()) if torch is not None else 0
