@@ -1,0 +1,143 @@
+"""SimKernel: runs a kernel on CPU tensors in the simulator, every access and wait checked.
+
+``kernels.load`` makes one where it would make a ``DeviceKernel`` for a GPU::
+
+    kernel = SimKernel(spec)
+    kernel.launch(grid, block.address, [q, k, v, out, softmax_lse])
+
+``docs/simulator.md`` lists what is checked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .. import env
+from ..spec import KernelSpec
+from . import build
+from .build import SimulatorError
+
+__all__ = ["Checks", "SimKernel", "SimulatorError", "checks"]
+
+_MESSAGE_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Checks:
+    """How kernels are run. racecheck: detect races on shared memory.
+
+    seed: 0 runs lanes and warps in order; other values shuffle who runs next at each switch, each
+    value in its own reproducible way.
+    """
+
+    racecheck: bool = True
+    seed: int = 0
+
+
+_checks: ContextVar[Checks] = ContextVar("flash_attn_simulator_checks")
+
+
+@contextlib.contextmanager
+def checks(racecheck: bool | None = None, seed: int | None = None) -> Iterator[None]:
+    """Runs the body's kernels with these fields of Checks changed."""
+    current = _current_checks()
+    token = _checks.set(
+        Checks(
+            current.racecheck if racecheck is None else racecheck,
+            current.seed if seed is None else seed,
+        )
+    )
+    try:
+        yield
+    finally:
+        _checks.reset(token)
+
+
+def _current_checks() -> Checks:
+    return _checks.get(Checks())
+
+
+class _Range(ctypes.Structure):
+    _fields_ = [("begin", ctypes.c_void_p), ("end", ctypes.c_void_p)]
+
+
+class _Launch(ctypes.Structure):
+    """struct Launch of runtime/machine.h."""
+
+    _fields_ = [
+        ("run_thread", ctypes.c_void_p),
+        ("params", ctypes.c_void_p),
+        ("kernel_name", ctypes.c_char_p),
+        ("ranges", ctypes.POINTER(_Range)),
+        ("seed", ctypes.c_uint64),
+        ("num_ranges", ctypes.c_int32),
+        ("grid", ctypes.c_int32),
+        ("num_threads", ctypes.c_int32),
+        ("smem_bytes", ctypes.c_int32),
+        ("num_workers", ctypes.c_int32),
+        ("racecheck", ctypes.c_int32),
+    ]
+
+
+class SimKernel:
+    """One kernel built for the simulator. Made by any thread, launched from any thread."""
+
+    def __init__(self, spec: KernelSpec) -> None:
+        self.spec = spec
+        self._run = build.runtime().flash_sim_launch
+        self._run.restype = ctypes.c_uint64
+        self._library = build.kernel(spec)
+        self._entry = ctypes.cast(getattr(self._library, build.ENTRY), ctypes.c_void_p).value
+
+    def launch(self, grid: int, params_address: int, tensors: Sequence[Tensor | None]) -> None:
+        """Runs `grid` CTAs to their end; SimulatorError tells of the first rule that one breaks.
+
+        tensors: all that the kernel may touch. Accesses outside their extents are errors.
+        """
+        options = _current_checks()
+        ranges = (_Range * max(len(tensors), 1))(*(_extent(tensor) for tensor in tensors))
+        request = _Launch(
+            self._entry,
+            params_address,
+            self.spec.entry.encode(),
+            ranges,
+            options.seed,
+            len(tensors),
+            grid,
+            int(self.spec["num_threads"]),
+            int(self.spec["smem_bytes"]),
+            env.SIM_THREADS.get(),
+            options.racecheck,
+        )
+        message = ctypes.create_string_buffer(_MESSAGE_BYTES)
+        if self._run(ctypes.byref(request), message, ctypes.c_uint64(_MESSAGE_BYTES)):
+            raise SimulatorError(self._explain(message.value.decode(errors="replace"), tensors))
+
+    def _explain(self, message: str, tensors: Sequence[Tensor | None]) -> str:
+        lines = [message.rstrip(), f"  kernel: {self.spec.describe()}"]
+        for i, tensor in enumerate(tensors):
+            if tensor is not None and f"tensor {i}," in message:
+                lines.append(
+                    f"  tensor {i}: shape {tuple(tensor.shape)}, strides {tensor.stride()}, "
+                    f"{tensor.dtype}"
+                )
+        return "\n".join(lines)
+
+
+def _extent(tensor: Tensor | None) -> _Range:
+    """Addresses from the first to the last element, gaps between rows included."""
+    if tensor is None or tensor.numel() == 0:
+        return _Range(0, 0)
+    if tensor.device.type != "cpu":
+        raise ValueError(f"the simulator runs on CPU tensors, got one on {tensor.device}")
+    last = sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    begin = tensor.data_ptr()
+    return _Range(begin, begin + (last + 1) * tensor.element_size())

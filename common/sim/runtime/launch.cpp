@@ -1,0 +1,106 @@
+// CTAs over OS threads, and the C interface to launcher.py.
+#include <atomic>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+#include "machine.h"
+
+namespace flash_sim {
+
+namespace {
+
+// Stacks, shared memory and shadow memory are kept between launches.
+std::mutex g_idle_mutex;
+std::vector<std::unique_ptr<Cta>> g_idle;
+
+std::unique_ptr<Cta> take_cta() {
+  const std::lock_guard<std::mutex> lock(g_idle_mutex);
+  if (g_idle.empty()) {
+    return std::make_unique<Cta>();
+  }
+  std::unique_ptr<Cta> cta = std::move(g_idle.back());
+  g_idle.pop_back();
+  return cta;
+}
+
+void give_back_cta(std::unique_ptr<Cta> cta) {
+  const std::lock_guard<std::mutex> lock(g_idle_mutex);
+  g_idle.push_back(std::move(cta));
+}
+
+// CTAs start in order, so that all before the first failing one have run: its error doesn't depend
+// on timing.
+struct Progress {
+  std::atomic<i32> next{0};
+  std::atomic<bool> failed{false};
+  std::mutex mutex;
+  i32 failed_block = 0;
+  std::string error;
+};
+
+void work(const Launch& launch, Progress& progress) {
+  std::unique_ptr<Cta> cta = take_cta();
+  const auto run_one = [&](i32 block) {
+    try {
+      return cta->run(launch, block) ? std::string() : cta->error();
+    } catch (const std::exception& exception) {
+      return std::string(launch.kernel_name) + ": " + exception.what();
+    }
+  };
+  while (!progress.failed) {
+    const i32 block = progress.next++;
+    if (block >= launch.grid) {
+      break;
+    }
+    std::string error = run_one(block);
+    if (!error.empty()) {
+      const std::lock_guard<std::mutex> lock(progress.mutex);
+      if (progress.error.empty() || block < progress.failed_block) {
+        progress.failed_block = block;
+        progress.error = std::move(error);
+      }
+      progress.failed = true;
+    }
+  }
+  give_back_cta(std::move(cta));
+}
+
+std::string run(const Launch& launch) {
+  Progress progress;
+  std::vector<std::thread> helpers;
+  for (i32 i = 1; i < std::min(launch.num_workers, launch.grid); ++i) {
+    try {
+      helpers.emplace_back([&] { work(launch, progress); });
+    } catch (const std::system_error&) {
+      break;  // fewer, then
+    }
+  }
+  work(launch, progress);
+  for (std::thread& helper : helpers) {
+    helper.join();
+  }
+  return progress.error;
+}
+
+}  // namespace
+
+// Runs a grid. Returns the bytes of the error's text, of which as many as fit are in `message`; 0
+// means success.
+extern "C" __attribute__((visibility("default"))) u64 flash_sim_launch(const Launch* launch,
+                                                                       char* message,
+                                                                       u64 message_bytes) {
+  std::string error;
+  try {
+    error = run(*launch);
+  } catch (const std::exception& exception) {
+    error = exception.what();
+  }
+  strncpy(message, error.c_str(), message_bytes - 1);
+  message[message_bytes - 1] = '\0';
+  return error.size();
+}
+
+}  // namespace flash_sim

@@ -1,0 +1,137 @@
+// One CTA and what runs it. Internal to the runtime: kernels see calls.h only.
+//   machine.cpp   fibers, who runs next, rendezvous of a warp, barriers, deadlocks
+//   warp_ops.cpp  what the operations of a whole warp compute
+//   memory.cpp    checked accesses to global and shared memory, asynchronous copies
+//   races.h       the race detector on shared memory
+//   launch.cpp    CTAs over OS threads, the C interface to launcher.py
+#pragma once
+#include <cstdint>
+#include <deque>
+#include <string>
+#include <vector>
+
+#include "calls.h"
+#include "fiber.h"
+#include "races.h"
+
+namespace flash_sim {
+
+constexpr i32 kMaxWarps = 32;
+constexpr i32 kNumBarriers = 16;
+constexpr u32 kAllLanes = 0xffffffffu;
+
+struct Range {  // of legal global addresses
+  uintptr_t begin, end;
+};
+
+// What launcher.py passes; mirrored there field by field.
+struct Launch {
+  void (*run_thread)(const void* params);
+  const void* params;
+  const char* kernel_name;
+  const Range* ranges;
+  u64 seed;  // 0: lanes and warps in order; else they are shuffled at each switch
+  i32 num_ranges;
+  i32 grid;
+  i32 num_threads;
+  i32 smem_bytes;
+  i32 num_workers;
+  i32 racecheck;
+};
+
+struct PendingCopy {
+  u32 offset, bytes;  // in shared memory
+  u32 group;
+  Site site;
+  u8 data[16];
+};
+
+struct Warp;
+
+struct Lane {  // a CUDA thread
+  Fiber fiber;
+  Warp* warp = nullptr;
+  i32 thread_idx = 0;
+  u32 lane_idx = 0;
+  void* args = nullptr;  // of the warp operation where it sleeps
+  u32 open_group = 0;
+  std::deque<PendingCopy> copies;
+};
+
+struct Warp {
+  i32 warp_idx = 0;
+  u32 runnable = 0;  // bit per lane, likewise the next two
+  u32 arrived = 0;   // sleeping in `op` until the others come
+  u32 exited = 0;
+  i32 barrier = -1;  // the barrier where the whole warp sleeps
+  WarpOp op{};
+  Site site;  // of `op`, from the first lane to arrive
+  Lane lanes[32];
+};
+
+struct Barrier {
+  u32 arrived = 0;  // bit per warp
+  u32 waiting = 0;  // those of them that sleep here
+  i32 threads = 0;  // expected; set by the first to arrive
+  Site site;
+};
+
+class Cta {
+ public:
+  // Runs one CTA to its end. False: error() says what went wrong.
+  bool run(const Launch& launch, i32 block_idx);
+  const std::string& error() const { return error_; }
+
+  // Called on fibers, by the functions of calls.h.
+  void warp_op(WarpOp op, void* args, const Site& site);
+  [[noreturn]] void exit_lane();
+  // Ends the CTA with an error of the running thread; its fibers are abandoned as they stand.
+  [[noreturn]] void fail(const std::string& what, const Site& site);
+  char* global(const void* address, u32 bytes, const char* what, const Site& site);
+  u8* shared(u32 address, u32 bytes, const char* what, const Site& site);
+  void issue_copy(u32 dst, const void* src, u32 bytes, i32 valid_bytes, const Site& site);
+  void complete_copies(i32 pending);
+  void check_race(u32 offset, u32 bytes, Access access, const Site& site);
+  void check_race_ldmatrix(u32 offset, const Site& site);
+
+  const Launch* launch = nullptr;
+  i32 block_idx = 0;
+  Lane* current = nullptr;
+
+ private:
+  void reset();
+  void complete_warp_op(Warp& warp);
+  void arrive_at_barrier(Warp& warp);
+  void release_barrier_if_complete(i32 id);
+  void run_next();
+  Lane* pick();
+  void switch_to(Fiber& from, Lane* next);
+  std::string waiting_list() const;
+  [[noreturn]] void stop(std::string text);
+  u64 random();
+
+  Stacks stacks_;
+  std::vector<Warp> warps_;
+  std::vector<u8> smem_;
+  u8* smem_begin_ = nullptr;  // 16-byte aligned
+  Barrier barriers_[kNumBarriers];
+  Races races_;
+  Range hot_range_{};  // the range of the last global access
+  i32 live_warps_ = 0;
+  u64 random_state_ = 0;
+  Fiber scheduler_;
+  std::string error_;
+};
+
+// The CTA that this OS thread is running.
+Cta& this_cta();
+void set_this_cta(Cta* cta);
+
+// Runs the operation of a complete warp, except barriers.
+void compute_warp_op(Cta& cta, Warp& warp);
+
+const char* name_of(WarpOp op);
+bool is_barrier(WarpOp op);
+std::string describe(const Site& site);
+
+}  // namespace flash_sim

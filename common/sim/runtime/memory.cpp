@@ -1,0 +1,190 @@
+// Checked accesses to global and shared memory, asynchronous copies. See machine.h.
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+#include "machine.h"
+
+namespace flash_sim {
+
+namespace {
+
+std::string hex(u64 value) {
+  char text[24];
+  snprintf(text, sizeof text, "0x%llx", value);
+  return text;
+}
+
+// Where an illegal address lies relative to the nearest tensor.
+std::string nearest_tensor(const Launch& launch, uintptr_t address, u32 bytes) {
+  std::string text = "; the kernel was given no tensor";
+  uintptr_t nearest = UINTPTR_MAX;
+  for (i32 i = 0; i < launch.num_ranges; ++i) {
+    const Range& range = launch.ranges[i];
+    const bool below = address < range.begin;
+    const uintptr_t distance = below ? range.begin - address : address + bytes - range.end;
+    if (range.begin != range.end && distance < nearest) {
+      nearest = distance;
+      text = std::string("; nearest is tensor ") + std::to_string(i) + ", " +
+             (below ? "which begins " + std::to_string(distance) + " bytes later"
+                    : "passed by " + std::to_string(distance) + " bytes");
+    }
+  }
+  return text;
+}
+
+}  // namespace
+
+char* Cta::global(const void* pointer, u32 bytes, const char* what, const Site& site) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
+  if (address < hot_range_.begin || address + bytes > hot_range_.end) {
+    const Range* found =
+        std::find_if(launch->ranges, launch->ranges + launch->num_ranges, [&](const Range& range) {
+          return address >= range.begin && address < range.end && address + bytes <= range.end;
+        });
+    if (found == launch->ranges + launch->num_ranges) {
+      fail(std::string("global ") + what + " of " + std::to_string(bytes) +
+               " bytes out of bounds, address " + hex(address) +
+               nearest_tensor(*launch, address, bytes),
+           site);
+    }
+    hot_range_ = *found;
+  }
+  return const_cast<char*>(static_cast<const char*>(pointer));
+}
+
+u8* Cta::shared(u32 address, u32 bytes, const char* what, const Site& site) {
+  const u32 offset = address - kSmemBase;
+  const u32 size = static_cast<u32>(launch->smem_bytes);
+  if (offset >= size || bytes > size - offset) {
+    fail(std::string("shared memory ") + what + " of " + std::to_string(bytes) +
+             " bytes out of bounds: smem_base() + " + std::to_string(static_cast<i32>(offset)) +
+             ", the CTA has " + std::to_string(size) + " bytes",
+         site);
+  }
+  if (address % bytes != 0) {
+    fail(std::string("shared memory ") + what + " of " + std::to_string(bytes) +
+             " bytes misaligned: smem_base() + " + std::to_string(offset),
+         site);
+  }
+  return smem_begin_ + offset;
+}
+
+void Cta::check_race(u32 offset, u32 bytes, Access access, const Site& site) {
+  if (!races_.enabled()) {
+    return;
+  }
+  const Lane& lane = *current;
+  const Races::Conflict conflict =
+      races_.note(lane.warp->warp_idx, lane.lane_idx, offset, bytes, access, site);
+  if (conflict.found) {
+    fail("race in shared memory at smem_base() + " + std::to_string(conflict.offset) + ": this " +
+             (access == Access::kRead    ? "read"
+              : access == Access::kWrite ? "write"
+                                         : "cp.async") +
+             " is not ordered after the " + conflict.what + " by thread " +
+             std::to_string(conflict.thread_idx) + " at " + describe(conflict.site),
+         site);
+  }
+}
+
+void Cta::check_race_ldmatrix(u32 offset, const Site& site) {
+  if (!races_.enabled()) {
+    return;
+  }
+  const Races::Conflict conflict =
+      races_.note(current->warp->warp_idx, Races::kAnyLane, offset, 16, Access::kRead, site);
+  if (conflict.found) {
+    fail("race in shared memory at smem_base() + " + std::to_string(conflict.offset) +
+             ": this ldmatrix is not ordered after the " + conflict.what + " by thread " +
+             std::to_string(conflict.thread_idx) + " at " + describe(conflict.site),
+         site);
+  }
+}
+
+void Cta::issue_copy(u32 dst, const void* src, u32 bytes, i32 valid_bytes, const Site& site) {
+  if (valid_bytes < 0 || valid_bytes > static_cast<i32>(bytes)) {
+    fail("cp_async_" + std::to_string(bytes) + " with valid_bytes = " + std::to_string(valid_bytes),
+         site);
+  }
+  if (reinterpret_cast<uintptr_t>(src) % bytes != 0) {
+    fail("cp_async_" + std::to_string(bytes) + " from a misaligned global address " +
+             hex(reinterpret_cast<uintptr_t>(src)),
+         site);
+  }
+  PendingCopy copy{dst - kSmemBase, bytes, current->open_group, site, {}};
+  u8* destination = shared(dst, bytes, "write by cp.async", site);
+  if (valid_bytes > 0) {
+    memcpy(copy.data, global(src, static_cast<u32>(valid_bytes), "read by cp.async", site),
+           valid_bytes);
+  }
+  check_race(copy.offset, bytes, Access::kCopyIssued, site);
+  memset(destination, 0xff, bytes);
+  current->copies.push_back(copy);
+}
+
+void Cta::complete_copies(i32 pending) {
+  Lane& lane = *current;
+  while (!lane.copies.empty() && lane.copies.front().group + pending < lane.open_group) {
+    const PendingCopy& copy = lane.copies.front();
+    memcpy(smem_begin_ + copy.offset, copy.data, copy.bytes);
+    check_race(copy.offset, copy.bytes, Access::kCopyDone, copy.site);
+    lane.copies.pop_front();
+  }
+}
+
+namespace {
+
+char* aligned_global(const void* pointer, u32 bytes, const char* what, const Site& site) {
+  if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0) {
+    this_cta().fail(std::string("global ") + what + " of " + std::to_string(bytes) +
+                        " bytes misaligned, address " + hex(reinterpret_cast<uintptr_t>(pointer)),
+                    site);
+  }
+  return this_cta().global(pointer, bytes, what, site);
+}
+
+}  // namespace
+
+void load_global(void* value, const void* src, u32 bytes, Site site) {
+  memcpy(value, aligned_global(src, bytes, "read", site), bytes);
+}
+
+void store_global(void* dst, const void* value, u32 bytes, Site site) {
+  memcpy(aligned_global(dst, bytes, "write", site), value, bytes);
+}
+
+// CTAs run on several OS threads, so these are atomic here too.
+void add_global_f32(f32* dst, f32 value, Site site) {
+  aligned_global(dst, sizeof(f32), "reduction", site);
+  std::atomic_ref<f32>(*dst).fetch_add(value, std::memory_order_relaxed);
+}
+
+u32 add_global_u32(u32* dst, u32 value, Site site) {
+  aligned_global(dst, sizeof(u32), "atomic add", site);
+  return std::atomic_ref<u32>(*dst).fetch_add(value, std::memory_order_relaxed);
+}
+
+void load_shared(void* value, u32 src, u32 bytes, Site site) {
+  Cta& cta = this_cta();
+  const u8* from = cta.shared(src, bytes, "read", site);
+  cta.check_race(src - kSmemBase, bytes, Access::kRead, site);
+  memcpy(value, from, bytes);
+}
+
+void store_shared(u32 dst, const void* value, u32 bytes, Site site) {
+  Cta& cta = this_cta();
+  u8* to = cta.shared(dst, bytes, "write", site);
+  cta.check_race(dst - kSmemBase, bytes, Access::kWrite, site);
+  memcpy(to, value, bytes);
+}
+
+void cp_async(u32 dst, const void* src, u32 bytes, i32 valid_bytes, Site site) {
+  this_cta().issue_copy(dst, src, bytes, valid_bytes, site);
+}
+
+void cp_async_commit_group() { ++this_cta().current->open_group; }
+
+void cp_async_wait_group(i32 pending) { this_cta().complete_copies(pending); }
+
+}  // namespace flash_sim

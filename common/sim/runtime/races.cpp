@@ -1,0 +1,220 @@
+// See races.h.
+#include "races.h"
+
+#include <algorithm>
+
+namespace flash_sim {
+
+namespace {
+
+constexpr u32 kGranuleBytes = 2;
+constexpr i32 kBarriers = 16;
+
+void join(u32* into, const u32* from, i32 count) {
+  for (i32 i = 0; i < count; ++i) {
+    into[i] = std::max(into[i], from[i]);
+  }
+}
+
+}  // namespace
+
+const char* name_of(Access access) {
+  switch (access) {
+    case Access::kRead:
+      return "read";
+    case Access::kWrite:
+      return "write";
+    case Access::kCopyIssued:
+    case Access::kCopyDone:
+      return "cp.async";
+    case Access::kTmaLoadIssued:
+      return "TMA load";
+    case Access::kTmaStoreIssued:
+    case Access::kTmaStoreDone:
+      return "TMA store";
+    case Access::kWgmmaIssued:
+    case Access::kWgmmaDone:
+      return "wgmma";
+    case Access::kMbarrierInit:
+      return "mbarrier_init";
+  }
+  return "?";
+}
+
+void Races::start(bool enabled, u32 smem_bytes, i32 num_warps) {
+  enabled_ = enabled;
+  if (!enabled) {
+    return;
+  }
+  base_epoch_ = std::max(base_epoch_, last_phase_epoch_);
+  for (u32 epoch : epoch_) {
+    base_epoch_ = std::max(base_epoch_, epoch);
+  }
+  const size_t granules = (smem_bytes + kGranuleBytes - 1) / kGranuleBytes;
+  if (num_warps != num_warps_) {
+    num_warps_ = num_warps;
+    num_agents_ = num_warps + kMaxMbarriers;
+    reads_.clear();
+  }
+  if (writes_.size() < granules) {
+    writes_.resize(granules);
+  }
+  if (reads_.size() < granules * num_warps) {
+    reads_.resize(granules * num_warps);
+  }
+  epoch_.assign(num_warps, base_epoch_ + 1);
+  clock_.assign(num_warps * num_agents_, base_epoch_);
+  fenced_.assign(num_warps * num_agents_, base_epoch_);
+  fences_.assign(num_warps * 32, 0);
+  joined_.assign(kBarriers * num_agents_, base_epoch_);
+}
+
+bool Races::ordered(const Record& before, i32 warp, u32 lane_idx) const {
+  if (before.agent == warp) {
+    const bool same_lane = before.lane == lane_idx && lane_idx != kAnyLane;
+    return same_lane || before.epoch < epoch_[warp];
+  }
+  return before.epoch <= clock_[warp * num_agents_ + before.agent];
+}
+
+// Whether the async proxy sees an ordinary write that `warp` is ordered after.
+bool Races::proxy_fenced(const Record& write, i32 warp) const {
+  if (write.agent >= num_warps_) {
+    return true;  // TMA's own
+  }
+  if (fences_[write.agent * 32 + write.lane] != write.fences) {
+    return true;  // by the writer
+  }
+  const u32 fenced = fenced_[warp * num_agents_ + write.agent];
+  return write.agent == warp ? write.epoch < fenced : write.epoch <= fenced;
+}
+
+Races::Conflict Races::note(i32 warp, u32 lane_idx, u32 offset, u32 bytes, Access access,
+                            const Site& site) {
+  const auto conflict = [&](const Record& other, const char* what, u32 granule) {
+    constexpr const char* kPending[] = {
+        nullptr,
+        "cp.async not yet waited for",
+        "TMA load not yet waited for",
+        "TMA store not yet waited for",
+        "wgmma not yet waited for",
+        "mbarrier_init of the barrier that lives there",
+    };
+    const bool is_tma_load = other.agent >= num_warps_;
+    if (is_tma_load || other.in_flight != InFlight::kNo) {
+      what = kPending[static_cast<i32>(is_tma_load ? InFlight::kTmaLoad : other.in_flight)];
+    }
+    const i32 lane = other.lane == kAnyLane ? 0 : other.lane;
+    const i32 thread_idx = is_tma_load ? -1 : other.agent * 32 + lane;
+    return Conflict{true, what, thread_idx, granule * kGranuleBytes, other.site};
+  };
+  const bool is_read = access == Access::kRead || access == Access::kTmaStoreIssued ||
+                       access == Access::kTmaStoreDone || access == Access::kWgmmaIssued ||
+                       access == Access::kWgmmaDone;
+  const bool is_async = access == Access::kTmaLoadIssued || access == Access::kTmaStoreIssued ||
+                        access == Access::kWgmmaIssued || access == Access::kWgmmaDone;
+  const InFlight in_flight = access == Access::kCopyIssued       ? InFlight::kCpAsync
+                             : access == Access::kTmaLoadIssued  ? InFlight::kTmaLoad
+                             : access == Access::kTmaStoreIssued ? InFlight::kTmaStore
+                             : access == Access::kWgmmaIssued    ? InFlight::kWgmma
+                             : access == Access::kMbarrierInit   ? InFlight::kMbarrier
+                                                                 : InFlight::kNo;
+  const u32 epoch = epoch_[warp];
+  const u8 agent = static_cast<u8>(warp);
+  const u8 fences = lane_idx == kAnyLane ? 0 : fences_[warp * 32 + lane_idx];
+  const u32 first = offset / kGranuleBytes;
+  const u32 last = (offset + bytes - 1) / kGranuleBytes;
+  for (u32 granule = first; granule <= last; ++granule) {
+    Record& write = writes_[granule];
+    Record* reads = &reads_[static_cast<size_t>(granule) * num_warps_];
+    if (access == Access::kCopyDone) {  // the thread that issued it waited: an ordinary write now
+      write = Record{epoch, agent, static_cast<u8>(lane_idx), InFlight::kNo, fences, site};
+      continue;
+    }
+    if (write.epoch > base_epoch_) {
+      if (write.in_flight != InFlight::kNo || !ordered(write, warp, lane_idx)) {
+        return conflict(write, "write", granule);
+      }
+      if (is_async && !proxy_fenced(write, warp)) {
+        return conflict(write, "write, without fence_proxy_async_shared() in between,", granule);
+      }
+    }
+    if (is_read) {
+      Record& read = reads[warp];
+      const bool waited = access == Access::kTmaStoreDone || access == Access::kWgmmaDone;
+      if (read.epoch > base_epoch_ && read.in_flight != InFlight::kNo && !waited) {
+        continue;  // the one in flight ends later
+      }
+      const bool together = read.epoch == epoch && read.lane != lane_idx;
+      read = Record{epoch, agent, static_cast<u8>(together ? kAnyLane : lane_idx), in_flight, 0,
+                    site};
+      continue;
+    }
+    for (i32 reader = 0; reader < num_warps_; ++reader) {
+      const Record& read = reads[reader];
+      if (read.epoch > base_epoch_ &&
+          (read.in_flight != InFlight::kNo || !ordered(read, warp, lane_idx))) {
+        return conflict(read, "read", granule);
+      }
+    }
+    write = Record{epoch, agent, static_cast<u8>(lane_idx), in_flight, fences, site};
+  }
+  return Conflict{};
+}
+
+void Races::barrier_arrived(i32 barrier, i32 warp) {
+  u32* joined = &joined_[barrier * num_agents_];
+  join(joined, &known(warp, 0), num_agents_);
+  joined[warp] = std::max(joined[warp], epoch_[warp]);
+  ++epoch_[warp];
+}
+
+void Races::barrier_released(i32 barrier, u32 waiting_warps) {
+  u32* joined = &joined_[barrier * num_agents_];
+  for (i32 warp = 0; warp < num_warps_; ++warp) {
+    if ((waiting_warps >> warp & 1u) != 0) {
+      join(&known(warp, 0), joined, num_agents_);
+    }
+  }
+  std::fill_n(joined, num_agents_, base_epoch_);
+}
+
+Races::Clock Races::clock_of(i32 warp) const {
+  const u32* row = &clock_[warp * num_agents_];
+  Clock clock(row, row + num_agents_);
+  clock[warp] = epoch_[warp];
+  return clock;
+}
+
+void Races::release(i32 warp, Clock& into) {
+  into.resize(num_agents_, base_epoch_);
+  join(into.data(), clock_of(warp).data(), num_agents_);
+  ++epoch_[warp];
+}
+
+void Races::acquire(i32 warp, const Clock& from) {
+  join(&known(warp, 0), from.data(), static_cast<i32>(from.size()));
+}
+
+void Races::phase_completed(i32 mbarrier, u32 phase, Clock& clock) {
+  clock.resize(num_agents_, base_epoch_);
+  last_phase_epoch_ = std::max(last_phase_epoch_, base_epoch_ + 1 + phase);
+  clock[num_warps_ + mbarrier] = base_epoch_ + 1 + phase;
+}
+
+void Races::tma_landed(u32 offset, u32 bytes, i32 mbarrier, u32 phase, const Site& site) {
+  last_phase_epoch_ = std::max(last_phase_epoch_, base_epoch_ + 1 + phase);
+  const u8 agent = static_cast<u8>(num_warps_ + mbarrier);
+  const u32 last = (offset + bytes - 1) / kGranuleBytes;
+  for (u32 granule = offset / kGranuleBytes; granule <= last; ++granule) {
+    writes_[granule] = Record{base_epoch_ + 1 + phase, agent, 0, InFlight::kNo, 0, site};
+  }
+}
+
+void Races::fence_proxy_async(i32 warp, u32 lane_idx) {
+  ++fences_[warp * 32 + lane_idx];
+  const Clock clock = clock_of(warp);
+  std::copy(clock.begin(), clock.end(), &fenced_[warp * num_agents_]);
+}
+
+}  // namespace flash_sim
