@@ -1,0 +1,35 @@
+"""The flash2 tree as a backend: what it serves, and its plans.
+
+Called by `flash_attn_interface/dispatch.py`.
+"""
+
+from __future__ import annotations
+
+from .._common.problem import Problem, Target
+from .fwd import ForwardPlan
+
+MAX_HEAD_DIM = 256
+# Row and column arithmetic in the kernels is 32-bit: row + seqlen_k + window must not wrap.
+MAX_SEQLEN = 2**29
+
+
+class Flash2Backend:
+    """Forward for any head dims up to 256 on sm_80 and up."""
+
+    name = "flash2"
+
+    def refuses_forward(self, problem: Problem, target: Target) -> str | None:
+        """Why this problem cannot be served on this target; None if it can."""
+        if max(problem.head_dim_qk, problem.head_dim_v) > MAX_HEAD_DIM:
+            return f"head dims are limited to {MAX_HEAD_DIM}"
+        if max(problem.seqlen_q, problem.seqlen_k, problem.total_q, problem.total_k) >= MAX_SEQLEN:
+            return f"sequences and packed buffers are limited to {MAX_SEQLEN - 1} tokens"
+        if problem.page_size:
+            return "paged keys and values are not supported yet"
+        return None
+
+    def plan_forward(self, problem: Problem, target: Target) -> ForwardPlan:
+        return ForwardPlan(problem, target)
+
+
+BACKEND = Flash2Backend()

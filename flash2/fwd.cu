@@ -1,0 +1,349 @@
+// flash2/fwd.cu: attention forward for sm_80 and up (mma.sync, cp.async). Launched by
+// flash2/fwd.py. CTA: Cfg::kNumWarps equal warps, each owning kMTiles * 16 query rows of one
+// kBlockM x kHeadDimV tile of O. K and V tiles stream through rings of kNumStages tiles each, last
+// keys first. Change here: loop order, pipeline, epilogue. Change elsewhere: mask rules ->
+// mask.cuh, tile layout and copies -> tile_copy.cuh, PTX -> common/ptx, tile sizes -> tiles.py.
+#include "prelude.cuh"  // generated for this problem: struct Cfg
+
+#include "common/device/dropout.cuh"
+#include "common/device/gemm.cuh"
+#include "common/device/mask.cuh"
+#include "common/device/params.cuh"
+#include "common/device/score.cuh"
+#include "common/device/softmax.cuh"
+#include "common/device/tile_copy.cuh"
+#include "common/device/tile_scheduler.cuh"
+#include "common/ptx/barrier.cuh"
+
+using LayoutQ = TileLayout<Cfg::kBlockM, Cfg::kHeadDimQk>;
+using LayoutK = TileLayout<Cfg::kBlockN, Cfg::kHeadDimQk>;
+using LayoutV = TileLayout<Cfg::kBlockN, Cfg::kHeadDimV>;
+using LayoutO = TileLayout<Cfg::kBlockM, Cfg::kHeadDimV>;
+
+// Shared memory in address order. O is staged over all of it once the last tile is done.
+struct Smem {
+  static constexpr u32 kQ = 0;
+  static constexpr u32 kK = kQ + LayoutQ::kBytes;
+  static constexpr u32 kV = kK + Cfg::kNumStages * LayoutK::kBytes;
+  static constexpr u32 kEnd = kV + Cfg::kNumStages * LayoutV::kBytes;
+  static constexpr u32 kO = 0;
+  static constexpr u32 kBytes = kEnd > LayoutO::kBytes ? kEnd : u32(LayoutO::kBytes);
+};
+static_assert(Smem::kBytes == Cfg::kSmemBytes,
+              "flash2/tiles.py and this file agree on shared memory");
+
+constexpr i32 kWarpRows = Cfg::kBlockM / Cfg::kNumWarps;
+constexpr i32 kMTiles = kWarpRows / 16;
+constexpr i32 kNTilesS = Cfg::kBlockN / 8;
+constexpr i32 kNTilesO = LayoutO::kCols / 8;
+constexpr i32 kDepthQk = LayoutQ::kCols;
+static_assert(Cfg::kNumThreads == 32 * Cfg::kNumWarps && kWarpRows % 16 == 0 &&
+              Cfg::kBlockN % (Cfg::kDropout ? 32 : 16) == 0);
+
+using RowStride = Select<Cfg::kWideRowStrides, i64, i32>;
+using CopyQ = TileCopy<LayoutQ, Cfg::kHeadDimQk, Cfg::kNumThreads, Cfg::kVectorBytes, RowStride>;
+using CopyK = TileCopy<LayoutK, Cfg::kHeadDimQk, Cfg::kNumThreads, Cfg::kVectorBytes, RowStride>;
+using CopyV = TileCopy<LayoutV, Cfg::kHeadDimV, Cfg::kNumThreads, Cfg::kVectorBytes, RowStride>;
+
+// What a warp carries from tile to tile.
+struct WarpState {
+  f32 rO[kMTiles][kNTilesO][4];
+  OnlineSoftmax<kMTiles> softmax;
+  u32 rQ[Cfg::kQInRegisters ? kMTiles : 1][Cfg::kQInRegisters ? kDepthQk / 16 : 1][4];
+};
+
+struct Lane {
+  i32 thread_idx, warp_idx, lane_idx;
+  i32 warp_row;  // first row of the warp within the query tile
+  DEVICE Lane()
+      : thread_idx(::thread_idx()),
+        warp_idx(thread_idx / 32),
+        lane_idx(thread_idx % 32),
+        warp_row(warp_idx * kWarpRows) {}
+  // Row within the query tile, and column within a key tile, of fragment element rS[m][n][e].
+  DEVICE i32 row(i32 m, i32 e) const { return warp_row + m * 16 + lane_idx / 4 + 8 * (e / 2); }
+  DEVICE i32 col(i32 n, i32 e) const { return n * 8 + 2 * (lane_idx % 4) + e % 2; }
+};
+
+DEVICE u32 lane_address_q(const Lane& lane, u32 sQ) {
+  return sQ + u32(lane.warp_row * LayoutQ::kRowBytes) + lane_offset_a<LayoutQ>(lane.lane_idx);
+}
+
+DEVICE void load_q(WarpState& state, const Lane& lane, u32 sQ) {
+  const u32 sQ_lane = lane_address_q(lane, sQ);
+#pragma unroll
+  for (i32 m = 0; m < kMTiles; ++m) {
+#pragma unroll
+    for (i32 k = 0; k < kDepthQk / 16; ++k) {
+      load_a<LayoutQ>(state.rQ[m][k], sQ_lane, m, k);
+    }
+  }
+}
+
+// Scale, softcap, ALiBi and (kMasked) the mask. first_col: of the key tile.
+template <bool kMasked>
+DEVICE void finish_scores(f32 (&rS)[kMTiles][kNTilesS][4], const FwdParams& p, const Work& work,
+                          const Score<Cfg>& score, const Lane& lane, i32 first_col) {
+#pragma unroll
+  for (i32 m = 0; m < kMTiles; ++m) {
+#pragma unroll
+    for (i32 r = 0; r < 2; ++r) {
+      const i32 row = work.first_row + lane.row(m, 2 * r);
+      const KeyRange keys = kMasked ? row_keys<Cfg>(p, work.seq, row) : KeyRange{0, 0};
+#pragma unroll
+      for (i32 n = 0; n < kNTilesS; ++n) {
+#pragma unroll
+        for (i32 e = 2 * r; e < 2 * r + 2; ++e) {
+          const i32 col = first_col + lane.col(n, e);
+          if constexpr (Score<Cfg>::kPrescaled) {
+            rS[m][n][e] = score(rS[m][n][e], row + work.seq.diagonal, col);
+          }
+          if constexpr (kMasked) {
+            const bool visible =
+                col < keys.end && (!(Cfg::kLocal || Cfg::kChunk) || col >= keys.begin);
+            rS[m][n][e] = visible ? rS[m][n][e] : bits_as_f32(kNegInfBits);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Zeroes the dropped elements of P (survivors are scaled in the epilogue); with Cfg::kReturnSoftmax
+// writes P and its signs.
+DEVICE void apply_dropout(f32 (&rP)[kMTiles][kNTilesS][4], const FwdParams& p, const Work& work,
+                          const Lane& lane, i32 first_col) {
+  const Dropout dropout(p, work.batch_idx, work.head_idx);
+#pragma unroll
+  for (i32 m = 0; m < kMTiles; ++m) {
+    const i32 patch_row = work.first_row + lane.warp_row + m * 16;
+#pragma unroll
+    for (i32 n = 0; n < kNTilesS; n += 4) {
+      const Philox random = dropout.patch(patch_row, first_col + n * 8, lane.lane_idx);
+#pragma unroll
+      for (i32 i = 0; i < 4; ++i) {
+#pragma unroll
+        for (i32 e = 0; e < 4; ++e) {
+          f32& x = rP[m][n + i][e];
+          const bool keep = dropout.keep(random, i, e);
+          if constexpr (Cfg::kReturnSoftmax) {
+            const i32 row = work.first_row + lane.row(m, e);
+            const i32 col = first_col + lane.col(n + i, e);
+            if (row < work.seq.seqlen_q && col < work.seq.seqlen_k && row < p.dmask_rows &&
+                col < p.dmask_cols) {
+              const i64 head = i64(work.batch_idx) * p.num_heads_q + work.head_idx;
+              u16* dst =
+                  static_cast<u16*>(p.s_dmask) + (head * p.dmask_rows + row) * p.dmask_cols + col;
+              st_global_u16(dst, u16(pack2<Cfg::kBf16>(keep ? x : -x, 0.0f)));
+            }
+          }
+          x = keep ? x : 0.0f;
+        }
+      }
+    }
+  }
+}
+
+// Normalises O, stages it in shared memory and writes the rows that the tile owns; writes
+// softmax_lse if it is wanted. Rows without visible keys get zeros and -inf.
+DEVICE void store_output(WarpState& state, const FwdParams& p, const Work& work, const Lane& lane,
+                         u32 smem, f32 to_log2) {
+  state.softmax.finish();
+  const i32 rows_left = work.seq.slot_q - work.first_row;
+  const i32 queries_left = work.seq.seqlen_q - work.first_row;
+  const u32 sO = smem + Smem::kO;
+#pragma unroll
+  for (i32 m = 0; m < kMTiles; ++m) {
+#pragma unroll
+    for (i32 r = 0; r < 2; ++r) {
+      const i32 row = lane.row(m, 2 * r);
+      const f32 sum = state.softmax.row_sum[m][r];
+      const bool empty = row >= queries_left || !(sum > 0.0f);
+      f32 scale = empty ? 0.0f : 1.0f / sum;
+      if constexpr (Cfg::kDropout) {
+        scale *= p.keep_scale;
+      }
+      if (p.softmax_lse != nullptr && lane.lane_idx % 4 == 0 && row < rows_left) {
+        f32* lse = p.softmax_lse + work.batch_idx * p.lse_batch_stride +
+                   work.head_idx * p.lse_head_stride + work.seq.q_row;
+        st_global_f32(lse + work.first_row + row,
+                      empty ? bits_as_f32(kNegInfBits) : state.softmax.lse(m, r, to_log2));
+      }
+#pragma unroll
+      for (i32 n = 0; n < kNTilesO; ++n) {
+        const f32 lo = empty ? 0.0f : state.rO[m][n][2 * r] * scale;
+        const f32 hi = empty ? 0.0f : state.rO[m][n][2 * r + 1] * scale;
+        st_shared_u32(sO + u32(row * LayoutO::kRowBytes + lane.col(n, 0) * kElemBytes),
+                      pack2<Cfg::kBf16>(lo, hi));
+      }
+    }
+  }
+  warp_sync();  // a warp stores the rows that it wrote
+
+  constexpr i32 kVectors =
+      Cfg::kHeadDimV * kElemBytes / Cfg::kOutVectorBytes;  // in a row, without the padding
+  static_assert(Cfg::kHeadDimV * kElemBytes % Cfg::kOutVectorBytes == 0);
+  char* out = static_cast<char*>(p.out) +
+              (work.batch_idx * p.out_batch_stride + work.head_idx * p.out_head_stride +
+               (work.seq.q_row + work.first_row) * p.out_row_stride) *
+                  kElemBytes;
+#pragma unroll 4
+  for (i32 i = lane.lane_idx; i < kWarpRows * kVectors; i += 32) {
+    const i32 row = lane.warp_row + i / kVectors;
+    const i32 offset_bytes = i % kVectors * Cfg::kOutVectorBytes;
+    if (row < rows_left) {
+      store_vector<Cfg::kOutVectorBytes>(out + row * p.out_row_stride * kElemBytes + offset_bytes,
+                                         sO + u32(row * LayoutO::kRowBytes + offset_bytes));
+    }
+  }
+}
+
+// The walk over key tiles, from the last to the first: step 0 is tile tiles.end - 1. Loads are
+// cp.async groups committed in the order K0 V0 K1 V1 ... (Q joins K0), also past the end, so that
+// the number in flight is a constant.
+struct Pipeline {
+  CopyK copy_k;
+  CopyV copy_v;
+  TileRange tiles;
+  i32 seqlen_k;
+  u32 smem;
+
+  DEVICE u32 sK(i32 step) const {
+    return smem + Smem::kK + u32(step % Cfg::kNumStages * LayoutK::kBytes);
+  }
+  DEVICE u32 sV(i32 step) const {
+    return smem + Smem::kV + u32(step % Cfg::kNumStages * LayoutV::kBytes);
+  }
+  DEVICE i32 first_col(i32 step) const { return (tiles.end - 1 - step) * Cfg::kBlockN; }
+  // Past the end (first_col may be negative) no row is read and zeros are written: cheaper than a
+  // branch inside a product.
+  DEVICE i32 num_rows(i32 step) const {
+    return step < tiles.end - tiles.begin ? seqlen_k : -0x40000000;
+  }
+
+  template <i32 kParts>
+  DEVICE void load_k(i32 step, i32 part) const {
+    copy_k.template load_part<kParts>(sK(step), first_col(step), num_rows(step), part);
+  }
+  template <i32 kParts>
+  DEVICE void load_v(i32 step, i32 part) const {
+    copy_v.template load_part<kParts>(sV(step), first_col(step), num_rows(step), part);
+  }
+  // K[step] (first wait of a step) or V[step] (second) has landed for the whole CTA, and the whole
+  // CTA is done with what it read before. By the order of commits both leave the same number of
+  // groups in flight.
+  DEVICE void wait() const {
+    cp_async_wait_group<2 * (Cfg::kNumStages - 1)>();
+    cta_sync();
+  }
+};
+
+// S = Q K^T for the warp's rows and one key tile.
+DEVICE void compute_scores(f32 (&rS)[kMTiles][kNTilesS][4], const WarpState& state,
+                           const Pipeline& pipeline, const Lane& lane, i32 step_idx) {
+  const u32 sQ_lane = lane_address_q(lane, pipeline.smem + Smem::kQ);
+  clear(rS);
+  gemm_abt<Cfg::kBf16, LayoutK, kDepthQk>(
+      rS, pipeline.sK(step_idx) + lane_offset_b<LayoutK>(lane.lane_idx),
+      [&](u32(&rA)[4], i32 m, i32 k) {
+        if constexpr (Cfg::kQInRegisters) {
+#pragma unroll
+          for (i32 i = 0; i < 4; ++i) {
+            rA[i] = state.rQ[m][k][i];
+          }
+        } else {
+          load_a<LayoutQ>(rA, sQ_lane, m, k);
+        }
+      },
+      [&](i32 k) { pipeline.load_v<kDepthQk / 16>(step_idx + Cfg::kNumStages - 1, k); });
+}
+
+// One key tile. Each product carries the copy of the tile that takes the place of what the product
+// before it read.
+template <bool kMasked>
+DEVICE void step(WarpState& state, const Pipeline& pipeline, const FwdParams& p, const Work& work,
+                 const Score<Cfg>& score, const Lane& lane, i32 step_idx) {
+  const i32 first_col = pipeline.first_col(step_idx);
+  f32 rS[kMTiles][kNTilesS][4];
+  pipeline.wait();
+  compute_scores(rS, state, pipeline, lane, step_idx);
+  cp_async_commit_group();
+  finish_scores<kMasked>(rS, p, work, score, lane, first_col);
+  pipeline.wait();
+  state.softmax.update(rS, state.rO, score.to_log2());
+  if constexpr (Cfg::kDropout) {
+    apply_dropout(rS, p, work, lane, first_col);
+  }
+  gemm_ab<Cfg::kBf16, LayoutV, Cfg::kBlockN>(
+      state.rO, pipeline.sV(step_idx) + lane_offset_b_trans<LayoutV>(lane.lane_idx),
+      [&](u32(&rA)[4], i32 m, i32 k) { accumulator_as_a<Cfg::kBf16>(rA, rS, m, k); },
+      [&](i32 k) { pipeline.load_k<Cfg::kBlockN / 16>(step_idx + Cfg::kNumStages, k); });
+  cp_async_commit_group();
+}
+
+// First element of one head of one sequence.
+DEVICE const void* head_base(const void* base, i64 offset) {
+  return static_cast<const char*>(base) + offset * kElemBytes;
+}
+
+KERNEL(Cfg::kNumThreads, Cfg::kMinCtasPerSm) flash2_fwd(GRID_CONSTANT FwdParams p) {
+  const Lane lane;
+  const Work work = this_work<Cfg>(p, lane.lane_idx);
+  const SeqlenInfo& seq = work.seq;
+  if (work.first_row >= seq.slot_q) {
+    return;  // a tile past the end of a packed buffer
+  }
+  const i64 b = work.batch_idx, head_k = work.head_idx / p.qhead_per_khead,
+            head_v = work.head_idx / p.qhead_per_vhead;
+  const u32 smem = smem_base();
+  const TileRange tiles = key_tiles<Cfg>(p, seq, work.first_row, Cfg::kBlockM);
+  const Pipeline pipeline{CopyK(head_base(p.k, b * p.k_batch_stride + head_k * p.k_head_stride +
+                                                   seq.k_row * p.k_row_stride),
+                                p.k_row_stride, lane.thread_idx),
+                          CopyV(head_base(p.v, b * p.v_batch_stride + head_v * p.v_head_stride +
+                                                   seq.k_row * p.v_row_stride),
+                                p.v_row_stride, lane.thread_idx),
+                          tiles, seq.seqlen_k, smem};
+
+  if (tiles.begin < tiles.end) {
+    CopyQ(head_base(p.q, b * p.q_batch_stride + work.head_idx * p.q_head_stride +
+                             seq.q_row * p.q_row_stride),
+          p.q_row_stride, lane.thread_idx)
+        .load(smem + Smem::kQ, work.first_row, seq.seqlen_q);
+  }
+  pipeline.load_k<1>(0, 0);
+  cp_async_commit_group();
+#pragma unroll
+  for (i32 i = 1; i < Cfg::kNumStages; ++i) {
+    pipeline.load_v<1>(i - 1, 0);
+    cp_async_commit_group();
+    pipeline.load_k<1>(i, 0);
+    cp_async_commit_group();
+  }
+
+  WarpState state;
+  clear(state.rO);
+  if constexpr (Cfg::kQInRegisters) {
+    pipeline.wait();
+    load_q(state, lane, smem + Smem::kQ);
+  }
+  const Score<Cfg> score(p, work.batch_idx, work.head_idx);
+
+  i32 i = 0;
+  for (; i < tiles.end - tiles.interior_end;
+       ++i) {  // right edge: causal diagonal, window, end of the keys
+    step<true>(state, pipeline, p, work, score, lane, i);
+  }
+  for (; i < tiles.end - tiles.interior_begin; ++i) {
+    step<false>(state, pipeline, p, work, score, lane, i);
+  }
+  if constexpr (Cfg::kLocal || Cfg::kChunk) {
+    for (; i < tiles.end - tiles.begin; ++i) {  // left edge of the window
+      step<true>(state, pipeline, p, work, score, lane, i);
+    }
+  }
+
+  cp_async_wait_group<0>();
+  cta_sync();  // all are done with shared memory: O may overlay it
+  store_output(state, p, work, lane, smem, score.to_log2());
+}

@@ -1,0 +1,193 @@
+"""Launches flash2_fwd (fwd.cu): fills its parameters once per problem, patches pointers per call.
+
+Called by `flash_attn_interface/dispatch.py`, which keeps one plan per problem and thread. Tile
+choices: `tiles.py`.
+"""
+
+from __future__ import annotations
+
+from math import e, floor, log2
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._common import kernels
+from .._common.problem import Problem, Target
+from . import tiles
+
+LOG2E = log2(e)
+# K and V of the units that run together should stay in L2 (A100 2 x 20 MB, H100 50 MB), with room
+# for Q and O.
+L2_BUDGET_BYTES = 16 * 2**20
+DMASK_MULTIPLE = 128
+# The kernel's 32-bit index arithmetic holds sequence length + window; see MAX_SEQLEN in backend.py.
+MAX_WINDOW = 2**29
+
+# Tensor arguments of `run` that a problem may lack, in its order: fields of FwdParams.
+_OPTIONAL = (
+    "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "alibi_slopes", "rng_state",
+)  # fmt: skip
+
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class ForwardPlan:
+    """One problem on one target: kernel, grid and a parameter block. Not shared between threads.
+
+    Making one compiles nothing and needs no GPU. `run` loads the kernel at its first call,
+    allocates the outputs, patches the pointers and launches on torch's current stream.
+    """
+
+    def __init__(self, problem: Problem, target: Target) -> None:
+        self.problem = problem
+        self.target = target
+        self.spec = tiles.forward_spec(problem, target.arch)
+        self.tiles_per_unit, self.num_units = _work(problem, int(self.spec["block_m"]))
+        self.grid = self.tiles_per_unit * self.num_units
+        if self.grid >= 2**31:
+            raise NotImplementedError(
+                f"{self.grid} query tiles exceed the launch grid of 2**31 - 1: split the batch"
+            )
+        self.device = (
+            torch.device("cpu") if target.simulated else torch.device("cuda", target.device_index)
+        )
+        p = problem
+        self._has_optional = any(
+            (p.varlen_q, p.varlen_k, p.has_seqused_q, p.has_seqused_k, p.alibi, p.dropout)
+        )
+        self._kernel: kernels.Kernel | None = None  # loaded, maybe compiled, by the first run
+
+    def _prepare(self) -> kernels.Kernel:
+        """Loads the kernel and makes all that runs share."""
+        kernel = kernels.load(self.spec, self.target)
+        self._out_like = self._template(self._out_shape(), _DTYPES[self.problem.dtype])
+        self._lse_like = self._template(self._lse_shape(), torch.float32)
+        self._block = kernel.layout.block()
+        for name, value in self._values().items():
+            self._block.set(name, value)
+        slot = self._block.pointer_slot
+        self._q, self._k, self._v, self._out = slot("q"), slot("k"), slot("v"), slot("out")
+        self._lse, self._dmask = slot("softmax_lse"), slot("s_dmask")
+        self._optional = tuple(slot(name) for name in _OPTIONAL)
+        self._kernel = kernel
+        return kernel
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        seqused_q: Tensor | None = None,
+        seqused_k: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
+        rng_state: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(out, softmax_lse or None, s_dmask or None) of tensors that fit the problem."""
+        kernel = self._kernel or self._prepare()
+        out = torch.empty_like(self._out_like, memory_format=torch.contiguous_format)
+        self._q.value = q.data_ptr()
+        self._k.value = k.data_ptr()
+        self._v.value = v.data_ptr()
+        self._out.value = out.data_ptr()
+        lse = dmask = None
+        if self.problem.return_lse:
+            lse = torch.empty_like(self._lse_like, memory_format=torch.contiguous_format)
+            self._lse.value = lse.data_ptr()
+        if self.problem.return_softmax:
+            dmask = torch.zeros(self._dmask_shape(), dtype=out.dtype, device=self.device)
+            self._dmask.value = dmask.data_ptr()
+        optional = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, rng_state)
+        if self._has_optional:
+            for slot, tensor in zip(self._optional, optional, strict=True):
+                if tensor is not None:
+                    slot.value = tensor.data_ptr()
+        kernel.launch(self.grid, self._block, (q, k, v, out, lse, dmask, *optional))
+        return out, lse, dmask
+
+    def describe(self) -> str:
+        """Several lines for people: kernel, grid and order of work."""
+        return (
+            f"{self.spec.describe()}\n"
+            f"grid: {self.grid} CTAs of {self.spec['num_threads']} threads, "
+            f"{self.spec['smem_bytes']} bytes of shared memory; "
+            f"{self.num_units} units of {self.tiles_per_unit} tiles, "
+            f"{self._units_per_group()} units together"
+        )
+
+    def _template(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        # empty_like of an expanded element is the cheapest allocation that torch offers.
+        return torch.empty(1, dtype=dtype, device=self.device).expand(shape)
+
+    def _out_shape(self) -> tuple[int, ...]:
+        p = self.problem
+        rows = (p.total_q,) if p.varlen_q else (p.batch, p.seqlen_q)
+        return (*rows, p.num_heads_q, p.head_dim_v)
+
+    def _lse_shape(self) -> tuple[int, ...]:
+        p = self.problem
+        return (p.num_heads_q, p.total_q) if p.varlen_q else (p.batch, p.num_heads_q, p.seqlen_q)
+
+    def _dmask_shape(self) -> tuple[int, int, int, int]:
+        p = self.problem
+        rows, cols = (-(-n // DMASK_MULTIPLE) * DMASK_MULTIPLE for n in (p.seqlen_q, p.seqlen_k))
+        return (p.batch, p.num_heads_q, rows, cols)
+
+    def _units_per_group(self) -> int:
+        """Query heads whose K and V fit the L2 budget; those of one K or V head share it."""
+        p = self.problem
+        k_bytes = p.seqlen_k * p.head_dim_qk * tiles.ELEM_BYTES * p.num_heads_k
+        v_bytes = p.seqlen_k * p.head_dim_v * tiles.ELEM_BYTES * p.num_heads_v
+        bytes_per_unit = max((k_bytes + v_bytes) / p.num_heads_q, 1.0)
+        return max(1, min(self.num_units, int(L2_BUDGET_BYTES / bytes_per_unit)))
+
+    def _values(self) -> dict[str, Any]:
+        """The fields of FwdParams that the problem fixes."""
+        p = self.problem
+        out_head, out_row = p.head_dim_v, p.num_heads_q * p.head_dim_v
+        values: dict[str, Any] = {
+            "out_batch_stride": 0 if p.varlen_q else p.seqlen_q * out_row,
+            "out_row_stride": out_row,
+            "out_head_stride": out_head,
+            "lse_batch_stride": 0 if p.varlen_q else p.num_heads_q * p.seqlen_q,
+            "lse_head_stride": p.total_q if p.varlen_q else p.seqlen_q,
+            "batch": p.batch,
+            "seqlen_q": p.seqlen_q,
+            "seqlen_k": p.seqlen_k,
+            "total_q": p.total_q,
+            "num_heads_q": p.num_heads_q,
+            "qhead_per_khead": p.num_heads_q // p.num_heads_k,
+            "qhead_per_vhead": p.num_heads_q // p.num_heads_v,
+            "tiles_per_unit": self.tiles_per_unit,
+            "num_units": self.num_units,
+            "units_per_group": self._units_per_group(),
+            "window_left": min(p.window_left, MAX_WINDOW),
+            "window_right": min(p.window_right, MAX_WINDOW),
+            "attention_chunk": min(p.attention_chunk, MAX_WINDOW),
+            "softmax_scale_log2": p.softmax_scale * LOG2E,
+            "alibi_batch_stride": p.num_heads_q if p.alibi_batched else 0,
+        }
+        for name, strides in (("q", p.q_strides), ("k", p.k_strides), ("v", p.v_strides)):
+            for axis, stride in zip(("batch", "row", "head"), strides, strict=True):
+                values[f"{name}_{axis}_stride"] = stride
+        if p.softcap > 0.0:
+            values["softcap_in"] = p.softmax_scale / p.softcap
+            values["softcap_out"] = p.softcap * LOG2E
+        if p.dropout:
+            values["keep_threshold"] = floor((1.0 - p.dropout_p) * 255.0)
+            values["keep_scale"] = 1.0 / (1.0 - p.dropout_p)
+        if p.return_softmax:
+            values["dmask_rows"], values["dmask_cols"] = self._dmask_shape()[2:]
+        return values
+
+
+def _work(problem: Problem, block_m: int) -> tuple[int, int]:
+    """(tiles_per_unit, num_units) of tile_scheduler.cuh.
+
+    Packed: enough tiles for any split of total_q into sequences.
+    """
+    if problem.varlen_q:
+        return -(-problem.total_q // block_m) + problem.batch, problem.num_heads_q
+    return -(-problem.seqlen_q // block_m), problem.batch * problem.num_heads_q

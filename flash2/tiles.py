@@ -1,0 +1,122 @@
+"""Problem -> KernelSpec for the forward. Pure functions; the reason stands beside each number.
+
+Change tile sizes here. What a tile may be is fixed by `fwd.cu` (its static_asserts) and by the
+arch's limits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import gcd
+
+from .._common import arch as arch_table
+from .._common.problem import Problem
+from .._common.spec import KernelSpec
+
+ELEM_BYTES = 2
+# tile_copy.cuh: columns are rounded up to the depth of one mma, rows padded against bank conflicts.
+COLUMN_MULTIPLE = 16
+ROW_PAD_BYTES = 16
+
+
+@dataclass(frozen=True)
+class ForwardTile:
+    """How `fwd.cu` cuts a problem up. block_m / num_warps, the rows of a warp, is 16 or 32."""
+
+    block_m: int
+    block_n: int  # a multiple of 32, the width of a dropout patch
+    num_warps: int
+    num_stages: int = 1  # K and V tiles in flight, each
+    q_in_registers: bool = False
+    min_ctas_per_sm: int = 1
+
+    def smem_bytes(self, head_dim_qk: int, head_dim_v: int) -> int:
+        """Shared memory of `Smem` in fwd.cu."""
+        row_qk, row_v = _row_bytes(head_dim_qk), _row_bytes(head_dim_v)
+        ring = self.num_stages * self.block_n * (row_qk + row_v)
+        return max(self.block_m * row_qk + ring, self.block_m * row_v)
+
+
+def _row_bytes(head_dim: int) -> int:
+    columns = -(-head_dim // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
+    return columns * ELEM_BYTES + ROW_PAD_BYTES
+
+
+def _candidates(problem: Problem) -> Iterator[ForwardTile]:
+    """Tiles by preference; the first that fits the arch is taken.
+
+    A warp of 32 rows reads each K and V fragment from shared memory for two row tiles, half the
+    traffic of 16 rows, but holds 32 x head_dim_v of O in registers: 128 registers a thread at 128.
+    So 4 warps of 32 rows, two CTAs on an SM, up to head_dim_v 128; beyond that, and where dropout's
+    random numbers need registers too, 8 warps of 16 rows. Two stages let a product carry the next
+    tile's copy without waiting for it. Measured on an H100 (sm_90) over head dims (32,64) to
+    (256,256), docs/performance/. Other archs: the same order, by what fits.
+    """
+    qk, v = problem.head_dim_qk, problem.head_dim_v
+    if v <= 64 and not problem.dropout:
+        yield ForwardTile(128, 64, 4, num_stages=2, q_in_registers=qk <= 64, min_ctas_per_sm=2)
+        yield ForwardTile(128, 64, 4, min_ctas_per_sm=2)
+    elif v <= 128 and not (problem.dropout and v > 64):
+        yield ForwardTile(128, 32, 4, num_stages=2, min_ctas_per_sm=2)
+        yield ForwardTile(128, 32, 4, min_ctas_per_sm=2)
+    elif v > 192 and qk > 128:
+        yield ForwardTile(128, 128, 8)  # 203 KB at (256, 256): sm_90 and sm_100
+    # Q in registers frees the memory pipe where O leaves room for it.
+    yield ForwardTile(128, 64, 8, num_stages=2, q_in_registers=qk <= 128 and v <= 192)
+    yield ForwardTile(128, 64, 8)
+    yield ForwardTile(64, 64, 4)
+    yield ForwardTile(64, 32, 4)
+
+
+def forward_tile(problem: Problem, arch: str) -> ForwardTile:
+    """The tile for a problem on an arch ("sm_80")."""
+    limits = arch_table.limits(arch)
+    for tile in _candidates(problem):
+        smem = tile.smem_bytes(problem.head_dim_qk, problem.head_dim_v)
+        if limits.max_ctas_per_sm(smem, 32 * tile.num_warps) >= tile.min_ctas_per_sm:
+            return tile
+    raise NotImplementedError(
+        f"no forward tile of head dims ({problem.head_dim_qk}, {problem.head_dim_v}) fits "
+        f"{limits.name}"
+    )
+
+
+def forward_spec(problem: Problem, arch: str, tile: ForwardTile | None = None) -> KernelSpec:
+    """The kernel for a problem on an arch, with the tile of the table or a given one."""
+    tile = tile or forward_tile(problem, arch)
+    return KernelSpec.make(
+        "flash2/fwd.cu",
+        "flash2_fwd",
+        "FwdParams",
+        arch,
+        bf16=problem.dtype == "bf16",
+        head_dim_qk=problem.head_dim_qk,
+        head_dim_v=problem.head_dim_v,
+        block_m=tile.block_m,
+        block_n=tile.block_n,
+        num_warps=tile.num_warps,
+        num_threads=32 * tile.num_warps,
+        num_stages=tile.num_stages,
+        q_in_registers=tile.q_in_registers,
+        min_ctas_per_sm=tile.min_ctas_per_sm,
+        smem_bytes=tile.smem_bytes(problem.head_dim_qk, problem.head_dim_v),
+        vector_bytes=problem.vector_bytes,
+        out_vector_bytes=gcd(problem.head_dim_v * ELEM_BYTES, 16),
+        wide_row_strides=_wide_row_strides(problem),
+        causal=problem.causal,
+        local=problem.local,
+        chunk=problem.attention_chunk > 0,
+        softcap=problem.softcap > 0.0,
+        alibi=problem.alibi,
+        prescale=problem.softmax_scale <= 0.0,
+        dropout=problem.dropout,
+        return_softmax=problem.return_softmax,
+        varlen_q=problem.varlen_q,
+        varlen_k=problem.varlen_k,
+    )
+
+
+def _wide_row_strides(problem: Problem) -> bool:
+    rows = (problem.q_strides[1], problem.k_strides[1], problem.v_strides[1])
+    return max(rows) * ELEM_BYTES >= 2**31
