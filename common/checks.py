@@ -1,0 +1,368 @@
+"""Every user error of an attention call is raised here, and what passes becomes a Problem.
+
+Called by `flash_attn_interface/dispatch.py` once per new combination of shapes, layouts and
+options (the answer is memoised), and by `explain`. Nothing here reads device memory, so nothing
+synchronises; values in device tensors (cu_seqlens, seqused) are trusted, those in CPU tensors are
+read by `check_lengths`.
+
+A message names the argument, what was given, what is allowed and, unless obvious, a way out.
+TypeError: wrong type or dtype. ValueError: wrong shape, layout, device or value.
+NotImplementedError: meaningful, but not served.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import check_values
+from .problem import Problem, Strides, normalise_window
+
+DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+MAX_HEAD_DIM = 256
+_MAX_INT32 = 2**31 - 1
+_MAX_VECTOR_BYTES = 16
+
+
+class ForwardCall(NamedTuple):
+    """Arguments of one forward, in the order used by every layer below the public functions."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    max_seqlen_q: int | Tensor | None = None
+    max_seqlen_k: int | Tensor | None = None
+    seqused_q: Tensor | None = None
+    seqused_k: Tensor | None = None
+    softmax_scale: float | None = None
+    causal: bool = False
+    window_size: Any = (-1, -1)
+    attention_chunk: int = 0
+    softcap: float = 0.0
+    alibi_slopes: Tensor | None = None
+    dropout_p: float = 0.0
+    return_lse: bool = False
+    return_softmax: bool = False
+
+
+def check_forward(call: ForwardCall) -> Problem:
+    """The Problem that `call` states; q, k and v must have gone through `last_dim_contiguous`."""
+    q, k, v = call.q, call.k, call.v
+    check_qkv_kind(q, k, v)
+    heads = _check_qkv_shapes(call)
+    batch = _check_batch(call)
+    if batch == 0 or heads.num_heads_q == 0:
+        raise ValueError(
+            f"q has {batch} sequences and {heads.num_heads_q} heads: each must be >= 1"
+        )
+    for name in ("cu_seqlens_q", "cu_seqlens_k"):
+        _check_int32_vector(name, getattr(call, name), batch + 1, q.device)
+    for name in ("seqused_q", "seqused_k"):
+        _check_int32_vector(name, getattr(call, name), batch, q.device)
+    alibi_batched = _check_alibi_slopes(call.alibi_slopes, batch, heads.num_heads_q, q.device)
+
+    varlen_q, varlen_k = call.cu_seqlens_q is not None, call.cu_seqlens_k is not None
+    seqlen_q = _seqlen_bound("q", call.max_seqlen_q, q) if varlen_q else q.shape[1]
+    seqlen_k = _seqlen_bound("k", call.max_seqlen_k, k) if varlen_k else k.shape[1]
+    total_q = q.shape[0] if varlen_q else batch * seqlen_q
+    total_k = k.shape[0] if varlen_k else batch * seqlen_k
+    for name, count in (("q", max(total_q, seqlen_q)), ("k", max(total_k, seqlen_k))):
+        if count > _MAX_INT32:
+            raise ValueError(
+                f"{name}: {count} rows; at most {_MAX_INT32} are supported in one call"
+            )
+
+    left, right = check_values.window_pair(call.window_size)
+    causal, left, right = normalise_window(
+        check_values.flag("causal", call.causal),
+        left,
+        right,
+        total_q if varlen_q else seqlen_q,  # max_seqlen may claim too little
+        total_k if varlen_k else seqlen_k,
+    )
+    dropout_p = check_values.dropout_probability(call.dropout_p)
+    q_strides, k_strides, v_strides = (
+        _strides(q, varlen_q),
+        _strides(k, varlen_k),
+        _strides(v, varlen_k),
+    )
+    return Problem(
+        dtype=DTYPE_NAMES[q.dtype],
+        head_dim_qk=heads.head_dim_qk,
+        head_dim_v=heads.head_dim_v,
+        num_heads_q=heads.num_heads_q,
+        num_heads_k=heads.num_heads_k,
+        num_heads_v=heads.num_heads_v,
+        batch=batch,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        total_q=total_q,
+        total_k=total_k,
+        softmax_scale=check_values.softmax_scale(call.softmax_scale, heads.head_dim_qk),
+        varlen_q=varlen_q,
+        varlen_k=varlen_k,
+        has_seqused_q=call.seqused_q is not None,
+        has_seqused_k=call.seqused_k is not None,
+        causal=causal,
+        window_left=left,
+        window_right=right,
+        attention_chunk=check_values.non_negative("attention_chunk", call.attention_chunk),
+        softcap=max(0.0, check_values.real("softcap", call.softcap)),
+        alibi=call.alibi_slopes is not None,
+        alibi_batched=alibi_batched,
+        dropout_p=dropout_p,
+        return_lse=call.return_lse,
+        return_softmax=call.return_softmax and dropout_p > 0.0,
+        q_strides=q_strides,
+        k_strides=k_strides,
+        v_strides=v_strides,
+        vector_bytes=_vector_bytes((q, k, v), (q_strides, k_strides, v_strides)),
+    )
+
+
+def check_tensors(q: Any, k: Any, v: Any) -> None:
+    """That they are tensors at all; cheap, since every call starts with it."""
+    if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
+        return
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is {type(value).__name__}: expected a torch.Tensor")
+
+
+def check_qkv_kind(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Tensors, strided, of one supported dtype and one device."""
+    check_tensors(q, k, v)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.layout is not torch.strided:
+            raise TypeError(
+                f"{name} has layout {tensor.layout}: expected a dense tensor; for nested tensors "
+                "pass values() and offsets() to flash_attn_varlen_func"
+            )
+        if tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1:
+            raise NotImplementedError(
+                f"{name} has dtype {tensor.dtype}: the Ampere kernels have no fp8; "
+                "convert q, k and v to torch.bfloat16 (multiplied by their descales)"
+            )
+        if tensor.dtype not in DTYPE_NAMES:
+            raise TypeError(
+                f"{name} has dtype {tensor.dtype}: expected torch.float16 or torch.bfloat16; "
+                "convert with .to(torch.bfloat16) or run under torch.autocast"
+            )
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype} but q has {q.dtype}: they must agree")
+        if tensor.device != q.device:
+            raise ValueError(
+                f"{name} is on {tensor.device} but q is on {q.device}: move them to one device"
+            )
+
+
+class _Heads(NamedTuple):
+    num_heads_q: int
+    num_heads_k: int
+    num_heads_v: int
+    head_dim_qk: int
+    head_dim_v: int
+
+
+def _check_qkv_shapes(call: ForwardCall) -> _Heads:
+    q, k, v = call.q, call.k, call.v
+    layouts = (
+        ("q", q, call.cu_seqlens_q, "cu_seqlens_q"),
+        ("k", k, call.cu_seqlens_k, "cu_seqlens_k"),
+        ("v", v, call.cu_seqlens_k, "cu_seqlens_k"),
+    )
+    for name, tensor, cu_seqlens, cu_name in layouts:
+        if cu_seqlens is None and tensor.ndim != 4:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}: expected "
+                "(batch, seqlen, num_heads, head_dim); packed sequences go to "
+                "flash_attn_varlen_func with cu_seqlens"
+            )
+        if cu_seqlens is not None and tensor.ndim != 3:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}: expected (total, num_heads, head_dim) "
+                f"because {cu_name} is given"
+            )
+    if v.shape[:-2] != k.shape[:-2]:
+        raise ValueError(
+            f"v has shape {tuple(v.shape)} and k {tuple(k.shape)}: all but the last two sizes "
+            "(num_heads, head_dim) must agree"
+        )
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(
+            f"k has head_dim {k.shape[-1]} but q has {q.shape[-1]}: they must agree (v's is free)"
+        )
+    heads = _Heads(q.shape[-2], k.shape[-2], v.shape[-2], q.shape[-1], v.shape[-1])
+    for name, count in (("k", heads.num_heads_k), ("v", heads.num_heads_v)):
+        if count == 0 or heads.num_heads_q % count:
+            raise ValueError(
+                f"{name} has {count} heads and q has {heads.num_heads_q}: "
+                f"the heads of q must be a multiple of those of {name}"
+            )
+    for name, head_dim in (("q and k", heads.head_dim_qk), ("v", heads.head_dim_v)):
+        if head_dim < 1:
+            raise ValueError(f"{name}: head_dim is {head_dim}, expected 1 to {MAX_HEAD_DIM}")
+        if head_dim > MAX_HEAD_DIM:
+            raise NotImplementedError(
+                f"{name}: head_dim is {head_dim}, at most {MAX_HEAD_DIM} is supported; "
+                "torch.nn.functional.scaled_dot_product_attention takes any"
+            )
+    return heads
+
+
+def _check_batch(call: ForwardCall) -> int:
+    """Number of sequences, on which q and k must agree."""
+    batches = []
+    for name, tensor, cu_seqlens in (
+        ("q", call.q, call.cu_seqlens_q),
+        ("k", call.k, call.cu_seqlens_k),
+    ):
+        if cu_seqlens is None:
+            batches.append(tensor.shape[0])
+            continue
+        if not isinstance(cu_seqlens, Tensor):
+            raise TypeError(
+                f"cu_seqlens_{name} is {type(cu_seqlens).__name__}: expected an int32 torch.Tensor"
+            )
+        if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+            raise ValueError(
+                f"cu_seqlens_{name} has shape {tuple(cu_seqlens.shape)}: expected (batch + 1,)"
+            )
+        batches.append(cu_seqlens.shape[0] - 1)
+    if batches[0] != batches[1]:
+        raise ValueError(
+            f"q has {batches[0]} sequences but k and v have {batches[1]}: they must agree"
+        )
+    return batches[0]
+
+
+def _check_int32_vector(
+    name: str, tensor: Tensor | None, length: int, device: torch.device
+) -> None:
+    if tensor is None:
+        return
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is {type(tensor).__name__}: expected an int32 torch.Tensor")
+    if tensor.dtype != torch.int32:
+        raise TypeError(
+            f"{name} has dtype {tensor.dtype}: expected torch.int32, use .to(torch.int32)"
+        )
+    if tensor.shape != (length,):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: expected ({length},)")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device} but q is on {device}: move it there")
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} has stride {tensor.stride()}: must be contiguous, use .contiguous()"
+        )
+
+
+def _check_alibi_slopes(
+    slopes: Tensor | None, batch: int, num_heads_q: int, device: torch.device
+) -> bool:
+    """Whether there is one row of slopes per sequence."""
+    if slopes is None:
+        return False
+    if not isinstance(slopes, Tensor):
+        raise TypeError(f"alibi_slopes is {type(slopes).__name__}: expected a float32 torch.Tensor")
+    if slopes.dtype != torch.float32:
+        raise TypeError(
+            f"alibi_slopes has dtype {slopes.dtype}: expected torch.float32, use .float()"
+        )
+    if slopes.shape not in ((num_heads_q,), (batch, num_heads_q)):
+        raise ValueError(
+            f"alibi_slopes has shape {tuple(slopes.shape)}: expected (num_heads_q,) = "
+            f"({num_heads_q},) or (batch, num_heads_q) = ({batch}, {num_heads_q})"
+        )
+    if slopes.device != device:
+        raise ValueError(f"alibi_slopes is on {slopes.device} but q is on {device}: move it there")
+    if slopes.stride(-1) != 1 and num_heads_q > 1:
+        raise ValueError(
+            f"alibi_slopes has stride {slopes.stride()}: the last must be 1, use .contiguous()"
+        )
+    return slopes.ndim == 2
+
+
+def check_lengths(call: ForwardCall, problem: Problem) -> None:
+    """Read the lengths, which must be in CPU memory, and reject those that point outside."""
+    sides = (
+        ("q", call.cu_seqlens_q, call.seqused_q, problem.seqlen_q, problem.total_q),
+        ("k", call.cu_seqlens_k, call.seqused_k, problem.seqlen_k, problem.total_k),
+    )
+    for side, cu_seqlens, seqused, longest, total in sides:
+        slots = [longest] * problem.batch
+        if cu_seqlens is not None:
+            ends = cu_seqlens.tolist()
+            slots = [end - start for start, end in zip(ends, ends[1:], strict=False)]
+            if ends[0] != 0 or min(slots) < 0 or ends[-1] > total:
+                raise ValueError(
+                    f"cu_seqlens_{side} is {_shorten(ends)}: must start at 0, never decrease and "
+                    f"end at most at the {total} rows of {side}"
+                )
+        used = slots
+        if seqused is not None:
+            used = seqused.tolist()
+            if any(not 0 <= n <= slot for n, slot in zip(used, slots, strict=True)):
+                raise ValueError(
+                    f"seqused_{side} is {_shorten(used)}: each must lie between 0 and the length "
+                    f"of its sequence, {_shorten(slots)}"
+                )
+        if cu_seqlens is not None and max(used) > longest:
+            raise ValueError(
+                f"max_seqlen_{side} is {longest} but the longest sequence has {max(used)} rows: "
+                "pass at least that"
+            )
+
+
+def last_dim_contiguous(tensor: Tensor) -> Tensor:
+    """`tensor`, copied only if its last dim has gaps, as upstream does."""
+    if tensor.layout is not torch.strided or tensor.stride()[-1:] == (1,):
+        return tensor  # check_forward rejects other layouts
+    return tensor.contiguous()
+
+
+def host_max_seqlen(max_seqlen: Any, packed: Tensor) -> Any:
+    """`max_seqlen` as a number: a CPU tensor is read; for one on a device, which only a
+    synchronisation could read,
+    the rows of the packed tensor are an upper bound."""
+    if not isinstance(max_seqlen, Tensor):
+        return max_seqlen
+    return operator.index(max_seqlen) if max_seqlen.device.type == "cpu" else packed.shape[0]
+
+
+def _seqlen_bound(side: str, max_seqlen: Any, packed: Tensor) -> int:
+    if max_seqlen is None:
+        raise ValueError(
+            f"max_seqlen_{side} is None: pass the longest sequence of cu_seqlens_{side}, an int"
+        )
+    return check_values.non_negative(f"max_seqlen_{side}", host_max_seqlen(max_seqlen, packed))
+
+
+def _strides(tensor: Tensor, packed: bool) -> Strides:
+    """(batch, row, head); 0 where the index is always 0, so that equal problems compare equal."""
+    sizes, steps = tensor.shape, tensor.stride()
+    row, head = (
+        step if size > 1 else 0 for size, step in zip(sizes[-3:-1], steps[-3:-1], strict=True)
+    )
+    return (0 if packed or sizes[0] <= 1 else steps[0], row, head)
+
+
+def _vector_bytes(tensors: tuple[Tensor, ...], strides: tuple[Strides, ...]) -> int:
+    """Largest access aligned everywhere: in bytes, what divides all pointers and strides."""
+    bits = _MAX_VECTOR_BYTES
+    for tensor, steps in zip(tensors, strides, strict=True):
+        bits |= tensor.data_ptr()
+        for step in steps:
+            bits |= step * tensor.element_size()
+    return bits & -bits
+
+
+def _shorten(values: list[int]) -> str:
+    shown = ", ".join(str(value) for value in values[:8])
+    return f"[{shown}, ... {len(values)} in all]" if len(values) > 8 else f"[{shown}]"

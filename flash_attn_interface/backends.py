@@ -1,0 +1,211 @@
+"""What a kernel tree must offer, and where the installed trees are found.
+
+`dispatch.py` asks here for the candidates. The Ampere tree and the PyTorch reference are part of
+this distribution; the Hopper tree is another one, which announces itself through the entry point
+group `flash_attn_interface.backends`. Trees are imported when a call first needs them, never by
+`import flash_attn_interface`.
+"""
+
+from __future__ import annotations
+
+import functools
+from importlib.metadata import entry_points
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ._common.problem import Problem, Target
+from ._common.spec import KernelSpec
+from .version import RELEASE
+
+ENTRY_POINT_GROUP = "flash_attn_interface.backends"
+
+ForwardResult = tuple[Tensor, Tensor | None, Tensor | None]
+"""(out, softmax_lse, s_dmask); what the problem does not ask for is None."""
+
+
+class Plan(Protocol):
+    """How one Problem is run on one Target. Made once, run often, by one thread."""
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+        seqused_q: Tensor | None,
+        seqused_k: Tensor | None,
+        alibi_slopes: Tensor | None,
+        rng_state: Tensor | None,
+    ) -> ForwardResult:
+        """Allocate and compute the results, on torch's current stream of the device."""
+
+    def describe(self) -> str:
+        """What run() does, for people."""
+
+
+class KernelPlan(Plan, Protocol):
+    """A plan that launches a kernel."""
+
+    @property
+    def spec(self) -> KernelSpec: ...
+
+    @property
+    def grid(self) -> int:
+        """Number of CTAs."""
+
+
+class Backend(Protocol):
+    """A kernel tree: `BACKEND` in flash2/__init__.py and its like."""
+
+    @property
+    def name(self) -> str: ...
+
+    def refuses_forward(self, problem: Problem, target: Target) -> str | None:
+        """Why this tree cannot serve the problem there; None if it can."""
+
+    def plan_forward(self, problem: Problem, target: Target) -> Plan:
+        """Cheap, works without a GPU: nothing is compiled or loaded before the plan's first run."""
+
+
+class ReferenceBackend:
+    """PyTorch's own operations: serves CPU tensors, and any device when forced. Slow and exact."""
+
+    name = "reference"
+
+    def refuses_forward(self, problem: Problem, target: Target | None) -> str | None:
+        return "it does not read paged keys and values" if problem.page_size else None
+
+    def plan_forward(self, problem: Problem, target: Target | None) -> Plan:
+        return _ReferencePlan(problem)
+
+
+class _ReferencePlan:
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+        seqused_q: Tensor | None,
+        seqused_k: Tensor | None,
+        alibi_slopes: Tensor | None,
+        rng_state: Tensor | None,
+    ) -> ForwardResult:
+        from .reference import attention_reference
+
+        problem = self._problem
+        return attention_reference(
+            q,
+            k,
+            v,
+            softmax_scale=problem.softmax_scale,
+            causal=problem.causal,
+            window_size=(problem.window_left, problem.window_right),
+            attention_chunk=problem.attention_chunk,
+            softcap=problem.softcap,
+            alibi_slopes=alibi_slopes,
+            dropout_p=problem.dropout_p,
+            rng_state=rng_state,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            seqused_q=seqused_q,
+            seqused_k=seqused_k,
+            max_seqlen_q=problem.seqlen_q,
+            max_seqlen_k=problem.seqlen_k,
+            return_lse=problem.return_lse,
+            return_softmax=problem.return_softmax,
+        )
+
+    def describe(self) -> str:
+        return (
+            "PyTorch operations (flash_attn_interface/reference.py); materialises the score matrix"
+        )
+
+
+class EmptyPlan:
+    """Problems without a query or without a key: answered without a launch, on any device."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+        seqused_q: Tensor | None,
+        seqused_k: Tensor | None,
+        alibi_slopes: Tensor | None,
+        rng_state: Tensor | None,
+    ) -> ForwardResult:
+        """out = 0 and softmax_lse = -inf, of which there may be no rows."""
+        problem = self._problem
+        out = q.new_zeros((*q.shape[:-1], problem.head_dim_v))
+        lse = s_dmask = None
+        if problem.return_lse:
+            packed = (problem.num_heads_q, problem.total_q)
+            dense = (problem.batch, problem.num_heads_q, problem.seqlen_q)
+            shape = packed if problem.varlen_q else dense
+            lse = q.new_full(shape, float("-inf"), dtype=torch.float32)
+        if problem.return_softmax:
+            s_dmask = q.new_zeros(s_dmask_shape(problem))
+        return out, lse, s_dmask
+
+    def describe(self) -> str:
+        return "no query or no key: zeros without a launch"
+
+
+def s_dmask_shape(problem: Problem) -> tuple[int, int, int, int]:
+    """FlashAttention-2's shape of the returned softmax: lengths rounded up to 128."""
+    rows, columns = (-(-n // 128) * 128 for n in (problem.seqlen_q, problem.seqlen_k))
+    return problem.batch, problem.num_heads_q, rows, columns
+
+
+REFERENCE = ReferenceBackend()
+
+
+@functools.cache
+def flash2() -> Backend:
+    """The Ampere tree, which serves sm_80 and everything newer."""
+    from ._flash2 import BACKEND
+
+    return BACKEND
+
+
+@functools.cache
+def hopper() -> Backend | None:
+    """The Hopper tree, or None if its distribution is not installed.
+
+    Raises:
+        ImportError: it is installed but of another release than this distribution, or broken. That
+            is never a silent fallback to slower kernels.
+    """
+    found = [entry for entry in entry_points(group=ENTRY_POINT_GROUP) if entry.name == "hopper"]
+    if not found:
+        return None
+    entry = found[0]
+    owner = f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
+    fix = "Reinstall it from the same checkout (cd hopper && python setup.py install) or remove it."
+    try:
+        backend: Backend = entry.load()
+    except Exception as error:
+        raise ImportError(
+            f"flash_attn_interface: the Hopper kernels ({owner}) are installed but their import "
+            f"failed: {error}. {fix}"
+        ) from error
+    release = getattr(backend, "release", "unknown")
+    if release != RELEASE:
+        raise ImportError(
+            f"flash_attn_interface: the Hopper kernels ({owner}) are of release {release}, this "
+            f"package is {RELEASE}. {fix}"
+        )
+    return backend

@@ -1,0 +1,251 @@
+"""explain(...): the way one call would take, hop by hop, without running it. For people and for
+tests.
+
+It asks the same `checks.py`, `dispatch.py` and planners as the call itself. The hops are those of
+docs/tour.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from ._common import checks
+from ._common.checks import ForwardCall
+from ._common.problem import Problem, Target
+from ._common.spec import KernelSpec
+from .dispatch import Decision, Device
+from .simulation import capability_of
+
+TensorOrShape = Tensor | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; print it. If nobody serves the call, decision is None, error why."""
+
+    problem: Problem
+    device: Device
+    decision: Decision | None
+    plan: str  # the plan in its own words
+    error: str = ""
+    spec: KernelSpec | None = None  # None: no kernel is launched
+    grid: int = 0  # CTAs
+    cache_folder: Path | None = None
+    cache_state: str = ""
+
+    @property
+    def backend(self) -> str | None:
+        """Name of the backend chosen: "flash2", "hopper", "reference"; None if all refuse."""
+        return self.decision.backend.name if self.decision else None
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Backends that were asked before the chosen one, with their reasons."""
+        return dict(self.decision.refused) if self.decision else {}
+
+    @property
+    def constants(self) -> dict[str, bool | int]:
+        """Compile-time constants of the kernel."""
+        return dict(self.spec.constants) if self.spec else {}
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory of one CTA."""
+        return int(self.spec["smem_bytes"]) if self.spec else 0
+
+    def __str__(self) -> str:
+        hops = [
+            ("1 problem", self._problem_lines()),
+            ("2 backend", self._backend_lines()),
+            ("3 plan", self._plan_lines()),
+            ("4 cubin", self._cubin_lines()),
+            ("5 kernel", self._kernel_lines()),
+        ]
+        lines = []
+        for title, texts in hops:
+            for text in texts:
+                lines.append(f"{title:<11}{text}".rstrip())
+                title = ""
+        return "\n".join(lines)
+
+    def _problem_lines(self) -> list[str]:
+        p = self.problem
+        strides = f"q {p.q_strides}, k {p.k_strides}, v {p.v_strides}"
+        return [
+            p.describe(),
+            f"softmax_scale {p.softmax_scale:.6g}; strides (batch, row, head): {strides}",
+            f"q, k and v are read {p.vector_bytes} bytes at a time",
+        ]
+
+    def _backend_lines(self) -> list[str]:
+        if self.decision is None:
+            return [f"none: {self.error}"]
+        target = self.decision.target
+        where = f" for {target.describe()}" if target else ""
+        lines = [f"{self.decision.backend.name}{where}: {self.decision.reason}"]
+        return lines + [f"not {name}: {reason}" for name, reason in self.decision.refused]
+
+    def _plan_lines(self) -> list[str]:
+        spec = self.spec.describe() if self.spec else ""  # hop 5 shows it as a table
+        return [line for line in self.plan.splitlines() if line != spec] or ["-"]
+
+    def _cubin_lines(self) -> list[str]:
+        if self.spec is None:
+            return ["-"]
+        place = [str(self.cache_folder)] if self.cache_folder else []
+        return [f"{self.spec.label()}: {self.cache_state}", *place]
+
+    def _kernel_lines(self) -> list[str]:
+        if self.spec is None:
+            return ["-"]
+        width = max(len(name) for name in self.constants)
+        return [
+            f"{self.spec.entry} in {self.spec.source}, {self.grid} CTAs, with the constants",
+            *(f"  {name:<{width}} {value}" for name, value in self.spec.constants),
+        ]
+
+
+def explain(
+    q: TensorOrShape,
+    k: TensorOrShape,
+    v: TensorOrShape,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    *,
+    window_size: Sequence[int] | Tensor = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    alibi_slopes: TensorOrShape | None = None,
+    dropout_p: float = 0.0,
+    cu_seqlens_q: TensorOrShape | None = None,
+    cu_seqlens_k: TensorOrShape | None = None,
+    max_seqlen_q: int | Tensor | None = None,
+    max_seqlen_k: int | Tensor | None = None,
+    seqused_q: TensorOrShape | None = None,
+    seqused_k: TensorOrShape | None = None,
+    return_attn_probs: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    arch: str | None = None,
+) -> Explanation:
+    """Which backend and kernel a call would use, and why. Nothing is compiled or launched.
+
+        print(explain((2, 512, 8, 64), (2, 512, 8, 64), (2, 512, 8, 128), causal=True,
+        arch="sm_80"))
+
+    Args:
+        q, k, v: as in `flash_attn_func` (with cu_seqlens as in `flash_attn_varlen_func`); tensors
+            on any device, meta included, or just their shapes, which then stand for contiguous
+            tensors.
+        alibi_slopes, dropout_p: as in `flash_attn.flash_attn_func`.
+        softmax_scale, causal, window_size, attention_chunk, softcap, cu_seqlens_q, cu_seqlens_k,
+            max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, return_attn_probs: as in the call.
+        dtype: of q, k and v where shapes are given.
+        arch: the architecture to explain for, such as "sm_80", GPU or not. None means the device of
+            q; for shapes and meta tensors the current GPU, or a CPU if there is none.
+
+    Returns:
+        An Explanation: print it, or read backend, refused, spec, constants, grid, smem_bytes,
+        cache_folder, cache_state.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: the errors of arguments, as in the call itself.
+            That no backend serves the call is not raised: the Explanation says so.
+    """
+    call = _call_on_one_device(
+        ForwardCall(
+            q=_stand_in(q, dtype),
+            k=_stand_in(k, dtype),
+            v=_stand_in(v, dtype),
+            cu_seqlens_q=_stand_in(cu_seqlens_q, torch.int32),
+            cu_seqlens_k=_stand_in(cu_seqlens_k, torch.int32),
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
+            seqused_q=_stand_in(seqused_q, torch.int32),
+            seqused_k=_stand_in(seqused_k, torch.int32),
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window_size=window_size,
+            attention_chunk=attention_chunk,
+            softcap=softcap,
+            alibi_slopes=_stand_in(alibi_slopes, torch.float32),
+            dropout_p=dropout_p,
+            return_lse=return_attn_probs,
+            return_softmax=return_attn_probs,
+        )
+    )
+    problem = checks.check_forward(call)
+    device = _device(call.q, arch)
+    try:
+        decision = dispatch.select(problem, device)
+        plan = dispatch.make_plan(problem, decision)
+    except NotImplementedError as error:
+        return Explanation(problem, device, None, "", error=str(error))
+    spec = getattr(plan, "spec", None)
+    if spec is None or decision.target is None:
+        return Explanation(problem, device, decision, plan.describe())
+    folder, state = _cache_state(spec, decision.target)
+    return Explanation(
+        problem,
+        device,
+        decision,
+        plan.describe(),
+        spec=spec,
+        grid=getattr(plan, "grid", 0),
+        cache_folder=folder,
+        cache_state=state,
+    )
+
+
+def _stand_in(value: Any, dtype: torch.dtype) -> Any:
+    """A meta tensor for a shape; everything else goes on to the checks as it is."""
+    if isinstance(value, (tuple, list)) and all(isinstance(size, int) for size in value):
+        return torch.empty(value, dtype=dtype, device="meta")
+    return value
+
+
+def _call_on_one_device(call: ForwardCall) -> ForwardCall:
+    """If a shape or meta tensor stands for one tensor, meta tensors stand for all."""
+    if not any(isinstance(value, Tensor) and value.is_meta for value in call):
+        return call._replace(**_contiguous_qkv(call))
+    fields: dict[str, Any] = {
+        name: value.to("meta")
+        for name, value in call._asdict().items()
+        if isinstance(value, Tensor) and name not in ("window_size", "max_seqlen_q", "max_seqlen_k")
+    }
+    call = call._replace(**fields)
+    return call._replace(**_contiguous_qkv(call))
+
+
+def _contiguous_qkv(call: ForwardCall) -> dict[str, Any]:
+    checks.check_qkv_kind(call.q, call.k, call.v)
+    return {name: checks.last_dim_contiguous(getattr(call, name)) for name in ("q", "k", "v")}
+
+
+def _device(q: Tensor, arch: str | None) -> Device:
+    if arch is not None:
+        return Device(capability_of(arch))
+    if q.is_meta and torch.cuda.is_available():
+        return dispatch.device_of(torch.empty(0, device="cuda"))
+    return dispatch.device_of(torch.empty(0) if q.is_meta else q)
+
+
+def _cache_state(spec: KernelSpec, target: Target) -> tuple[Path | None, str]:
+    if target.simulated:
+        return None, "the simulator builds it with g++ at the first call and keeps it in the cache"
+    from ._common.cache import (
+        default_kernels,
+    )  # reads the kernel's sources and asks NVRTC's version
+
+    folder = default_kernels().folder(spec)
+    if folder is None:
+        return None, "kept in memory only, compiled at the first call of each process"
+    if not folder.is_dir():
+        return folder, "not compiled yet; the first call does it and keeps it here"
+    return folder, "prebuilt" if folder.parent.name == "_prebuilt" else "compiled earlier"
