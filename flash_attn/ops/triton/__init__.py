@@ -1,0 +1,1 @@
+"""FlashAttention-2's subpackage of this name; we have its `rotary` only, and need no Triton."""
