@@ -1,0 +1,76 @@
+# Every target does its own set-up, in .venv/, the first time and whenever the dependencies changed.
+#   PYTHON=python3.12     the Python to build .venv from
+#   TORCH=torch==2.12.0   a certain torch instead of the rule in .ci/setup_venv.py
+#   PYTEST_ARGS="-k mask" anything for pytest
+PYTHON ?= python3
+PYTEST_ARGS ?=
+PYTEST_WORKERS ?= 2
+BENCH_ARGS ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+PYTHON_CODE := .ci benchmarks common examples flash2 flash_attn flash_attn_interface tests setup.py
+DEVICE_CODE = $(shell find common flash2 -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h')
+# What decides whether .venv is up to date. Sources do not: the installation is editable.
+SETUP_INPUTS := setup.py pyproject.toml .ci/setup_venv.py
+ifdef TORCH
+export TORCH
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test compile-check lint typecheck format bench bench-host clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
+
+demo: $(VENV)/.ready  ## report this machine, self-check, and attention with head dims (64, 128)
+	@$(RUN) -m flash_attn_interface
+	@$(RUN) examples/demo.py
+
+# One thread per worker: the tests' tensors are small, and the simulator brings its own workers.
+test: $(VENV)/.ready  ## all tests that this machine can run; those for a GPU are skipped without one
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(PYTEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+compile-check: $(VENV)/.ready  ## the compile tests, also those too long for `make test` (minutes)
+	$(RUN) -m pytest -n $(PYTEST_WORKERS) -m "slow or not slow" $(wildcard tests/test_compile*.py) $(PYTEST_ARGS)
+
+lint: $(VENV)/.ready-lint typecheck  ## ruff, clang-format and mypy, without changing anything
+	$(RUN) -m ruff check $(PYTHON_CODE)
+	$(RUN) -m ruff format --check $(PYTHON_CODE)
+	$(VENV)/bin/clang-format --dry-run --Werror $(DEVICE_CODE)
+
+# mypy is shown the packages under the names that they are imported by once installed.
+typecheck: $(VENV)/.ready-lint  ## mypy, strict
+	@rm -rf build/site && mkdir -p build/site/flash_attn_interface
+	@for file in flash_attn_interface/*; do ln -s "$(CURDIR)/$$file" build/site/flash_attn_interface/; done
+	@ln -s "$(CURDIR)/common" build/site/flash_attn_interface/_common
+	@ln -s "$(CURDIR)/flash2" build/site/flash_attn_interface/_flash2
+	@ln -s "$(CURDIR)/flash_attn" build/site/flash_attn
+	cd build && $(CURDIR)/$(RUN) -m mypy --config-file ../pyproject.toml -p flash_attn_interface -p flash_attn
+
+format: $(VENV)/.ready-lint  ## rewrite the sources as `make lint` wants them
+	$(RUN) -m ruff check --fix $(PYTHON_CODE)
+	$(RUN) -m ruff format $(PYTHON_CODE)
+	$(VENV)/bin/clang-format -i $(DEVICE_CODE)
+
+bench: $(VENV)/.ready-bench  ## forward benchmark beside its peers; needs a GPU
+	$(RUN) benchmarks/bench_forward.py $(BENCH_ARGS)
+
+bench-host: $(VENV)/.ready  ## host time per call, compile and start-up time; needs a GPU
+	$(RUN) benchmarks/bench_host_overhead.py $(BENCH_ARGS)
+
+clean:  ## remove .venv, build results and tool caches; the per-user kernel cache is left alone
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.ready: $(SETUP_INPUTS)
+	@$(PYTHON) .ci/setup_venv.py $(VENV) test
+	@touch $@
+
+$(VENV)/.ready-lint: $(VENV)/.ready
+	@$(PYTHON) .ci/setup_venv.py $(VENV) lint
+	@touch $@
+
+$(VENV)/.ready-bench: $(VENV)/.ready
+	@$(PYTHON) .ci/setup_venv.py $(VENV) bench
+	@touch $@

@@ -1,0 +1,109 @@
+"""Builds the distribution `flash-attn`: Python, and CUDA C++ sources compiled at run time.
+
+Nothing is compiled here, so neither torch, nor a GPU, nor a CUDA toolkit is needed to install.
+The metadata stands here, not in pyproject.toml, because setuptools releases from 65 on disagree
+about how pyproject.toml spells a licence, and all of them must build this project.
+
+The checkout's folders differ from the import names: `common/` and `flash2/` are installed inside
+`flash_attn_interface`, so that no generic top-level name such as `common` reaches an environment.
+tests/test_packaging.py compares PACKAGES and DATA with the tree.
+"""
+
+import ast
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def version() -> str:
+    """`__version__` of flash_attn_interface/version.py, read as text: importing needs torch."""
+    tree = ast.parse((ROOT / "flash_attn_interface/version.py").read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__version__":
+            return ast.literal_eval(node.value)
+    raise RuntimeError("flash_attn_interface/version.py defines no __version__")
+
+
+# import name -> folder. One line per folder that holds Python modules.
+PACKAGES = {
+    "flash_attn": "flash_attn",
+    "flash_attn.layers": "flash_attn/layers",
+    "flash_attn.ops": "flash_attn/ops",
+    "flash_attn.ops.triton": "flash_attn/ops/triton",
+    "flash_attn_interface": "flash_attn_interface",
+    "flash_attn_interface._common": "common",
+    "flash_attn_interface._common.ptx": "common/ptx",
+    "flash_attn_interface._common.sim": "common/sim",
+    "flash_attn_interface._flash2": "flash2",
+}
+
+# Files that the runtime reads: device code for NVRTC, simulator code for the host compiler.
+DATA = {
+    "flash_attn": ["py.typed"],
+    "flash_attn_interface": ["py.typed"],
+    "flash_attn_interface._common": ["device/*.cuh"],
+    "flash_attn_interface._common.ptx": ["*.cuh"],
+    "flash_attn_interface._common.sim": [
+        "ptx/*.cuh",
+        *(f"runtime/*.{x}" for x in ("h", "cpp", "S")),
+    ],
+    "flash_attn_interface._flash2": ["*.cu", "*.cuh"],
+}
+
+# NVIDIA publishes nothing for it; the reference runs there.
+NOT_MACOS = 'platform_system != "Darwin"'
+
+REQUIRES = [
+    "torch>=2.5",
+    "numpy",
+    # Lower bounds only: torch pins the exact releases that it was built with, and those are kept.
+    f"cuda-bindings>=12.9; {NOT_MACOS}",
+    f"nvidia-cuda-nvrtc>=13.0; {NOT_MACOS}",
+    "ninja",
+    "packaging",
+    "filelock",
+]
+
+EXTRAS = {
+    # For drivers of the CUDA 12 generation, which refuse cubins made by CUDA 13's compiler.
+    "cu12": ["cuda-bindings>=12.9,<13", "nvidia-cuda-nvrtc-cu12>=12.8"],
+    "test": [
+        "pytest>=7.4",
+        "pytest-xdist>=3.2",
+        "hypothesis>=6.80",
+        f"nvidia-cuda-nvdisasm>=13.0; {NOT_MACOS}",  # to check our own reading of cubins
+    ],
+    # Formatters change their minds between releases: one release line each, so that all agree.
+    "lint": ["ruff==0.17.*", "mypy==2.4.*", "clang-format==23.1.*"],
+    "bench": ["matplotlib>=3.7"],
+}
+
+setup(
+    name="flash-attn",
+    version=version(),
+    description="Exact attention for any pair of head dims, specialised at run time; "
+    "drop-in for FlashAttention-2 and -3 imports",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="BSD-3-Clause",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: C++",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    python_requires=">=3.10",
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+    packages=list(PACKAGES),
+    package_dir=PACKAGES,
+    package_data=DATA,
+    include_package_data=False,  # DATA is the whole list; MANIFEST.in is for source archives
+    zip_safe=False,  # g++ and NVRTC are given real paths and real files
+)
