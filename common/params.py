@@ -136,8 +136,8 @@ class ParamBlock:
         self.kernel_params_address = ctypes.addressof(self._kernel_params)
 
     def set(self, name: str, value: Any) -> None:
-        """Stores a number, a pointer (None is null), the bytes of a tensor map, or a sequence for an
-        array field, checked.
+        """Stores a number, a pointer (None is null), a tensor map's bytes or, for an array, a
+        sequence; checked.
         """
         field = self._field(name)
         if field.count == 0:

@@ -155,6 +155,52 @@ def test_what_the_packing_does_not_cover_is_refused(body: str, reason: str) -> N
         ParamLayout.parse("P", f"struct P {{ {body} }};")
 
 
+MAPS_TEXT = """
+struct alignas(64) TensorMap { u64 opaque[16]; };
+struct MapParams {
+  i32 n;
+  TensorMap q_map, k_map;  // boxes of 64 rows
+  void* out;
+};
+"""
+MAPS = ParamLayout.parse("MapParams", MAPS_TEXT)
+
+
+def test_tensor_maps_are_aligned_and_so_is_their_block() -> None:
+    assert {n: f.offset for n, f in MAPS.fields.items()} == {
+        "n": 0, "q_map": 64, "k_map": 192, "out": 320
+    }  # fmt: skip
+    assert MAPS.size == 384
+    assert all(MAPS.block().address % 64 == 0 for _ in range(16))
+
+
+def test_tensor_maps_are_stored_and_their_address_patched() -> None:
+    encoded = bytes(range(128))
+    block = MAPS.block(n=-1, k_map=encoded, out=5)
+    assert block.get("k_map") == encoded and block.get("q_map") == bytes(128)
+    assert ctypes.string_at(block.address + 192, 128) == encoded
+    slot = block.tensor_map_slot("k_map")
+    slot.value = 0x7FFF00000010
+    assert block.get("k_map") == struct.pack("<Q", 0x7FFF00000010) + encoded[8:]
+    assert block.get("n") == -1 and block.get("out") == 5
+
+
+def test_what_is_no_tensor_map_is_refused() -> None:
+    block = MAPS.block()
+    for value in (bytes(127), 0, None):
+        with pytest.raises(ParamsError, match=r"MapParams.q_map \(TensorMap\) takes 128 bytes"):
+            block.set("q_map", value)
+    for slot, name in (
+        ("pointer_slot", "q_map"),
+        ("scalar_slot", "q_map"),
+        ("tensor_map_slot", "n"),
+    ):
+        with pytest.raises(ParamsError, match="is not a"):
+            getattr(block, slot)(name)
+    with pytest.raises(ParamsError, match="arrays of TensorMap are not covered"):
+        ParamLayout.parse("P", "struct P { TensorMap maps[2]; };")
+
+
 @pytest.mark.parametrize("count", [0, 2])
 def test_there_must_be_one_definition(count: int) -> None:
     with pytest.raises(ParamsError, match=f"one definition of struct P, found {count}"):
@@ -219,6 +265,7 @@ def test_layout_is_that_of_the_device_compiler() -> None:
     types = "using i32 = int; using u32 = unsigned; using i64 = long long; using f32 = float;\n"
     types += "using u64 = unsigned long long;\n"
     _compile(OFFSET_OF + types + TEXT + _asserts("FwdParams", LAYOUT), {})
+    _compile(OFFSET_OF + types + MAPS_TEXT + _asserts("MapParams", MAPS), {})
 
 
 def test_the_kernels_own_structs_are_packed_as_the_device_compiler_does() -> None:

@@ -84,6 +84,17 @@ def test_the_simulator_gets_its_twins_under_the_same_names(
     assert "<cmath>" in simulated["common/ptx/mma.cuh"]
 
 
+def test_wgmma_shapes_are_generated_from_the_constants() -> None:
+    constants = (("bf16", True), ("wgmma_qk_n", 176), ("wgmma_pv_n", 64))
+    texts = sources.resolve("common/ptx/wgmma.cuh", constants=constants)
+    assert list(texts) == ["common/ptx/wgmma.cuh", "common/ptx/base.cuh", sources.WGMMA_SHAPES]
+    assert "m64n176k16.f32.bf16.bf16" in texts[sources.WGMMA_SHAPES]
+    other = sources.resolve("common/ptx/wgmma.cuh", constants=(("wgmma_qk_n", 8),))
+    assert other[sources.WGMMA_SHAPES] != texts[sources.WGMMA_SHAPES]
+    simulated = sources.resolve("common/ptx/wgmma.cuh", simulate=True, constants=constants)
+    assert sources.WGMMA_SHAPES not in simulated
+
+
 def test_texts_are_read_once_per_process(tiny_tree: Path) -> None:
     before = sources.resolve("tiny/scale.cu")
     (tiny_tree / "op.cuh").write_text("changed under the running process")

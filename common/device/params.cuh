@@ -3,6 +3,7 @@
 // feature is off.
 #pragma once
 #include "common/ptx/base.cuh"
+#include "common/ptx/tensor_map.cuh"
 
 // Attention forward (flash2/fwd.cu). Packed sequences ("varlen"): batch strides are 0 and
 // cu_seqlens give the first rows.
@@ -119,4 +120,44 @@ struct BwdParams {
   const i64* rng_state;
   u32 keep_threshold;
   f32 keep_probability;  // 1 - dropout_p = 1 / keep_scale
+};
+
+// Attention forward on Hopper (hopper/fwd.cu). Tensors are known by their maps, whose dims are
+// (column, row, head, first row, batch): see map_row in fwd.cu.
+struct HopperFwdParams {
+  TensorMap q_map;    // boxes of 64 rows
+  TensorMap k_map;    // boxes of Cfg::kBlockN rows
+  TensorMap v_map;    // boxes of Cfg::kBlockN rows
+  TensorMap out_map;  // boxes of 64 rows
+  i32 q_map_rows;     // rows that the second dim of q_map and out_map has
+  i32 k_map_rows;     // the same of k_map and v_map
+  f32* softmax_lse;   // nullable; (batch, num_heads_q, seqlen_q) or (num_heads_q, total_q), natural
+                      // log
+  i64 lse_batch_stride, lse_head_stride;
+
+  // seqlen.cuh: as in FwdParams.
+  const i32* cu_seqlens_q;
+  const i32* cu_seqlens_k;
+  const i32* seqused_q;
+  const i32* seqused_k;
+  i32 batch, seqlen_q, seqlen_k, total_q;
+  i32 num_heads_q, qhead_per_khead, qhead_per_vhead;
+
+  // hopper/tile_scheduler.cuh: order of the tiles.
+  u32* tile_counter;   // nullable: CTAs take turns instead of drawing; 0 before and after a launch
+  i32 num_tiles;       // tiles_per_unit * num_units
+  i32 tiles_per_unit;  // as in FwdParams
+  i32 num_units;
+  i32 units_per_group;
+
+  // mask.cuh, score.cuh, dropout.cuh: as in FwdParams.
+  i32 window_left, window_right;
+  i32 attention_chunk;
+  f32 softmax_scale_log2;
+  f32 softcap_in, softcap_out;
+  const f32* alibi_slopes;
+  i64 alibi_batch_stride;
+  const i64* rng_state;
+  u32 keep_threshold;
+  f32 keep_scale;
 };

@@ -48,6 +48,8 @@ enum class WarpOp : u8 {
   kLdmatrixX4,
   kLdmatrixX2Trans,
   kLdmatrixX4Trans,
+  kStmatrixX4,
+  kStmatrixX4Trans,
   kShflXor,
   kShflIdx,
   kShflUp,
@@ -57,6 +59,10 @@ enum class WarpOp : u8 {
   kCtaSync,
   kNamedBarrierSync,
   kNamedBarrierArrive,
+  kWgmma,
+  kWgmmaFence,
+  kWgmmaCommitGroup,
+  kWgmmaWaitGroup,
 };
 
 struct MmaArgs {

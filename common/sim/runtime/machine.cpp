@@ -18,6 +18,20 @@ void fiber_main() {
   cta.exit_lane();
 }
 
+}  // namespace
+
+Cta& this_cta() { return *t_cta; }
+
+void set_this_cta(Cta* cta) { t_cta = cta; }
+
+std::string describe(const Site& site) {
+  const char* file = site.file_name();
+  if (file[0] == '.' && file[1] == '/') {
+    file += 2;
+  }
+  return std::string(file) + ":" + std::to_string(site.line());
+}
+
 std::string lane_list(u32 mask) {
   if (mask == kAllLanes) {
     return "all lanes";
@@ -36,20 +50,6 @@ std::string lane_list(u32 mask) {
   }
   text.pop_back();
   return text;
-}
-
-}  // namespace
-
-Cta& this_cta() { return *t_cta; }
-
-void set_this_cta(Cta* cta) { t_cta = cta; }
-
-std::string describe(const Site& site) {
-  const char* file = site.file_name();
-  if (file[0] == '.' && file[1] == '/') {
-    file += 2;
-  }
-  return std::string(file) + ":" + std::to_string(site.line());
 }
 
 bool Cta::run(const Launch& request, i32 block) {
@@ -85,6 +85,8 @@ void Cta::reset() {
       lane.lane_idx = static_cast<u32>(l);
       lane.open_group = 0;
       lane.copies.clear();
+      lane.open_store_group = 0;
+      lane.stores.clear();
       fiber_prepare(lane.fiber, stacks_.begin(lane.thread_idx), stacks_.end(lane.thread_idx),
                     fiber_main);
     }
@@ -95,7 +97,10 @@ void Cta::reset() {
   for (Barrier& barrier : barriers_) {
     barrier = Barrier{};
   }
-  races_.start(launch->racecheck != 0, launch->smem_bytes, num_warps);
+  races.start(launch->racecheck != 0, launch->smem_bytes, num_warps);
+  mbarriers.reset();
+  tma.reset();
+  wgmma.reset(num_warps);
   hot_range_ = Range{};
   live_warps_ = num_warps;
   random_state_ = launch->seed * 0x9e3779b97f4a7c15ull + static_cast<u64>(block_idx) + 1;
@@ -134,7 +139,13 @@ void Cta::switch_to(Fiber& from, Lane* next) {
 // there.
 void Cta::run_next() {
   Lane* self = current;
+  if (tma.loads_in_flight() && may_pretend()) {
+    tma.land_one(*this);
+  }
   Lane* next = pick();
+  while (next == nullptr && tma.land_one(*this)) {
+    next = pick();
+  }
   if (next == nullptr) {
     stop("deadlock: no thread can run\n" + waiting_list());
   }
@@ -142,6 +153,13 @@ void Cta::run_next() {
     switch_to(self->fiber, next);
   }
 }
+
+void Cta::sleep() {
+  current->warp->runnable &= ~(1u << current->lane_idx);
+  run_next();
+}
+
+bool Cta::may_pretend() { return launch->seed != 0 && random() % 4 == 0; }
 
 void Cta::warp_op(WarpOp op, void* args, const Site& site) {
   Lane* self = current;
@@ -181,9 +199,15 @@ void Cta::complete_warp_op(Warp& warp) {
     arrive_at_barrier(warp);
     return;
   }
+  if (is_wgmma(warp.op)) {
+    const bool goes_on = wgmma.step(*this, warp);
+    warp.arrived = 0;
+    warp.runnable = goes_on ? kAllLanes : 0;
+    return;
+  }
   if (warp.op == WarpOp::kWarpSync) {
-    if (races_.enabled()) {
-      races_.warp_synced(warp.warp_idx);
+    if (races.enabled()) {
+      races.warp_synced(warp.warp_idx);
     }
   } else {
     compute_warp_op(*this, warp);
@@ -229,8 +253,8 @@ void Cta::arrive_at_barrier(Warp& warp) {
     fail("this warp arrives at barrier " + std::to_string(id) + " twice before it is complete",
          warp.site);
   }
-  if (races_.enabled()) {
-    races_.barrier_arrived(id, warp.warp_idx);
+  if (races.enabled()) {
+    races.barrier_arrived(id, warp.warp_idx);
   }
   barrier.arrived |= bit;
   warp.arrived = 0;
@@ -249,8 +273,8 @@ void Cta::release_barrier_if_complete(i32 id) {
   if (barrier.arrived == 0 || std::popcount(barrier.arrived) < expected) {
     return;
   }
-  if (races_.enabled()) {
-    races_.barrier_released(id, barrier.waiting);
+  if (races.enabled()) {
+    races.barrier_released(id, barrier.waiting);
   }
   for (Warp& warp : warps_) {
     if ((barrier.waiting >> warp.warp_idx & 1u) != 0) {
@@ -272,9 +296,12 @@ void Cta::exit_lane() {
              " of its warp wait in " + name_of(warp.op),
          warp.site);
   }
+  tma.thread_returns(*this, *self);
   if (warp.exited == kAllLanes) {
+    wgmma.warp_returns(*this, warp);
     --live_warps_;
     if (live_warps_ == 0) {
+      tma.last_thread_returns(*this);
       fiber_switch(self->fiber, scheduler_);
     }
     release_barrier_if_complete(0);  // warps that are gone don't count
@@ -295,10 +322,19 @@ std::string Cta::waiting_list() const {
       text += std::string("waits in ") + name_of(warp.op) + " at barrier " +
               std::to_string(warp.barrier) + " (" + std::to_string(std::popcount(barrier.arrived)) +
               " of " + std::to_string(expected) + " warps have arrived), " + describe(warp.site);
-    } else if (warp.arrived != 0) {
-      text += lane_list(warp.arrived) + " wait in " + name_of(warp.op) + ", " + describe(warp.site);
+    } else if (wgmma.waits(warp)) {
+      text += std::string("waits in ") + name_of(warp.op) +
+              " for the other warps of its warpgroup, " + describe(warp.site);
     } else {
-      text += "can run";
+      const std::string waits = mbarriers.waits_of(warp);
+      if (warp.arrived != 0) {
+        text += lane_list(warp.arrived) + " wait in " + name_of(warp.op) + ", " +
+                describe(warp.site) + (waits.empty() ? "" : "; ");
+      }
+      text += waits;
+      if (warp.arrived == 0 && waits.empty()) {
+        text += "can run";
+      }
     }
     text += "\n";
   }

@@ -3,6 +3,7 @@
 //   warp_ops.cpp  what the operations of a whole warp compute
 //   memory.cpp    checked accesses to global and shared memory, asynchronous copies
 //   races.h       the race detector on shared memory
+//   async.h       mbarriers, TMA and wgmma: mbarrier.cpp, tma.cpp, wgmma.cpp
 //   launch.cpp    CTAs over OS threads, the C interface to launcher.py
 #pragma once
 #include <cstdint>
@@ -10,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "async.h"
 #include "calls.h"
 #include "fiber.h"
 #include "races.h"
@@ -56,6 +58,8 @@ struct Lane {  // a CUDA thread
   void* args = nullptr;  // of the warp operation where it sleeps
   u32 open_group = 0;
   std::deque<PendingCopy> copies;
+  u32 open_store_group = 0;
+  std::deque<PendingStore> stores;
 };
 
 struct Warp {
@@ -89,14 +93,28 @@ class Cta {
   [[noreturn]] void fail(const std::string& what, const Site& site);
   char* global(const void* address, u32 bytes, const char* what, const Site& site);
   u8* shared(u32 address, u32 bytes, const char* what, const Site& site);
+  // As shared(), of a box or an object that is larger than its alignment.
+  u8* shared_range(u32 address, u32 bytes, u32 alignment, const char* what, const Site& site);
   void issue_copy(u32 dst, const void* src, u32 bytes, i32 valid_bytes, const Site& site);
   void complete_copies(i32 pending);
   void check_race(u32 offset, u32 bytes, Access access, const Site& site);
   void check_race_ldmatrix(u32 offset, const Site& site);
+  void check_race_of_warp(u32 offset, u32 bytes, Access access, const char* what, const Site& site);
+  // For mbarriers and the like, whose lanes sleep and wake alone.
+  void sleep();
+  void give_way() { run_next(); }
+  Lane& lane_at(i32 thread_idx) { return warps_[thread_idx / 32].lanes[thread_idx % 32]; }
+  void wake(Lane& lane) { lane.warp->runnable |= 1u << lane.lane_idx; }
+  bool may_pretend();  // under a shuffling seed, sometimes: to do what the hardware may do too
+  u64 random();
 
   const Launch* launch = nullptr;
   i32 block_idx = 0;
   Lane* current = nullptr;
+  Races races;
+  Mbarriers mbarriers;
+  Tma tma;
+  Wgmma wgmma;
 
  private:
   void reset();
@@ -108,14 +126,12 @@ class Cta {
   void switch_to(Fiber& from, Lane* next);
   std::string waiting_list() const;
   [[noreturn]] void stop(std::string text);
-  u64 random();
 
   Stacks stacks_;
   std::vector<Warp> warps_;
   std::vector<u8> smem_;
   u8* smem_begin_ = nullptr;  // 16-byte aligned
   Barrier barriers_[kNumBarriers];
-  Races races_;
   Range hot_range_{};  // the range of the last global access
   i32 live_warps_ = 0;
   u64 random_state_ = 0;
@@ -132,6 +148,8 @@ void compute_warp_op(Cta& cta, Warp& warp);
 
 const char* name_of(WarpOp op);
 bool is_barrier(WarpOp op);
+bool is_wgmma(WarpOp op);
 std::string describe(const Site& site);
+std::string lane_list(u32 mask);
 
 }  // namespace flash_sim

@@ -54,6 +54,10 @@ char* Cta::global(const void* pointer, u32 bytes, const char* what, const Site& 
 }
 
 u8* Cta::shared(u32 address, u32 bytes, const char* what, const Site& site) {
+  return shared_range(address, bytes, bytes, what, site);
+}
+
+u8* Cta::shared_range(u32 address, u32 bytes, u32 alignment, const char* what, const Site& site) {
   const u32 offset = address - kSmemBase;
   const u32 size = static_cast<u32>(launch->smem_bytes);
   if (offset >= size || bytes > size - offset) {
@@ -62,7 +66,7 @@ u8* Cta::shared(u32 address, u32 bytes, const char* what, const Site& site) {
              ", the CTA has " + std::to_string(size) + " bytes",
          site);
   }
-  if (address % bytes != 0) {
+  if (address % alignment != 0) {
     fail(std::string("shared memory ") + what + " of " + std::to_string(bytes) +
              " bytes misaligned: smem_base() + " + std::to_string(offset),
          site);
@@ -70,35 +74,45 @@ u8* Cta::shared(u32 address, u32 bytes, const char* what, const Site& site) {
   return smem_begin_ + offset;
 }
 
+namespace {
+
+[[noreturn]] void fail_race(Cta& cta, const char* what, const Races::Conflict& conflict,
+                            const Site& site) {
+  cta.fail("race in shared memory at smem_base() + " + std::to_string(conflict.offset) + ": this " +
+               what + " is not ordered after the " + conflict.what +
+               (conflict.thread_idx >= 0 ? " by thread " + std::to_string(conflict.thread_idx)
+                                         : std::string()) +
+               " at " + describe(conflict.site),
+           site);
+}
+
+}  // namespace
+
 void Cta::check_race(u32 offset, u32 bytes, Access access, const Site& site) {
-  if (!races_.enabled()) {
+  if (!races.enabled()) {
     return;
   }
   const Lane& lane = *current;
   const Races::Conflict conflict =
-      races_.note(lane.warp->warp_idx, lane.lane_idx, offset, bytes, access, site);
+      races.note(lane.warp->warp_idx, lane.lane_idx, offset, bytes, access, site);
   if (conflict.found) {
-    fail("race in shared memory at smem_base() + " + std::to_string(conflict.offset) + ": this " +
-             (access == Access::kRead    ? "read"
-              : access == Access::kWrite ? "write"
-                                         : "cp.async") +
-             " is not ordered after the " + conflict.what + " by thread " +
-             std::to_string(conflict.thread_idx) + " at " + describe(conflict.site),
-         site);
+    fail_race(*this, name_of(access), conflict, site);
   }
 }
 
 void Cta::check_race_ldmatrix(u32 offset, const Site& site) {
-  if (!races_.enabled()) {
+  check_race_of_warp(offset, 16, Access::kRead, "ldmatrix", site);
+}
+
+void Cta::check_race_of_warp(u32 offset, u32 bytes, Access access, const char* what,
+                             const Site& site) {
+  if (!races.enabled()) {
     return;
   }
   const Races::Conflict conflict =
-      races_.note(current->warp->warp_idx, Races::kAnyLane, offset, 16, Access::kRead, site);
+      races.note(current->warp->warp_idx, Races::kAnyLane, offset, bytes, access, site);
   if (conflict.found) {
-    fail("race in shared memory at smem_base() + " + std::to_string(conflict.offset) +
-             ": this ldmatrix is not ordered after the " + conflict.what + " by thread " +
-             std::to_string(conflict.thread_idx) + " at " + describe(conflict.site),
-         site);
+    fail_race(*this, what, conflict, site);
   }
 }
 

@@ -146,8 +146,8 @@ Races::Conflict Races::note(i32 warp, u32 lane_idx, u32 offset, u32 bytes, Acces
         continue;  // the one in flight ends later
       }
       const bool together = read.epoch == epoch && read.lane != lane_idx;
-      read = Record{epoch, agent, static_cast<u8>(together ? kAnyLane : lane_idx), in_flight, 0,
-                    site};
+      read =
+          Record{epoch, agent, static_cast<u8>(together ? kAnyLane : lane_idx), in_flight, 0, site};
       continue;
     }
     for (i32 reader = 0; reader < num_warps_; ++reader) {

@@ -61,6 +61,10 @@ class Races {
 
   // mbarriers, numbered from 0. A clock has one element per warp, then one per mbarrier.
   using Clock = std::vector<u32>;
+  u32 epoch(i32 warp) const { return epoch_[warp]; }
+  bool knows(i32 warp, i32 other, u32 epoch) const {
+    return warp == other ? epoch < epoch_[warp] : epoch <= clock_[warp * num_agents_ + other];
+  }
   Clock clock_of(i32 warp) const;  // with its own present epoch
   void release(i32 warp, Clock& into);
   void acquire(i32 warp, const Clock& from);
@@ -78,7 +82,7 @@ class Races {
     u8 agent = 0;  // warp, or number of warps + mbarrier
     u8 lane = 0;
     InFlight in_flight = InFlight::kNo;  // asynchronous and not yet waited for
-    u8 fences = 0;                       // proxy fences of this thread before it
+    u8 fences = 0;                       // proxy fences of this thread before it, modulo 256
     Site site;
   };
   bool ordered(const Record& before, i32 warp, u32 lane_idx) const;
@@ -95,7 +99,7 @@ class Races {
   std::vector<u32> epoch_;      // [warp]
   std::vector<u32> clock_;      // [warp][agent]
   std::vector<u32> fenced_;     // [warp][agent]: its clock at its last proxy fence
-  std::vector<u8> fences_;      // [thread]: proxy fences so far
+  std::vector<u8> fences_;      // [thread]: proxy fences so far, modulo 256
   std::vector<u32> joined_;     // [barrier][agent]: clocks of those that have arrived
 };
 

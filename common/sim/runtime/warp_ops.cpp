@@ -1,23 +1,12 @@
 // What the operations of a whole warp compute, once all its lanes have handed over their arguments.
-#include <bit>
 #include <cstring>
 
+#include "half.h"
 #include "machine.h"
 
 namespace flash_sim {
 
 namespace {
-
-f32 f16_as_f32(u16 bits) {
-  const u32 magnitude = bits & 0x7fffu;
-  f32 value = std::bit_cast<f32>(magnitude << 13) * 0x1p112f;  // exact, subnormals included
-  if (magnitude >= 0x7c00u) {
-    value = std::bit_cast<f32>(0x7f800000u | magnitude << 13);
-  }
-  return std::bit_cast<f32>(std::bit_cast<u32>(value) | static_cast<u32>(bits & 0x8000u) << 16);
-}
-
-f32 bf16_as_f32(u16 bits) { return std::bit_cast<f32>(static_cast<u32>(bits) << 16); }
 
 // The fragment layout of the PTX manual (mma.m16n8k16), gathered into plain matrices.
 template <f32 (*kToF32)(u16)>
@@ -76,6 +65,27 @@ void ldmatrix(Cta& cta, Warp& warp, i32 num_matrices, bool transposed) {
   }
 }
 
+void stmatrix(Cta& cta, Warp& warp, bool transposed) {
+  const auto element = [&](i32 matrix, i32 lane, i32 half) {
+    return static_cast<u16>(static_cast<StmatrixArgs*>(warp.lanes[lane].args)->r[matrix] >>
+                            (16 * half));
+  };
+  for (i32 matrix = 0; matrix < 4; ++matrix) {
+    for (i32 row = 0; row < 8; ++row) {
+      u16 values[8];
+      for (i32 col = 0; col < 8; ++col) {
+        values[col] = transposed ? element(matrix, col * 4 + row / 2, row % 2)
+                                 : element(matrix, row * 4 + col / 2, col % 2);
+      }
+      cta.current = &warp.lanes[matrix * 8 + row];
+      const u32 addr = static_cast<StmatrixArgs*>(cta.current->args)->addr;
+      u8* to = cta.shared(addr, 16, "write by stmatrix", warp.site);
+      cta.check_race(addr - kSmemBase, 16, Access::kWrite, warp.site);
+      memcpy(to, values, 16);
+    }
+  }
+}
+
 // Each lane's source lane, from (own lane, operand).
 template <class SourceLane>
 void shuffle(Cta& cta, Warp& warp, i32 max_operand, SourceLane source_lane) {
@@ -127,6 +137,12 @@ void compute_warp_op(Cta& cta, Warp& warp) {
     case WarpOp::kLdmatrixX4Trans:
       ldmatrix(cta, warp, 4, true);
       break;
+    case WarpOp::kStmatrixX4:
+      stmatrix(cta, warp, false);
+      break;
+    case WarpOp::kStmatrixX4Trans:
+      stmatrix(cta, warp, true);
+      break;
     case WarpOp::kShflXor:
       shuffle(cta, warp, 31, [](i32 lane, i32 mask) { return lane ^ mask; });
       break;
@@ -148,6 +164,11 @@ void compute_warp_op(Cta& cta, Warp& warp) {
     case WarpOp::kNamedBarrierSync:
     case WarpOp::kNamedBarrierArrive:
       break;  // machine.cpp
+    case WarpOp::kWgmma:
+    case WarpOp::kWgmmaFence:
+    case WarpOp::kWgmmaCommitGroup:
+    case WarpOp::kWgmmaWaitGroup:
+      break;  // wgmma.cpp
   }
   cta.current = last_to_arrive;
 }
@@ -155,6 +176,11 @@ void compute_warp_op(Cta& cta, Warp& warp) {
 bool is_barrier(WarpOp op) {
   return op == WarpOp::kCtaSync || op == WarpOp::kNamedBarrierSync ||
          op == WarpOp::kNamedBarrierArrive;
+}
+
+bool is_wgmma(WarpOp op) {
+  return op == WarpOp::kWgmma || op == WarpOp::kWgmmaFence || op == WarpOp::kWgmmaCommitGroup ||
+         op == WarpOp::kWgmmaWaitGroup;
 }
 
 const char* name_of(WarpOp op) {
@@ -171,6 +197,10 @@ const char* name_of(WarpOp op) {
       return "ldmatrix_x2_trans";
     case WarpOp::kLdmatrixX4Trans:
       return "ldmatrix_x4_trans";
+    case WarpOp::kStmatrixX4:
+      return "stmatrix_x4";
+    case WarpOp::kStmatrixX4Trans:
+      return "stmatrix_x4_trans";
     case WarpOp::kShflXor:
       return "shfl_xor";
     case WarpOp::kShflIdx:
@@ -189,6 +219,14 @@ const char* name_of(WarpOp op) {
       return "named_barrier_sync";
     case WarpOp::kNamedBarrierArrive:
       return "named_barrier_arrive";
+    case WarpOp::kWgmma:
+      return "wgmma";
+    case WarpOp::kWgmmaFence:
+      return "wgmma_fence";
+    case WarpOp::kWgmmaCommitGroup:
+      return "wgmma_commit_group";
+    case WarpOp::kWgmmaWaitGroup:
+      return "wgmma_wait_group";
   }
   return "?";
 }

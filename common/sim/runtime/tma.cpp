@@ -1,0 +1,224 @@
+// TMA: boxes between global and shared memory, as late as the program's waits allow. See async.h.
+#include <algorithm>
+#include <cstring>
+
+#include "machine.h"
+
+namespace flash_sim {
+
+namespace {
+
+constexpr u32 kMagic = 0x70616d54;  // of sim/tensor_map.py
+constexpr u32 kAlignment = 128;
+
+// TMA moves the bits of a shared address that number the 128-byte line into those that number the
+// 16-byte unit.
+u32 swizzled(u32 address, u32 swizzle_bytes) {
+  return swizzle_bytes == 0 ? address : address ^ (address >> 3 & (swizzle_bytes - 16));
+}
+
+Transfer make_transfer(Cta& cta, const void* encoded, u32 address, const i32* coords, i32 rank,
+                       const char* what, const Site& site) {
+  Tma::check_map(cta, encoded, site);
+  Transfer transfer;
+  memcpy(&transfer.map, encoded, sizeof transfer.map);
+  const EncodedTensorMap& map = transfer.map;
+  if (map.rank != rank) {
+    cta.fail(std::string(what) + " of " + std::to_string(rank) + " dims with a tensor map of " +
+                 std::to_string(map.rank),
+             site);
+  }
+  std::copy_n(coords, rank, transfer.coords.begin());
+  if (coords[0] * map.element_bytes % 16 != 0) {  // an illegal instruction on an H100
+    cta.fail(std::string(what) + " at column " + std::to_string(coords[0]) +
+                 ": a box begins at a multiple of 16 bytes",
+             site);
+  }
+  transfer.bytes = map.element_bytes;
+  for (const u16 extent : map.box) {
+    transfer.bytes *= extent;
+  }
+  transfer.offset = address - kSmemBase;
+  transfer.lane = cta.current;
+  transfer.site = site;
+  cta.shared_range(address, transfer.bytes, kAlignment, what, site);
+  return transfer;
+}
+
+// Calls visit(offset in shared memory, global address or 0, bytes) for each piece of the box: a
+// 16-byte unit, or the part of one inside the tensor and the parts outside, whose address is 0.
+template <class Visit>
+void for_each_piece(const Transfer& transfer, Visit visit) {
+  const EncodedTensorMap& map = transfer.map;
+  const u32 row_bytes = map.box[0] * map.element_bytes;
+  const u32 num_rows = transfer.bytes / row_bytes;
+  const i64 tensor_row_bytes = i64{map.dims[0]} * map.element_bytes;
+  for (u32 row = 0; row < num_rows; ++row) {
+    u64 global_row = map.address;
+    bool row_exists = true;
+    u32 rest = row;
+    for (i32 dim = 1; dim < map.rank; ++dim) {
+      const i64 at = i64{transfer.coords[dim]} + rest % map.box[dim];
+      rest /= map.box[dim];
+      row_exists &= at >= 0 && at < map.dims[dim];
+      global_row += static_cast<u64>(at) * map.strides[dim - 1];
+    }
+    for (u32 byte = 0; byte < row_bytes; byte += 16) {
+      const u32 address = kSmemBase + transfer.offset + row * row_bytes + byte;
+      const u32 unit = swizzled(address, map.swizzle_bytes) - kSmemBase;
+      const i64 at = i64{transfer.coords[0]} * map.element_bytes + byte;
+      const i64 begin = std::clamp<i64>(-at, 0, 16);
+      const i64 end = row_exists ? std::clamp<i64>(tensor_row_bytes - at, begin, 16) : begin;
+      const auto part = [&](i64 from, i64 to, u64 global) {
+        if (from < to) {
+          visit(unit + static_cast<u32>(from), global, static_cast<u32>(to - from));
+        }
+      };
+      part(0, begin, 0);
+      part(begin, end, global_row + static_cast<u64>(at + begin));
+      part(end, 16, 0);
+    }
+  }
+}
+
+void check_global(Cta& cta, const Transfer& transfer, const char* what) {
+  for_each_piece(transfer, [&](u32, u64 global, u32 bytes) {
+    if (global != 0) {
+      cta.global(reinterpret_cast<const void*>(global), bytes, what, transfer.site);
+    }
+  });
+}
+
+}  // namespace
+
+void Tma::check_map(Cta& cta, const void* map, const Site& site) {
+  EncodedTensorMap decoded;
+  memcpy(&decoded, map, sizeof decoded);
+  if (decoded.magic != kMagic || decoded.address == 0) {
+    cta.fail("the tensor map was not encoded for the simulator, or has no address", site);
+  }
+}
+
+void Tma::load(Cta& cta, u32 dst, const void* map, u32 bar, const i32* coords, i32 rank,
+               const Site& site) {
+  Mbarrier& barrier = cta.mbarriers.find(cta, bar, "TMA load", site);
+  if (!barrier.visible_to_tma) {
+    cta.fail("TMA load on an mbarrier whose thread has not called fence_mbarrier_init()", site);
+  }
+  const Transfer transfer = make_transfer(cta, map, dst, coords, rank, "write by a TMA load", site);
+  check_global(cta, transfer, "read by a TMA load");
+  cta.check_race(transfer.offset, transfer.bytes, Access::kTmaLoadIssued, site);
+  memset(cta.shared_range(dst, transfer.bytes, kAlignment, "", site), 0xff, transfer.bytes);
+  loads_.push_back({transfer, &barrier});
+}
+
+bool Tma::land_one(Cta& cta) {
+  if (loads_.empty()) {
+    return false;
+  }
+  const size_t chosen = cta.launch->seed != 0 ? cta.random() % loads_.size() : 0;
+  const PendingLoad load = loads_[chosen];
+  loads_.erase(loads_.begin() + static_cast<std::ptrdiff_t>(chosen));
+  const Transfer& transfer = load.transfer;
+  Lane* running = cta.current;
+  cta.current = transfer.lane;  // an error is the fault of who issued it
+  u8* box =
+      cta.shared_range(kSmemBase + transfer.offset, transfer.bytes, kAlignment, "", transfer.site);
+  for_each_piece(transfer, [&](u32 offset, u64 global, u32 bytes) {
+    u8* to = box + (offset - transfer.offset);
+    if (global != 0) {
+      memcpy(to, reinterpret_cast<const void*>(global), bytes);
+    } else {
+      memset(to, 0, bytes);
+    }
+  });
+  if (cta.races.enabled()) {
+    cta.races.tma_landed(transfer.offset, transfer.bytes, load.barrier->idx, load.barrier->phase,
+                         transfer.site);
+  }
+  cta.mbarriers.bytes_arrived(cta, *load.barrier, transfer.bytes);
+  cta.current = running;
+  return true;
+}
+
+void Tma::store(Cta& cta, const void* map, u32 src, const i32* coords, i32 rank, const Site& site) {
+  PendingStore store;
+  store.transfer = make_transfer(cta, map, src, coords, rank, "read by a TMA store", site);
+  store.group = cta.current->open_store_group;
+  check_global(cta, store.transfer, "write by a TMA store");
+  cta.check_race(store.transfer.offset, store.transfer.bytes, Access::kTmaStoreIssued, site);
+  cta.current->stores.push_back(std::move(store));
+}
+
+void Tma::wait_stores(Cta& cta, i32 pending, bool read_only) {
+  Lane& lane = *cta.current;
+  const auto is_due = [&](const PendingStore& store) {
+    return store.group + static_cast<u32>(pending) < lane.open_store_group;
+  };
+  for (PendingStore& store : lane.stores) {
+    if (!is_due(store) || store.source_read) {
+      continue;
+    }
+    const Transfer& transfer = store.transfer;
+    const u8* from = cta.shared_range(kSmemBase + transfer.offset, transfer.bytes, kAlignment, "",
+                                      transfer.site);
+    store.data.assign(from, from + transfer.bytes);
+    store.source_read = true;
+    cta.check_race(transfer.offset, transfer.bytes, Access::kTmaStoreDone, transfer.site);
+  }
+  while (!read_only && !lane.stores.empty() && is_due(lane.stores.front())) {
+    const PendingStore& store = lane.stores.front();
+    for_each_piece(store.transfer, [&](u32 offset, u64 global, u32 bytes) {
+      if (global != 0) {
+        memcpy(reinterpret_cast<void*>(global), &store.data[offset - store.transfer.offset], bytes);
+      }
+    });
+    lane.stores.pop_front();
+  }
+}
+
+void Tma::thread_returns(Cta& cta, Lane& lane) {
+  for (const PendingStore& store : lane.stores) {
+    if (!store.source_read) {
+      cta.fail(
+          "this thread returns from the kernel without waiting for its TMA store, which still "
+          "reads shared memory",
+          store.transfer.site);
+    }
+  }
+  wait_stores(cta, 0, false);
+}
+
+void Tma::last_thread_returns(Cta& cta) {
+  if (!loads_.empty()) {
+    cta.fail("the last thread returns from the kernel while this TMA load is in flight",
+             loads_.front().transfer.site);
+  }
+}
+
+void prefetch_tensor_map(const void* map, Site site) { Tma::check_map(this_cta(), map, site); }
+
+void tma_load(u32 dst, const void* map, u32 bar, const i32* coords, i32 rank, Site site) {
+  this_cta().tma.load(this_cta(), dst, map, bar, coords, rank, site);
+}
+
+void tma_store(const void* map, u32 src, const i32* coords, i32 rank, Site site) {
+  this_cta().tma.store(this_cta(), map, src, coords, rank, site);
+}
+
+void tma_store_commit_group() { ++this_cta().current->open_store_group; }
+
+void tma_store_wait_group_read(i32 pending) {
+  this_cta().tma.wait_stores(this_cta(), pending, true);
+}
+
+void tma_store_wait_group(i32 pending) { this_cta().tma.wait_stores(this_cta(), pending, false); }
+
+void fence_proxy_async_shared() {
+  Cta& cta = this_cta();
+  if (cta.races.enabled()) {
+    cta.races.fence_proxy_async(cta.current->warp->warp_idx, cta.current->lane_idx);
+  }
+}
+
+}  // namespace flash_sim
