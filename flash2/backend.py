@@ -5,7 +5,9 @@ Called by `flash_attn_interface/dispatch.py`.
 
 from __future__ import annotations
 
+from .._common.backward_problem import BackwardProblem
 from .._common.problem import Problem, Target
+from .bwd import BackwardPlan
 from .fwd import ForwardPlan
 
 MAX_HEAD_DIM = 256
@@ -14,7 +16,7 @@ MAX_SEQLEN = 2**29
 
 
 class Flash2Backend:
-    """Forward for any head dims up to 256 on sm_80 and up."""
+    """Forward and backward for any head dims up to 256 on sm_80 and up."""
 
     name = "flash2"
 
@@ -30,6 +32,13 @@ class Flash2Backend:
 
     def plan_forward(self, problem: Problem, target: Target) -> ForwardPlan:
         return ForwardPlan(problem, target)
+
+    def refuses_backward(self, problem: BackwardProblem, target: Target) -> str | None:
+        """As refuses_forward; what the forward serves, the backward does."""
+        return self.refuses_forward(problem.forward, target)
+
+    def plan_backward(self, problem: BackwardProblem, target: Target) -> BackwardPlan:
+        return BackwardPlan(problem, target)
 
 
 BACKEND = Flash2Backend()
