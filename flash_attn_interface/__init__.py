@@ -6,6 +6,7 @@ installation.
 """
 
 from .explain import explain
+from .f3b2 import flash_attn_f3b2_func, flash_attn_f3b2_varlen_func
 from .functions import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
 from .simulation import simulate
 from .version import __version__
@@ -13,6 +14,8 @@ from .version import __version__
 __all__ = [
     "__version__",
     "explain",
+    "flash_attn_f3b2_func",
+    "flash_attn_f3b2_varlen_func",
     "flash_attn_func",
     "flash_attn_qkvpacked_func",
     "flash_attn_varlen_func",

@@ -1,27 +1,33 @@
 """Where gradients meet dispatch: called by the public functions of `functions.py` and `fa2.py`.
 
-Today: forward only on GPUs; CPU tensors run the reference, which autograd differentiates by
-itself. The backward will be a torch.autograd.Function in place of the refusal below; what it has
-to save is what `dispatch.forward` returns.
+Eager calls go straight to `dispatch.py`. Under torch.compile the same autograd function calls the
+custom operations of `private_ops.py` and `ops.py` instead, which come back to `dispatch.py` at run
+time. CPU tensors that no simulator takes run the reference, which autograd differentiates by
+itself.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
+from . import traced
 from ._common.checks import check_tensors
 from .backends import ForwardResult
 from .dispatch import forward
-from .simulation import simulated_arch
+from .gradients import gradients
+from .packing import Packing, unpack
+from .simulation import simulate, simulated_arch
 
 
 def attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     max_seqlen_q: int | Tensor | None,
@@ -37,15 +43,50 @@ def attention(
     dropout_p: float,
     return_lse: bool,
     return_softmax: bool,
+    deterministic: bool = False,
+    packing: Packing | None = None,
+    backward_backend: str | None = None,
 ) -> ForwardResult:
     """(out, softmax_lse, s_dmask) of one call, any layout. Arguments as in `checks.ForwardCall`.
 
-    return_lse: somebody will see softmax_lse; otherwise it is neither allocated nor written.
+    k, v: None where an earlier tensor holds them as `packing` says.
+    return_lse: somebody will see softmax_lse; otherwise, and without gradients, it is neither
+        allocated nor written.
+    backward_backend: the kernel tree that has to serve the backward; None to choose.
     """
-    check_tensors(q, k, v)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        _refuse_gradients_of_kernels(q)
-    out, softmax_lse, s_dmask, _ = forward(
+    if packing is None:
+        check_tensors(q, k, v)
+    else:  # the packed ones have been looked at
+        check_tensors(q, q, q)
+    compiling = is_compiling()
+    if torch.is_grad_enabled() and (
+        q.requires_grad
+        or (k is not None and k.requires_grad)
+        or (v is not None and v.requires_grad)
+    ):
+        if compiling or q.is_cuda or simulated_arch() is not None:
+            options = Options(
+                max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, attention_chunk,
+                softcap, dropout_p, return_lse, return_softmax, deterministic, packing,
+                backward_backend,
+            )  # fmt: skip
+            tensors: tuple[Tensor | None, ...] = (
+                q,
+                k,
+                v,
+                cu_seqlens_q,
+                cu_seqlens_k,
+                seqused_q,
+                seqused_k,
+                alibi_slopes,
+            )
+            if compiling:
+                tensors = traced.distinct(*tensors)
+            return _three(_Attention.apply(*tensors, options))  # type: ignore[no-untyped-call]
+    if packing is not None:
+        q, k, v = unpack(q, k, v, packing)
+    run: Any = traced.forward if compiling else forward
+    out, softmax_lse, s_dmask, _ = run(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k,
         softmax_scale, causal, window_size, attention_chunk, softcap, alibi_slopes, dropout_p,
         return_lse, return_softmax,
@@ -53,11 +94,107 @@ def attention(
     return out, softmax_lse, s_dmask
 
 
-def _refuse_gradients_of_kernels(q: Tensor) -> None:
-    if q.device.type == "cpu" and simulated_arch() is None:
-        return
-    raise NotImplementedError(
-        "q, k or v requires a gradient, but the kernels have no backward yet. Call it under "
-        "torch.no_grad() or torch.inference_mode(), or use CPU tensors, whose reference is "
-        "differentiable."
-    )
+class Options(NamedTuple):
+    """What a differentiable call has besides tensors."""
+
+    max_seqlen_q: int | Tensor | None
+    max_seqlen_k: int | Tensor | None
+    softmax_scale: float | None
+    causal: bool
+    window_size: Any
+    attention_chunk: int
+    softcap: float
+    dropout_p: float
+    return_lse: bool
+    return_softmax: bool
+    deterministic: bool
+    packing: Packing | None
+    backward_backend: str | None
+
+
+class _Attention(torch.autograd.Function):
+    """Attention of q, k and v, packed or not. Saves them as they came, out and softmax_lse."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        cu_seqlens_q: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+        seqused_q: Tensor | None,
+        seqused_k: Tensor | None,
+        alibi_slopes: Tensor | None,
+        options: Options,
+    ) -> Any:
+        """out, or (out, softmax_lse), or (out, softmax_lse, s_dmask): what the call asks for."""
+        o = options
+        run = traced.forward if is_compiling() else forward
+        out, softmax_lse, s_dmask, rng_state = run(
+            *unpack(q, k, v, o.packing), cu_seqlens_q, cu_seqlens_k, o.max_seqlen_q,
+            o.max_seqlen_k, seqused_q, seqused_k, o.softmax_scale, o.causal, o.window_size,
+            o.attention_chunk, o.softcap, alibi_slopes, o.dropout_p, True, o.return_softmax,
+        )  # fmt: skip
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            q, k, v, out, softmax_lse, rng_state, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
+            alibi_slopes,
+        )  # fmt: skip
+        ctx.options = options
+        if not is_compiling():
+            ctx.simulated_arch = simulated_arch()
+        if not o.return_lse:
+            return out
+        if s_dmask is None:
+            return out, softmax_lse
+        ctx.mark_non_differentiable(s_dmask)
+        return out, softmax_lse, s_dmask
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Any = None, unused: Any = None) -> Any:
+        q, k, v, out, *others = ctx.saved_tensors
+        o = ctx.options
+        numbers: tuple[Any, ...] = (
+            o.max_seqlen_q, o.max_seqlen_k, o.softmax_scale, o.causal, o.window_size,
+            o.attention_chunk, o.softcap, o.dropout_p, o.deterministic, o.backward_backend,
+        )  # fmt: skip
+        if dout is None:  # only softmax_lse was used
+            dout = torch.zeros_like(out)
+        if is_compiling():
+            results = traced.backward(dout, dlse, q, k, v, o.packing, out, *others, *numbers)
+        else:
+            arch = ctx.simulated_arch
+            with torch.no_grad(), nullcontext() if arch is None else simulate(arch):
+                results = gradients(dout, dlse, q, k, v, o.packing, out, *others, *numbers)
+            if torch.is_grad_enabled():  # create_graph=True
+                results = _NoSecondBackward.apply(*results, q, k, v)  # type: ignore[no-untyped-call]
+        return (*results, None, None, None, None, None, None)
+
+
+class _NoSecondBackward(torch.autograd.Function):
+    """Passes the gradients on; differentiating them is an error that says so."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, dq: Tensor, dk: Tensor | None, dv: Tensor | None, *inputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """inputs: what the gradients are of, so that these require gradients too."""
+        return dq, dk, dv
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        raise RuntimeError(
+            "flash_attn_interface: the gradient of attention was differentiated once more, which "
+            "the kernels cannot do. For second derivatives use CPU tensors, whose reference is "
+            "differentiable any number of times, or scaled_dot_product_attention of "
+            "torch.nn.functional under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
+        )
+
+
+def _three(results: Any) -> ForwardResult:
+    """A tensor or up to three, as (out, softmax_lse, s_dmask)."""
+    if isinstance(results, Tensor):
+        return results, None, None
+    out, softmax_lse, s_dmask = (*results, None, None)[:3]
+    return out, softmax_lse, s_dmask

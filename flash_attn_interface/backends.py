@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ._common.backward_problem import BackwardProblem
 from ._common.problem import Problem, Target
 from ._common.spec import KernelSpec
 from .version import RELEASE
@@ -46,6 +47,39 @@ class Plan(Protocol):
         """What run() does, for people."""
 
 
+class BackwardPlan(Protocol):
+    """How one BackwardProblem is run on one Target. Made once, run often, by one thread."""
+
+    def run(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        softmax_lse: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        cu_seqlens_q: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+        seqused_q: Tensor | None,
+        seqused_k: Tensor | None,
+        alibi_slopes: Tensor | None,
+        rng_state: Tensor | None,
+        dlse: Tensor | None,
+    ) -> Tensor:
+        """Write every row of dq, dk and dv, on torch's current stream of the device.
+
+        out and softmax_lse may be merged over more keys than k has (ring attention). dlse: gradient
+        of softmax_lse. Returns softmax_d = rowsum(dout * out) - dlse, float32 (batch, num_heads_q,
+        seqlen_q rounded up to 128), or (num_heads_q, total_q + 128 * batch) with cu_seqlens_q.
+        """
+
+    def describe(self) -> str:
+        """What run() does, for people."""
+
+
 class KernelPlan(Plan, Protocol):
     """A plan that launches a kernel."""
 
@@ -69,6 +103,12 @@ class Backend(Protocol):
     def plan_forward(self, problem: Problem, target: Target) -> Plan:
         """Cheap, works without a GPU: nothing is compiled or loaded before the plan's first run."""
 
+    def refuses_backward(self, problem: BackwardProblem, target: Target) -> str | None:
+        """As refuses_forward. The forward may have been another tree's."""
+
+    def plan_backward(self, problem: BackwardProblem, target: Target) -> BackwardPlan:
+        """As plan_forward."""
+
 
 class ReferenceBackend:
     """PyTorch's own operations: serves CPU tensors, and any device when forced. Slow and exact."""
@@ -80,6 +120,12 @@ class ReferenceBackend:
 
     def plan_forward(self, problem: Problem, target: Target | None) -> Plan:
         return _ReferencePlan(problem)
+
+    def refuses_backward(self, problem: BackwardProblem, target: Target | None) -> str | None:
+        return self.refuses_forward(problem.forward, target)
+
+    def plan_backward(self, problem: BackwardProblem, target: Target | None) -> BackwardPlan:
+        return _ReferenceBackwardPlan(problem.forward)
 
 
 class _ReferencePlan:
@@ -129,6 +175,40 @@ class _ReferencePlan:
         )
 
 
+class _ReferenceBackwardPlan:
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+
+    def run(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        softmax_lse: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        cu_seqlens_q: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+        seqused_q: Tensor | None,
+        seqused_k: Tensor | None,
+        alibi_slopes: Tensor | None,
+        rng_state: Tensor | None,
+        dlse: Tensor | None,
+    ) -> Tensor:
+        from .reference_backward import reference_backward
+
+        return reference_backward(
+            self._problem, dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k,
+            seqused_q, seqused_k, alibi_slopes, rng_state, dlse,
+        )  # fmt: skip
+
+    def describe(self) -> str:
+        return "PyTorch operations (flash_attn_interface/reference_backward.py)"
+
+
 class EmptyPlan:
     """Problems without a query or without a key: answered without a launch, on any device."""
 
@@ -162,6 +242,46 @@ class EmptyPlan:
 
     def describe(self) -> str:
         return "no query or no key: zeros without a launch"
+
+
+class EmptyBackwardPlan:
+    """The backward of problems without a query or without a key: all gradients are zero."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+
+    def run(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        softmax_lse: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        cu_seqlens_q: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+        seqused_q: Tensor | None,
+        seqused_k: Tensor | None,
+        alibi_slopes: Tensor | None,
+        rng_state: Tensor | None,
+        dlse: Tensor | None,
+    ) -> Tensor:
+        for gradient in (dq, dk, dv):
+            gradient.zero_()
+        return q.new_zeros(softmax_d_shape(self._problem), dtype=torch.float32)
+
+    def describe(self) -> str:
+        return "no query or no key: zeros without a launch"
+
+
+def softmax_d_shape(problem: Problem) -> tuple[int, ...]:
+    """FlashAttention-2's padding: rows rounded up to 128, or 128 more for each packed sequence."""
+    if problem.varlen_q:
+        return problem.num_heads_q, problem.total_q + 128 * problem.batch
+    return problem.batch, problem.num_heads_q, -(-problem.seqlen_q // 128) * 128
 
 
 def s_dmask_shape(problem: Problem) -> tuple[int, int, int, int]:

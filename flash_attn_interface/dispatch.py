@@ -1,152 +1,37 @@
-"""From checked arguments to a running plan: which backend serves a call, and the memory of earlier
-answers.
+"""From checked arguments to a running plan, and the memory of earlier plans.
 
-Called by `autograd.py`. `forward` is the hot path: a warm call on a GPU builds one flat key, finds
-its plan and runs it. A key seen for the first time goes through `checks.py` (errors), `decide`
-(which backend) and the backend's planner. `explain.py` shows the same decisions.
+Called by `autograd.py`, `ops.py` and `private_ops.py`. `forward` is the hot path: a warm call on a
+GPU builds one flat key, finds its plan and runs it. A key seen for the first time goes through
+`checks.py` (errors), `selection.py` (which backend) and the backend's planner. `backward` likewise.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import backends
-from ._common import checks, env
-from ._common.arch import arch_of
-from ._common.check_values import window_pair
+from ._common import checks
+from ._common.backward_problem import BackwardProblem
+from ._common.check_backward import BackwardTensors, check_backward
+from ._common.check_values import flag, window_pair
 from ._common.checks import ForwardCall
-from ._common.problem import Problem, Target
-from .backends import Backend, Plan
-from .simulation import capability_of, simulated_arch
+from ._common.problem import Problem
+from .backends import BackwardPlan, Plan
+from .selection import Decision, device_of, select, select_backward
+from .selection import Device as Device
+from .selection import decide as decide
+from .selection import target_for as target_for
 
 ForwardState = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 """(out, softmax_lse, s_dmask, rng_state); None where the call does not ask for it."""
 
-_HOPPER_CAPABILITY = (9, 0)
 _MAX_PLANS = 4096  # per thread; a plan is a few kB. Ragged batches make a new one per total length
 _ADDRESS_BITS = 15  # an address matters up to 16-byte alignment
-
-
-@dataclass(frozen=True)
-class Device:
-    """What the choice of a backend may depend on. capability None: a CPU, not simulated."""
-
-    capability: tuple[int, int] | None
-    index: int = 0
-    simulated: bool = False
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Who serves a problem and why. target: None for the reference, which needs no compiling."""
-
-    backend: Backend
-    target: Target | None
-    reason: str
-    refused: tuple[tuple[str, str], ...] = ()  # (backend, its reason), in the order they were asked
-
-
-def decide(
-    problem: Problem, device: Device, installed: Sequence[Backend], forced: str | None = None
-) -> Decision:
-    """Choose a backend. Pure: the same arguments give the same answer.
-
-    Args:
-        installed: kernel trees in order of preference.
-        forced: name of the only one allowed, or "reference"; None to choose.
-
-    Raises:
-        NotImplementedError: nobody serves it; the message has each one's reason and a way out.
-    """
-    if forced == "reference" or (device.capability is None and forced is None):
-        refusal = backends.REFERENCE.refuses_forward(problem, None)
-        if refusal is not None:
-            raise NotImplementedError(f"The reference cannot serve this call: {refusal}.")
-        cpu = "CPU tensors run PyTorch operations; simulate(arch) runs the kernels on them"
-        return Decision(backends.REFERENCE, None, _forced(forced) if forced else cpu)
-    if device.capability is None:
-        raise NotImplementedError(
-            f"{_forced(forced)}, but the tensors are on the CPU: move them to a GPU, or run the "
-            "kernels in the simulator with flash_attn_interface.simulate(arch)"
-        )
-    refused: list[tuple[str, str]] = []
-    for backend in installed:
-        if forced not in (None, backend.name):
-            refused.append((backend.name, _forced(forced)))
-            continue
-        target = target_for(backend.name, device)
-        refusal = _refusal(backend, problem, device, target)
-        if refusal is None:
-            reason = f"first of the installed kernel trees that serves {target.arch}"
-            return Decision(backend, target, _forced(forced) if forced else reason, tuple(refused))
-        refused.append((backend.name, refusal))
-    if forced is not None and forced not in [backend.name for backend in installed]:
-        refused.append((forced, "it is not installed; cd hopper && python setup.py install"))
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in refused)
-    raise NotImplementedError(
-        f"No kernel serves {problem.describe()}. {reasons}. Way out: "
-        f"{env.FORCE_BACKEND.name}=reference computes it with PyTorch operations, slowly."
-    )
-
-
-def _forced(name: str | None) -> str:
-    return f"{env.FORCE_BACKEND.name}={name}"
-
-
-def target_for(backend_name: str, device: Device) -> Target:
-    """The architecture a tree compiles for there. NotImplementedError for one we do not know."""
-    assert device.capability is not None
-    arch = arch_of(device.capability)
-    if backend_name == "hopper" and device.capability == _HOPPER_CAPABILITY:
-        arch += "a"  # wgmma and setmaxnreg exist only in sm_90a code
-    return Target(arch, device.index, device.simulated)
-
-
-def _refusal(backend: Backend, problem: Problem, device: Device, target: Target) -> str | None:
-    if backend.name == "hopper" and device.capability != _HOPPER_CAPABILITY:
-        return f"it serves sm_90a, this device is {target.arch}"
-    return backend.refuses_forward(problem, target)
-
-
-def device_of(tensor: Tensor) -> Device:
-    """Facts about the device that holds `tensor`, a simulated GPU included."""
-    kind = tensor.device.type
-    if kind == "cuda":
-        if torch.version.hip is not None:
-            raise NotImplementedError(
-                "AMD GPUs are not supported: the kernels are NVIDIA machine code"
-            )
-        return Device(torch.cuda.get_device_capability(tensor.device), tensor.get_device())
-    if kind == "cpu":
-        arch = simulated_arch()
-        return Device(capability_of(arch), simulated=True) if arch else Device(None)
-    raise NotImplementedError(
-        f"q is on {tensor.device}: expected a CUDA device (or the CPU, for the slow reference)"
-    )
-
-
-def installed_backends(device: Device, forced: str | None) -> tuple[Backend, ...]:
-    """Kernel trees in order of preference. Looks for the Hopper tree only where it may serve."""
-    if device.capability is None:
-        return ()
-    hopper = None
-    if device.capability == _HOPPER_CAPABILITY or forced == "hopper":
-        hopper = backends.hopper()
-    return (backends.flash2(),) if hopper is None else (hopper, backends.flash2())
-
-
-def select(problem: Problem, device: Device) -> Decision:
-    """`decide` with what is installed and the environment."""
-    forced = env.FORCE_BACKEND.get()
-    if forced == "reference":
-        return decide(problem, device, (), forced)
-    return decide(problem, device, installed_backends(device, forced), forced)
 
 
 def make_plan(problem: Problem, decision: Decision) -> Plan:
@@ -158,11 +43,21 @@ def make_plan(problem: Problem, decision: Decision) -> Plan:
     return decision.backend.plan_forward(problem, decision.target)
 
 
+def make_backward_plan(problem: BackwardProblem, decision: Decision) -> BackwardPlan:
+    """Likewise for the backward."""
+    if min(problem.forward.total_q, problem.forward.total_k) == 0:
+        return backends.EmptyBackwardPlan(problem.forward)
+    if decision.target is None:
+        return backends.REFERENCE.plan_backward(problem, None)
+    return decision.backend.plan_backward(problem, decision.target)
+
+
 class _Plans(threading.local):
     """Plans of one thread: they hold a parameter block that is patched in place."""
 
     def __init__(self) -> None:
         self.by_key: dict[Hashable, Plan] = {}
+        self.backward_by_key: dict[Hashable, BackwardPlan] = {}
 
 
 _plans = _Plans()
@@ -263,6 +158,126 @@ def _plan_for(call: ForwardCall, key: Hashable | None) -> Plan:
     plan = plans.get(key)
     if plan is None:
         plan = make_plan(problem, decision)
+        if len(plans) >= _MAX_PLANS:
+            plans.clear()
+        plans[key] = plan
+    return plan
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | Tensor | None,
+    max_seqlen_k: int | Tensor | None,
+    seqused_q: Tensor | None,
+    seqused_k: Tensor | None,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: Any,
+    attention_chunk: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    dropout_p: float,
+    rng_state: Tensor | None,
+    deterministic: bool,
+    dlse: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention backward without autograd: writes dq, dk and dv, which may have any strides.
+
+    Args:
+        out, softmax_lse: of the forward, or merged over more keys than k has.
+        rng_state: what the forward returned; only with dropout.
+        dlse: gradient of softmax_lse.
+        backend: the tree that has to serve it, if kernels do; None to choose.
+        Others as in `forward`.
+
+    Returns:
+        softmax_d, see `backends.BackwardPlan`.
+    """
+    dout, q, k, v, out = map(checks.last_dim_contiguous, (dout, q, k, v, out))
+    results = (dq, dk, dv)
+    dq, dk, dv = map(checks.last_dim_contiguous, results)
+    if type(window_size) is not tuple or window_size != (-1, -1):
+        window_size = window_pair(window_size)
+    if cu_seqlens_q is not None or cu_seqlens_k is not None:
+        max_seqlen_q = checks.host_max_seqlen(max_seqlen_q, q)
+        max_seqlen_k = checks.host_max_seqlen(max_seqlen_k, k)
+
+    key = plan = None
+    if q.is_cuda:
+        addresses = q.data_ptr() | k.data_ptr() | v.data_ptr() | dout.data_ptr() | out.data_ptr()
+        addresses |= dq.data_ptr() | dk.data_ptr() | dv.data_ptr()
+        key = (
+            *_layouts(q, k, v, dout, out, softmax_lse, dq, dk, dv), addresses & _ADDRESS_BITS,
+            softmax_scale, causal, window_size, attention_chunk, softcap, dropout_p, deterministic,
+            backend, max_seqlen_q, max_seqlen_k,
+            *_layouts(
+                cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, rng_state, dlse
+            ),
+        )  # fmt: skip
+        plan = _plans.backward_by_key.get(key)
+    if plan is None:
+        call = ForwardCall(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k,
+            softmax_scale, causal, window_size, attention_chunk, softcap, alibi_slopes, dropout_p,
+            True, False,
+        )  # fmt: skip
+        tensors = BackwardTensors(dout, out, softmax_lse, dq, dk, dv, rng_state, dlse)
+        plan = _backward_plan_for(call, tensors, deterministic, backend, key)
+    softmax_d = plan.run(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, seqused_q,
+        seqused_k, alibi_slopes, rng_state, dlse,
+    )  # fmt: skip
+    for asked_for, written in zip(results, (dq, dk, dv), strict=True):
+        if written is not asked_for:
+            asked_for.copy_(written)
+    return softmax_d
+
+
+def _layouts(*tensors: Tensor | None) -> list[Hashable]:
+    """As `_layout`, of all."""
+    found: list[Hashable] = []
+    for tensor in tensors:
+        if tensor is None:
+            found.append(None)
+        else:
+            found += tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device()
+    return found
+
+
+def _backward_plan_for(
+    call: ForwardCall,
+    tensors: BackwardTensors,
+    deterministic: bool,
+    backend: str | None,
+    key: Hashable | None,
+) -> BackwardPlan:
+    """As `_plan_for`."""
+    plans = _plans.backward_by_key
+    forward_problem = checks.check_forward(call)
+    if call.q.device.type == "cpu":
+        checks.check_lengths(call, forward_problem)
+    check_backward(forward_problem, call.q, call.k, call.v, tensors)
+    problem = BackwardProblem.of(
+        forward_problem, tensors.dout, call.q, call.k, call.v, tensors.out, tensors.dq, tensors.dk,
+        tensors.dv, flag("deterministic", deterministic),
+    )  # fmt: skip
+    decision = select_backward(problem, device_of(call.q), backend)
+    if key is None:
+        key = (problem, decision.target)
+    plan = plans.get(key)
+    if plan is None:
+        plan = make_backward_plan(problem, decision)
         if len(plans) >= _MAX_PLANS:
             plans.clear()
         plans[key] = plan

@@ -15,15 +15,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import dispatch, selection
 from ._common import checks
+from ._common.backward_problem import BackwardProblem
 from ._common.checks import ForwardCall
 from ._common.problem import Problem, Target
 from ._common.spec import KernelSpec
-from .dispatch import Decision, Device
+from .selection import Decision, Device
 from .simulation import capability_of
 
 TensorOrShape = Tensor | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Backward:
+    """Who would serve the backward of the call, with which kernels."""
+
+    problem: BackwardProblem
+    decision: Decision | None
+    plan: str  # in its own words
+    error: str = ""  # why, if nobody serves it
+
+    @property
+    def backend(self) -> str | None:
+        return self.decision.backend.name if self.decision else None
 
 
 @dataclass(frozen=True)
@@ -39,6 +54,7 @@ class Explanation:
     grid: int = 0  # CTAs
     cache_folder: Path | None = None
     cache_state: str = ""
+    backward: Backward | None = None  # None: nobody serves the forward
 
     @property
     def backend(self) -> str | None:
@@ -67,6 +83,7 @@ class Explanation:
             ("3 plan", self._plan_lines()),
             ("4 cubin", self._cubin_lines()),
             ("5 kernel", self._kernel_lines()),
+            ("6 backward", self._backward_lines()),
         ]
         lines = []
         for title, texts in hops:
@@ -85,12 +102,7 @@ class Explanation:
         ]
 
     def _backend_lines(self) -> list[str]:
-        if self.decision is None:
-            return [f"none: {self.error}"]
-        target = self.decision.target
-        where = f" for {target.describe()}" if target else ""
-        lines = [f"{self.decision.backend.name}{where}: {self.decision.reason}"]
-        return lines + [f"not {name}: {reason}" for name, reason in self.decision.refused]
+        return _decision_lines(self.decision, self.error)
 
     def _plan_lines(self) -> list[str]:
         spec = self.spec.describe() if self.spec else ""  # hop 5 shows it as a table
@@ -110,6 +122,20 @@ class Explanation:
             f"{self.spec.entry} in {self.spec.source}, {self.grid} CTAs, with the constants",
             *(f"  {name:<{width}} {value}" for name, value in self.spec.constants),
         ]
+
+    def _backward_lines(self) -> list[str]:
+        if self.backward is None:
+            return ["-"]
+        lines = _decision_lines(self.backward.decision, self.backward.error)
+        return lines + self.backward.plan.splitlines()
+
+
+def _decision_lines(decision: Decision | None, error: str) -> list[str]:
+    if decision is None:
+        return [f"none: {error}"]
+    where = f" for {decision.target.describe()}" if decision.target else ""
+    lines = [f"{decision.backend.name}{where}: {decision.reason}"]
+    return lines + [f"not {name}: {reason}" for name, reason in decision.refused]
 
 
 def explain(
@@ -133,6 +159,7 @@ def explain(
     return_attn_probs: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     arch: str | None = None,
+    deterministic: bool = False,
 ) -> Explanation:
     """Which backend and kernel a call would use, and why. Nothing is compiled or launched.
 
@@ -152,7 +179,7 @@ def explain(
 
     Returns:
         An Explanation: print it, or read backend, refused, spec, constants, grid, smem_bytes,
-        cache_folder, cache_state.
+        cache_folder, cache_state, backward.
 
     Raises:
         TypeError, ValueError, NotImplementedError: the errors of arguments, as in the call itself.
@@ -183,13 +210,14 @@ def explain(
     problem = checks.check_forward(call)
     device = _device(call.q, arch)
     try:
-        decision = dispatch.select(problem, device)
+        decision = selection.select(problem, device)
         plan = dispatch.make_plan(problem, decision)
     except NotImplementedError as error:
         return Explanation(problem, device, None, "", error=str(error))
+    backward = _explain_backward(call, problem, device, deterministic)
     spec = getattr(plan, "spec", None)
     if spec is None or decision.target is None:
-        return Explanation(problem, device, decision, plan.describe())
+        return Explanation(problem, device, decision, plan.describe(), backward=backward)
     folder, state = _cache_state(spec, decision.target)
     return Explanation(
         problem,
@@ -200,7 +228,24 @@ def explain(
         grid=getattr(plan, "grid", 0),
         cache_folder=folder,
         cache_state=state,
+        backward=backward,
     )
+
+
+def _explain_backward(
+    call: ForwardCall, problem: Problem, device: Device, deterministic: bool
+) -> Backward:
+    """Of a dense dout, without launching anything."""
+    q, k, v = call.q, call.k, call.v
+    out = q.new_empty((*q.shape[:-1], problem.head_dim_v), device="meta")
+    dq, dk, dv = (torch.empty_like(tensor, device="meta") for tensor in (q, k, v))
+    backward_problem = BackwardProblem.of(problem, out, q, k, v, out, dq, dk, dv, deterministic)
+    try:
+        decision = selection.select_backward(backward_problem, device)
+        plan = dispatch.make_backward_plan(backward_problem, decision)
+    except NotImplementedError as error:
+        return Backward(backward_problem, None, "", str(error))
+    return Backward(backward_problem, decision, plan.describe())
 
 
 def _stand_in(value: Any, dtype: torch.dtype) -> Any:
@@ -232,8 +277,8 @@ def _device(q: Tensor, arch: str | None) -> Device:
     if arch is not None:
         return Device(capability_of(arch))
     if q.is_meta and torch.cuda.is_available():
-        return dispatch.device_of(torch.empty(0, device="cuda"))
-    return dispatch.device_of(torch.empty(0) if q.is_meta else q)
+        return selection.device_of(torch.empty(0, device="cuda"))
+    return selection.device_of(torch.empty(0) if q.is_meta else q)
 
 
 def _cache_state(spec: KernelSpec, target: Target) -> tuple[Path | None, str]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .autograd import attention
+from .packing import Packing
 
 WindowSize = Sequence[int] | Tensor
 OutLseSoftmax = tuple[Tensor, Tensor, Tensor]
@@ -51,8 +52,9 @@ def flash_attn_func(
         softcap: c > 0 replaces the scaled scores s by c * tanh(s / c). May go with dropout.
         alibi_slopes: float32, (num_heads_q,) or (batch, num_heads_q): adds
             -slope * |i + seqlen_k - seqlen_q - j| to the scores.
-        deterministic: concerns the backward; the forward always is.
-        return_attn_probs: also return softmax_lse and S_dmask, for tests; not differentiable.
+        deterministic: make dq bitwise reproducible too. out, dk and dv always are.
+        return_attn_probs: also return softmax_lse, which is differentiable, and S_dmask, which is
+            not.
 
     Returns:
         out, (batch, seqlen_q, num_heads_q, head_dim_v) in the dtype of q; a query that sees no key
@@ -60,19 +62,18 @@ def flash_attn_func(
         softmax_lse: float32 (batch, num_heads_q, seqlen_q), the natural logarithm of the softmax's
         denominator, of scores exactly as defined above; -inf for a query that sees no key.
         S_dmask: empty, (0,), without dropout. With dropout (batch, num_heads_q, seqlen_q,
-            seqlen_k),
-        lengths rounded up to 128, dtype of q: exp(score - running row maximum), negative where
-            dropped.
+            seqlen_k), lengths rounded up to 128, dtype of q: the sign is negative where dropped;
+            the magnitude is exp(score - reference), where the reference of a row may change from
+            one tile of keys to the next and lies at most 8 ln 2 below the row's maximum so far.
 
     Raises:
         TypeError: an argument's type or dtype is wrong.
         ValueError: shapes, devices or values disagree or are out of range.
-        NotImplementedError: a tensor on a GPU requires a gradient, or the GPU is older than sm_80.
-            The message says what to do instead.
+        NotImplementedError: the GPU is older than sm_80.
     """
     return _dense(
-        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-        return_attn_probs,
+        q, k, v, None, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        deterministic, return_attn_probs,
     )  # fmt: skip
 
 
@@ -102,10 +103,9 @@ def flash_attn_kvpacked_func(
     Raises:
         TypeError, ValueError, NotImplementedError: as `flash_attn_func`.
     """
-    k, v = _unpack("kv", kv, 2, 1)
     return _dense(
-        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-        return_attn_probs,
+        q, kv, None, _packing("kv", kv, 2, 1), dropout_p, softmax_scale, causal, window_size,
+        softcap, alibi_slopes, deterministic, return_attn_probs,
     )  # fmt: skip
 
 
@@ -133,10 +133,9 @@ def flash_attn_qkvpacked_func(
     Raises:
         TypeError, ValueError, NotImplementedError: as `flash_attn_func`.
     """
-    q, k, v = _unpack("qkv", qkv, 3, 1)
     return _dense(
-        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-        return_attn_probs,
+        qkv, None, None, _packing("qkv", qkv, 3, 1), dropout_p, softmax_scale, causal, window_size,
+        softcap, alibi_slopes, deterministic, return_attn_probs,
     )  # fmt: skip
 
 
@@ -192,8 +191,9 @@ def flash_attn_varlen_func(
             "Gather the pages into contiguous k and v, and pass None."
         )
     return _varlen(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
-        causal, window_size, softcap, alibi_slopes, return_attn_probs,
+        q, k, v, None, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+        softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs,
     )  # fmt: skip
 
 
@@ -228,10 +228,10 @@ def flash_attn_varlen_kvpacked_func(
     Raises:
         TypeError, ValueError, NotImplementedError: as `flash_attn_varlen_func`.
     """
-    k, v = _unpack("kv", kv, 2, 0)
     return _varlen(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
-        causal, window_size, softcap, alibi_slopes, return_attn_probs,
+        q, kv, None, _packing("kv", kv, 2, 0), cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+        max_seqlen_k, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        deterministic, return_attn_probs,
     )  # fmt: skip
 
 
@@ -263,10 +263,10 @@ def flash_attn_varlen_qkvpacked_func(
     Raises:
         TypeError, ValueError, NotImplementedError: as `flash_attn_varlen_func`.
     """
-    q, k, v = _unpack("qkv", qkv, 3, 0)
     return _varlen(
-        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale,
-        causal, window_size, softcap, alibi_slopes, return_attn_probs,
+        qkv, None, None, _packing("qkv", qkv, 3, 0), cu_seqlens, cu_seqlens, max_seqlen,
+        max_seqlen, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        deterministic, return_attn_probs,
     )  # fmt: skip
 
 
@@ -307,27 +307,31 @@ def flash_attn_with_kvcache(
 
 def _dense(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    packing: Packing | None,
     dropout_p: float,
     softmax_scale: float | None,
     causal: bool,
     window_size: WindowSize,
     softcap: float,
     alibi_slopes: Tensor | None,
+    deterministic: bool,
     return_attn_probs: bool,
 ) -> Tensor | OutLseSoftmax:
     out, softmax_lse, s_dmask = attention(
         q, k, v, None, None, None, None, None, None, softmax_scale, causal, window_size, 0,
-        softcap, alibi_slopes, dropout_p, return_attn_probs, return_attn_probs,
+        softcap, alibi_slopes, dropout_p, return_attn_probs, return_attn_probs, deterministic,
+        packing,
     )  # fmt: skip
     return _result(out, softmax_lse, s_dmask)
 
 
 def _varlen(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    packing: Packing | None,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     max_seqlen_q: int | Tensor,
@@ -338,6 +342,7 @@ def _varlen(
     window_size: WindowSize,
     softcap: float,
     alibi_slopes: Tensor | None,
+    deterministic: bool,
     return_attn_probs: bool,
 ) -> Tensor | OutLseSoftmax:
     for name, given in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
@@ -346,13 +351,13 @@ def _varlen(
     out, softmax_lse, s_dmask = attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, None, softmax_scale,
         causal, window_size, 0, softcap, alibi_slopes, dropout_p, return_attn_probs,
-        return_attn_probs,
+        return_attn_probs, deterministic, packing,
     )  # fmt: skip
     return _result(out, softmax_lse, s_dmask)
 
 
-def _unpack(name: str, packed: Tensor, count: int, tokens: int) -> tuple[Tensor, ...]:
-    """Views of the `count` tensors stacked behind the token axis `tokens` (0 ragged, 1 dense)."""
+def _packing(name: str, packed: Tensor, count: int, tokens: int) -> Packing:
+    """Of `count` tensors stacked behind the token axis `tokens` (0 ragged, 1 dense)."""
     if not isinstance(packed, Tensor):
         raise TypeError(f"{name} is {type(packed).__name__}: expected a torch.Tensor")
     if packed.ndim != tokens + 4 or packed.shape[tokens + 1] != count:
@@ -361,7 +366,7 @@ def _unpack(name: str, packed: Tensor, count: int, tokens: int) -> tuple[Tensor,
             f"{name} has shape {tuple(packed.shape)}: expected "
             f"({rows}, {count}, num_heads, head_dim)"
         )
-    return packed.unbind(tokens + 1)
+    return Packing(tokens + 1)
 
 
 def _result(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ._common.check_values import non_negative
 from .autograd import attention
+from .packing import Packing
 
 WindowSize = Sequence[int] | Tensor
 OutAndLse = tuple[Tensor, Tensor]
@@ -59,8 +60,8 @@ def flash_attn_func(
         softcap: c > 0 replaces the scaled scores s by c * tanh(s / c).
         num_splits, pack_gqa, sm_margin: scheduling hints of FlashAttention-3, accepted and without
             influence on the result.
-        deterministic: concerns the backward; the forward always is.
-        return_attn_probs: also return softmax_lse. The name is upstream's.
+        deterministic: make dq bitwise reproducible too. out, dk and dv always are.
+        return_attn_probs: also return softmax_lse, which is differentiable. The name is upstream's.
 
     Returns:
         out, (batch, seqlen_q, num_heads_q, head_dim_v) in the dtype of q; a query that sees no key
@@ -71,13 +72,13 @@ def flash_attn_func(
     Raises:
         TypeError: an argument's type or dtype is wrong.
         ValueError: shapes, devices or values disagree or are out of range.
-        NotImplementedError: qv, a descale or an fp8 dtype is given, a tensor on a GPU requires a
-            gradient, or the GPU is older than sm_80. The message says what to do instead.
+        NotImplementedError: qv, a descale or an fp8 dtype is given, or the GPU is older than sm_80.
+            The message says what to do instead.
     """
     _check_hints(softmax_scale, qv, q_descale, k_descale, v_descale, num_splits, sm_margin)
     out, softmax_lse, _ = attention(
         q, k, v, None, None, None, None, None, None, softmax_scale, causal, window_size,
-        attention_chunk, softcap, None, 0.0, return_attn_probs, False,
+        attention_chunk, softcap, None, 0.0, return_attn_probs, False, deterministic,
     )  # fmt: skip
     return _result(out, softmax_lse)
 
@@ -142,7 +143,7 @@ def flash_attn_varlen_func(
     out, softmax_lse, _ = attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k,
         softmax_scale, causal, window_size, attention_chunk, softcap, None, 0.0,
-        return_attn_probs, False,
+        return_attn_probs, False, deterministic,
     )  # fmt: skip
     return _result(out, softmax_lse)
 
@@ -178,20 +179,20 @@ def flash_attn_qkvpacked_func(
     Raises:
         TypeError, ValueError, NotImplementedError: as `flash_attn_func`.
     """
-    q, k, v = _split_qkv(qkv, num_heads_q)
-    return flash_attn_func(
-        q, k, v, softmax_scale, causal, None, q_descale, k_descale, v_descale, window_size,
-        attention_chunk, softcap, deterministic=deterministic, sm_margin=sm_margin,
-        return_attn_probs=return_attn_probs,
+    packing = _qkv_packing(qkv, num_heads_q)
+    _check_hints(softmax_scale, None, q_descale, k_descale, v_descale, 1, sm_margin)
+    out, softmax_lse, _ = attention(
+        qkv, None, None, None, None, None, None, None, None, softmax_scale, causal, window_size,
+        attention_chunk, softcap, None, 0.0, return_attn_probs, False, deterministic, packing,
     )  # fmt: skip
+    return _result(out, softmax_lse)
 
 
-def _split_qkv(qkv: Tensor, num_heads_q: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def _qkv_packing(qkv: Tensor, num_heads_q: int | None) -> Packing:
     if not isinstance(qkv, Tensor):
         raise TypeError(f"qkv is {type(qkv).__name__}: expected a torch.Tensor")
     if qkv.ndim == 5 and qkv.shape[2] == 3:
-        q, k, v = qkv.unbind(2)
-        return q, k, v
+        return Packing(2)
     if qkv.ndim != 4:
         raise ValueError(
             f"qkv has shape {tuple(qkv.shape)}: expected (batch, seqlen, 3, num_heads, head_dim) "
@@ -206,10 +207,7 @@ def _split_qkv(qkv: Tensor, num_heads_q: int | None) -> tuple[Tensor, Tensor, Te
             f"num_heads_q is {heads_q} of {qkv.shape[2]} heads: the rest must be an even number, "
             "half of it k's and half v's"
         )
-    starts = (0, heads_q, heads_q + heads_k)
-    lengths = (heads_q, heads_k, heads_k)
-    q, k, v = (qkv.narrow(2, *part) for part in zip(starts, lengths, strict=True))
-    return q, k, v
+    return Packing(2, (heads_q, heads_k, heads_k))
 
 
 def _check_hints(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flash_attn_interface import backends
+from flash_attn_interface._common.backward_problem import BackwardProblem
 from flash_attn_interface._common.problem import Problem, Target
 from flash_attn_interface._common.spec import KernelSpec
 
@@ -40,6 +41,24 @@ class FakePlan:
 
 
 @dataclass
+class FakeBackwardPlan:
+    """Likewise."""
+
+    problem: BackwardProblem
+    target: Target
+    runs: list[tuple[Any, ...]] = field(default_factory=list)
+
+    def run(self, *tensors: Tensor | None) -> Tensor:
+        self.runs.append(tensors)
+        plain = [t.as_subclass(Tensor) if isinstance(t, PretendCudaTensor) else t for t in tensors]
+        plan: Any = backends.REFERENCE.plan_backward(self.problem, None)
+        return plan.run(*plain)
+
+    def describe(self) -> str:
+        return "three kernels"
+
+
+@dataclass
 class FakeBackend:
     """A kernel tree that remembers what it planned; refusal: its reason to refuse everything."""
 
@@ -47,6 +66,7 @@ class FakeBackend:
     refusal: str | None = None
     release: str = "0"
     plans: list[FakePlan] = field(default_factory=list)
+    backward_plans: list[FakeBackwardPlan] = field(default_factory=list)
 
     def refuses_forward(self, problem: Problem, target: Target) -> str | None:
         return self.refusal
@@ -54,6 +74,13 @@ class FakeBackend:
     def plan_forward(self, problem: Problem, target: Target) -> FakePlan:
         self.plans.append(FakePlan(problem, target))
         return self.plans[-1]
+
+    def refuses_backward(self, problem: BackwardProblem, target: Target) -> str | None:
+        return self.refusal
+
+    def plan_backward(self, problem: BackwardProblem, target: Target) -> FakeBackwardPlan:
+        self.backward_plans.append(FakeBackwardPlan(problem, target))
+        return self.backward_plans[-1]
 
 
 class PretendCudaTensor(Tensor):

@@ -12,8 +12,9 @@ from fakes import FakeBackend, pretend_cuda, qkv, ragged_qkv
 
 import flash_attn
 import flash_attn_interface
-from flash_attn_interface import backends, dispatch, simulate
+from flash_attn_interface import backends, dispatch, selection, simulate
 from flash_attn_interface._common import env
+from flash_attn_interface._common.backward_problem import BackwardProblem
 from flash_attn_interface._common.checks import ForwardCall, check_forward
 from flash_attn_interface._common.problem import Problem, Target
 from flash_attn_interface.dispatch import Device, decide
@@ -325,14 +326,65 @@ def test_plans_can_be_forgotten_and_are_bounded(cuda, monkeypatch):
         assert len(dispatch._plans.by_key) <= 3
 
 
-def test_gradients_are_refused_in_grad_mode_only(cuda):
-    q, k, v = pretend_cuda(*qkv())
-    v.requires_grad_()
-    with pytest.raises(NotImplementedError, match="no_grad"):
-        flash_attn.flash_attn_func(q, k, v)
-    with torch.no_grad():
-        flash_attn.flash_attn_func(q, k, v)
-    assert len(cuda.plans) == 1
+# ---- the backward ------------------------------------------------------------------------------
+
+
+def run_backward(q, k, v, *, dout_stride: int = 1, **changes: Any) -> None:
+    """Through dispatch, as autograd.py does it; makes the other tensors."""
+    wide = torch.randn(*q.shape[:-1], 24 * dout_stride, dtype=q.dtype)
+    out = torch.randn(*q.shape[:-1], 24, dtype=q.dtype)
+    lse = torch.randn(q.shape[0], q.shape[2], q.shape[1])
+    dout, out, lse = pretend_cuda(wide[..., :24], out, lse)
+    results = [torch.empty_like(tensor) for tensor in (q, k, v)]
+    options = {
+        "softmax_scale": None,
+        "causal": False,
+        "window_size": (-1, -1),
+        "attention_chunk": 0,
+        "softcap": 0.0,
+        "alibi_slopes": None,
+        "dropout_p": 0.0,
+        "rng_state": None,
+        "deterministic": False,
+    }
+    dispatch.backward(dout, q, k, v, out, lse, *results, *[None] * 6, **(options | changes))
+
+
+def test_one_backward_plan_serves_equal_calls(cuda):
+    tensors = pretend_cuda(*qkv())
+    for _ in range(3):
+        run_backward(*tensors)
+    assert [len(plan.runs) for plan in cuda.backward_plans] == [3]
+    for count, changes in enumerate(
+        [
+            {"causal": True},
+            {"softmax_scale": 0.5},
+            {"deterministic": True},
+            {"dout_stride": 2},
+            {"backend": "flash2"},
+        ],
+        start=2,
+    ):
+        run_backward(*tensors, **changes)
+        run_backward(*tensors, **changes)
+        assert len(cuda.backward_plans) == count, changes
+    run_backward(tensors[0][:, :3], *tensors[1:])
+    assert len(cuda.backward_plans) == 7
+    dispatch.forget_plans()
+    run_backward(*tensors)
+    assert len(cuda.backward_plans) == 8
+
+
+def test_the_backward_is_chosen_by_itself(problem):
+    strides = (1, 1, 1)
+    backward = BackwardProblem(problem, strides, strides, strides, strides, strides)
+    hopper = FakeBackend("hopper", refusal="it has no backward")
+    decision = selection.decide_backward(backward, Device((9, 0)), [hopper, FakeBackend()])
+    assert decision.backend.name == "flash2" and decision.target == Target("sm_90", 0)
+    assert decision.refused == (("hopper", "it has no backward"),)
+    with pytest.raises(NotImplementedError, match="the backward of bf16"):
+        selection.decide_backward(backward, Device((9, 0)), [hopper])
+    assert selection.decide_backward(backward, Device(None), []).backend is backends.REFERENCE
 
 
 # ---- nothing to compute ------------------------------------------------------------------------

@@ -35,10 +35,10 @@ def test_shapes_and_an_arch_need_no_gpu(fake, tmp_path):
     assert not fake.plans[0].runs
 
 
-def test_text_names_the_five_hops(tmp_path):
+def test_text_names_the_five_hops_and_the_backward(tmp_path):
     text = str(explain(*SHAPES, causal=True, arch="sm_80"))
     titles = [line.split()[1] for line in text.splitlines() if line[0] != " "]
-    assert titles == ["problem", "backend", "plan", "cubin", "kernel"]
+    assert titles == ["problem", "backend", "plan", "cubin", "kernel", "backward"]
     for part in (
         "bf16 qk64 v128, heads 8/8/8, batch 2, seqlen 512x512, causal",
         "flash2 for sm_80, cuda:0: first of the installed kernel trees",

@@ -1,0 +1,180 @@
+"""Which backend serves a problem, and why. `decide` and `decide_backward` are pure; `select` and
+`select_backward` ask them with what is installed here and the environment.
+
+Called by `dispatch.py` once per new kind of call, and by `explain.py`, which shows the same
+decisions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import backends
+from ._common import env
+from ._common.arch import arch_of
+from ._common.backward_problem import BackwardProblem
+from ._common.problem import Problem, Target
+from .backends import Backend
+from .simulation import capability_of, simulated_arch
+
+_HOPPER_CAPABILITY = (9, 0)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the choice of a backend may depend on. capability None: a CPU, not simulated."""
+
+    capability: tuple[int, int] | None
+    index: int = 0
+    simulated: bool = False
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Who serves a problem and why. target: None for the reference, which needs no compiling."""
+
+    backend: Backend
+    target: Target | None
+    reason: str
+    refused: tuple[tuple[str, str], ...] = ()  # (backend, its reason), in the order they were asked
+
+
+def decide(
+    problem: Problem, device: Device, installed: Sequence[Backend], forced: str | None = None
+) -> Decision:
+    """Choose the backend of a forward. Pure: the same arguments give the same answer.
+
+    Args:
+        installed: kernel trees in order of preference.
+        forced: name of the only one allowed, or "reference"; None to choose.
+
+    Raises:
+        NotImplementedError: nobody serves it; the message has each one's reason and a way out.
+    """
+    return _decide(
+        problem.describe(),
+        lambda backend, target: backend.refuses_forward(problem, target),
+        lambda: backends.REFERENCE.refuses_forward(problem, None),
+        device,
+        installed,
+        forced,
+    )
+
+
+def decide_backward(
+    problem: BackwardProblem,
+    device: Device,
+    installed: Sequence[Backend],
+    forced: str | None = None,
+) -> Decision:
+    """Choose the backend of a backward, whoever served its forward. Else as `decide`."""
+    return _decide(
+        problem.describe(),
+        lambda backend, target: backend.refuses_backward(problem, target),
+        lambda: backends.REFERENCE.refuses_backward(problem, None),
+        device,
+        installed,
+        forced,
+    )
+
+
+def _decide(
+    asked: str,
+    refuses: Callable[[Backend, Target], str | None],
+    reference_refuses: Callable[[], str | None],
+    device: Device,
+    installed: Sequence[Backend],
+    forced: str | None,
+) -> Decision:
+    if forced == "reference" or (device.capability is None and forced is None):
+        refusal = reference_refuses()
+        if refusal is not None:
+            raise NotImplementedError(f"The reference cannot serve this call: {refusal}.")
+        cpu = "CPU tensors run PyTorch operations; simulate(arch) runs the kernels on them"
+        return Decision(backends.REFERENCE, None, _forced(forced) if forced else cpu)
+    if device.capability is None:
+        raise NotImplementedError(
+            f"{_forced(forced)}, but the tensors are on the CPU: move them to a GPU, or run the "
+            "kernels in the simulator with flash_attn_interface.simulate(arch)"
+        )
+    refused: list[tuple[str, str]] = []
+    for backend in installed:
+        if forced not in (None, backend.name):
+            refused.append((backend.name, _forced(forced)))
+            continue
+        target = target_for(backend.name, device)
+        if backend.name == "hopper" and device.capability != _HOPPER_CAPABILITY:
+            refusal = f"it serves sm_90a, this device is {target.arch}"
+        else:
+            refusal = refuses(backend, target)
+        if refusal is None:
+            reason = f"first of the installed kernel trees that serves {target.arch}"
+            return Decision(backend, target, _forced(forced) if forced else reason, tuple(refused))
+        refused.append((backend.name, refusal))
+    if forced is not None and forced not in [backend.name for backend in installed]:
+        refused.append((forced, "it is not installed; cd hopper && python setup.py install"))
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in refused)
+    raise NotImplementedError(
+        f"No kernel serves {asked}. {reasons}. Way out: "
+        f"{env.FORCE_BACKEND.name}=reference computes it with PyTorch operations, slowly."
+    )
+
+
+def _forced(name: str | None) -> str:
+    return f"{env.FORCE_BACKEND.name}={name}"
+
+
+def target_for(backend_name: str, device: Device) -> Target:
+    """The architecture a tree compiles for there. NotImplementedError for one we do not know."""
+    assert device.capability is not None
+    arch = arch_of(device.capability)
+    if backend_name == "hopper" and device.capability == _HOPPER_CAPABILITY:
+        arch += "a"  # wgmma and setmaxnreg exist only in sm_90a code
+    return Target(arch, device.index, device.simulated)
+
+
+def device_of(tensor: Tensor) -> Device:
+    """Facts about the device that holds `tensor`, a simulated GPU included."""
+    kind = tensor.device.type
+    if kind == "cuda":
+        if torch.version.hip is not None:
+            raise NotImplementedError(
+                "AMD GPUs are not supported: the kernels are NVIDIA machine code"
+            )
+        return Device(torch.cuda.get_device_capability(tensor.device), tensor.get_device())
+    if kind == "cpu":
+        arch = simulated_arch()
+        return Device(capability_of(arch), simulated=True) if arch else Device(None)
+    raise NotImplementedError(
+        f"q is on {tensor.device}: expected a CUDA device (or the CPU, for the slow reference)"
+    )
+
+
+def installed_backends(device: Device, forced: str | None) -> tuple[Backend, ...]:
+    """Kernel trees in order of preference. Looks for the Hopper tree only where it may serve."""
+    if device.capability is None or forced == "reference":
+        return ()
+    hopper = None
+    if device.capability == _HOPPER_CAPABILITY or forced == "hopper":
+        hopper = backends.hopper()
+    return (backends.flash2(),) if hopper is None else (hopper, backends.flash2())
+
+
+def select(problem: Problem, device: Device) -> Decision:
+    """`decide` with what is installed and the environment."""
+    forced = env.FORCE_BACKEND.get()
+    return decide(problem, device, installed_backends(device, forced), forced)
+
+
+def select_backward(
+    problem: BackwardProblem, device: Device, backend: str | None = None
+) -> Decision:
+    """`decide_backward` likewise. backend: the caller's choice where kernels run at all."""
+    forced = env.FORCE_BACKEND.get()
+    if backend is not None and device.capability is not None and forced != "reference":
+        forced = backend
+    return decide_backward(problem, device, installed_backends(device, forced), forced)
