@@ -1,0 +1,62 @@
+"""The Hopper tree as a backend: what it serves, and its plans.
+
+Called by `flash_attn_interface/dispatch.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NoReturn
+
+from flash_attn_interface._common import sources
+from flash_attn_interface._common.backward_problem import BackwardProblem
+from flash_attn_interface._common.problem import Problem, Target
+
+from . import tensor_maps, tiles
+from .fwd import ForwardPlan
+
+RELEASE = "0.1.0"
+"""Release of this distribution: `flash_attn_interface` refuses one that is not its own."""
+
+# Row and column arithmetic in the kernels is 32-bit: row + seqlen_k + window must not wrap.
+MAX_SEQLEN = 2**29
+
+sources.register_root("hopper", Path(__file__).resolve().parent)
+
+
+class HopperBackend:
+    """Forward for any head dims up to 256, and (64, 512), on sm_90a."""
+
+    name = "hopper"
+    release = RELEASE
+
+    def refuses_forward(self, problem: Problem, target: Target) -> str | None:
+        """Why this problem cannot be served on this target; None if it can."""
+        p = problem
+        if target.arch != tiles.ARCH:
+            return f"its kernels are {tiles.ARCH} code"
+        reason = tiles.refuses_head_dims(p.head_dim_qk, p.head_dim_v)
+        if reason is not None:
+            return reason
+        if max(p.seqlen_q, p.seqlen_k, p.total_q, p.total_k) >= MAX_SEQLEN:
+            return f"sequences and packed buffers are limited to {MAX_SEQLEN - 1} tokens"
+        if p.page_size:
+            return "paged keys and values are not supported yet"
+        if (p.varlen_q or p.varlen_k or p.has_seqused_k) and not target.simulated:
+            return "packed or partly used sequences fault on the hardware: under investigation"
+        if p.return_softmax:
+            return "S_dmask, a debugging output, is written by the flash2 kernels only"
+        return tensor_maps.refuses_layout(p)
+
+    def plan_forward(self, problem: Problem, target: Target) -> ForwardPlan:
+        return ForwardPlan(problem, target)
+
+    def refuses_backward(self, problem: BackwardProblem, target: Target) -> str | None:
+        """As refuses_forward. softmax_lse and dropout mean the same in all trees."""
+        return "it has no backward: any tree's backward takes up its forward"
+
+    def plan_backward(self, problem: BackwardProblem, target: Target) -> NoReturn:
+        raise NotImplementedError(self.refuses_backward(problem, target))
+
+
+BACKEND = HopperBackend()

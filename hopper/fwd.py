@@ -1,0 +1,253 @@
+"""Launches hopper_fwd (fwd.cu): fills its parameters once per problem, patches addresses per call.
+
+Called by `flash_attn_interface/dispatch.py`, which keeps one plan per problem and thread. Tile
+choices: `tiles.py`. Tensor maps: `tensor_maps.py`.
+"""
+
+from __future__ import annotations
+
+from math import e, floor, log2
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash_attn_interface._common import kernels, tensor_map
+from flash_attn_interface._common.problem import Problem, Target
+
+from . import tensor_maps, tile_counters, tiles
+from .tensor_maps import MapPlan
+
+LOG2E = log2(e)
+# K and V of the units that run together should stay in L2 (50 MB), with room for Q and O.
+L2_BUDGET_BYTES = 32 * 2**20
+# The kernel's 32-bit index arithmetic holds sequence length + window; see MAX_SEQLEN in backend.py.
+MAX_WINDOW = 2**29
+# CTAs, where no device can be asked: of an H100 SXM, and few, so that each draws several tiles.
+DEFAULT_SMS, SIMULATED_SMS = 132, 2
+
+# Tensor arguments of `run` that a problem may lack, in its order: fields of HopperFwdParams.
+_OPTIONAL = (
+    "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "alibi_slopes", "rng_state",
+)  # fmt: skip
+
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class ForwardPlan:
+    """One problem on one target: kernel, grid and a parameter block. Not shared between threads.
+
+    Making one compiles nothing and needs no GPU. `run` loads the kernel at its first call,
+    allocates the outputs, patches the addresses and launches on torch's current stream.
+    """
+
+    def __init__(self, problem: Problem, target: Target) -> None:
+        p = problem
+        self.problem = p
+        self.target = target
+        self.spec = tiles.forward_spec(p, target.arch)
+        self.tiles_per_unit, self.num_units = _work(p, int(self.spec["block_m"]))
+        self.num_tiles = self.tiles_per_unit * self.num_units
+        self.units_per_group = _units_per_group(p, self.num_units)
+        if self.num_tiles >= 2**30:
+            raise NotImplementedError(
+                f"{self.num_tiles} query tiles exceed the scheduler's 2**30: split the batch"
+            )
+        self.grid = max(1, min(_num_sms(target) - getattr(p, "sm_margin", 0), self.num_tiles))
+        self.device = (
+            torch.device("cpu") if target.simulated else torch.device("cuda", target.device_index)
+        )
+        self._has_optional = any(
+            (p.varlen_q, p.varlen_k, p.has_seqused_q, p.has_seqused_k, p.alibi, p.dropout)
+        )
+        self._kernel: kernels.Kernel | None = None  # loaded, maybe compiled, by the first run
+
+    def _prepare(self, q: Tensor, k: Tensor, v: Tensor) -> kernels.Kernel:
+        """Loads the kernel and makes all that runs share."""
+        kernel = kernels.load(self.spec, self.target)
+        self._out_like = self._template(self._out_shape(), _DTYPES[self.problem.dtype])
+        self._lse_like = self._template(self._lse_shape(), torch.float32)
+        self._block = kernel.layout.block()
+        for name, value in self._values().items():
+            self._block.set(name, value)
+        kind: tensor_map.Kind = "simulated" if self.target.simulated else "device"
+        self._set_q, self._set_k, self._set_v, self._set_out = (
+            tensor_maps.address_setter(self._block, plan, kind, tensor.data_ptr())
+            for plan, tensor in zip(self.map_plans(), (q, k, v, q), strict=True)
+        )
+        slot = self._block.pointer_slot
+        self._lse, self._counter = slot("softmax_lse"), slot("tile_counter")
+        self._optional = tuple(slot(name) for name in _OPTIONAL)
+        self._own_counter: Tensor | None = None
+        if self.target.simulated:
+            self._own_counter = torch.zeros(1, dtype=torch.int32)
+            self._counter.value = self._own_counter.data_ptr()
+        else:
+            tile_counters.prepare(self.target.device_index)
+        self._kernel = kernel
+        return kernel
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        seqused_q: Tensor | None = None,
+        seqused_k: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
+        rng_state: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(out, softmax_lse or None, None) of tensors that fit the problem."""
+        kernel = self._kernel or self._prepare(q, k, v)
+        out = torch.empty_like(self._out_like, memory_format=torch.contiguous_format)
+        self._set_q(q.data_ptr())
+        self._set_k(k.data_ptr())
+        self._set_v(v.data_ptr())
+        self._set_out(out.data_ptr())
+        lse = None
+        if self.problem.return_lse:
+            lse = torch.empty_like(self._lse_like, memory_format=torch.contiguous_format)
+            self._lse.value = lse.data_ptr()
+        optional = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, rng_state)
+        if self._has_optional:
+            for slot, tensor in zip(self._optional, optional, strict=True):
+                if tensor is not None:
+                    slot.value = tensor.data_ptr()
+        if self._own_counter is None:
+            self._counter.value = tile_counters.address(self.target.device_index)
+        kernel.launch(self.grid, self._block, (q, k, v, out, lse, self._own_counter, *optional))
+        return out, lse, None
+
+    def describe(self) -> str:
+        """Several lines for people: kernel, grid and order of work."""
+        return (
+            f"{self.spec.describe()}\n"
+            f"grid: {self.grid} CTAs of {self.spec['num_threads']} threads, "
+            f"{self.spec['smem_bytes']} bytes of shared memory, draw {self.num_tiles} tiles; "
+            f"{self.num_units} units of {self.tiles_per_unit} tiles, "
+            f"{self.units_per_group} units together"
+        )
+
+    def _template(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        # empty_like of an expanded element is the cheapest allocation that torch offers.
+        return torch.empty(1, dtype=dtype, device=self.device).expand(shape)
+
+    def _out_shape(self) -> tuple[int, ...]:
+        p = self.problem
+        rows = (p.total_q,) if p.varlen_q else (p.batch, p.seqlen_q)
+        return (*rows, p.num_heads_q, p.head_dim_v)
+
+    def _lse_shape(self) -> tuple[int, ...]:
+        p = self.problem
+        return (p.num_heads_q, p.total_q) if p.varlen_q else (p.batch, p.num_heads_q, p.seqlen_q)
+
+    def map_plans(self) -> tuple[MapPlan, MapPlan, MapPlan, MapPlan]:
+        """Of q, k, v and out."""
+        p = self.problem
+        rows_q = (1, p.total_q) if p.varlen_q else (p.batch, p.seqlen_q)
+        rows_k = (1, p.total_k) if p.varlen_k else (p.batch, p.seqlen_k)
+        swizzle_qk, swizzle_v = int(self.spec["swizzle_qk"]), int(self.spec["swizzle_v"])
+        block_n = int(self.spec["block_n"])
+        ragged_q, ragged_k = p.varlen_q, bool(self.spec["ragged_k"])
+        out_row = p.num_heads_q * p.head_dim_v
+        out_strides = (rows_q[1] * out_row, out_row, p.head_dim_v)
+        heads_k, heads_v = _stored_heads(p)
+        return (
+            tensor_maps.plan_map(
+                "q_map", p.dtype, p.head_dim_qk, (*rows_q, p.num_heads_q), p.q_strides,
+                ragged=ragged_q, box_rows=tiles.WG_ROWS, swizzle_bytes=swizzle_qk,
+            ),
+            tensor_maps.plan_map(
+                "k_map", p.dtype, p.head_dim_qk, (*rows_k, heads_k), p.k_strides,
+                ragged=ragged_k, box_rows=block_n, swizzle_bytes=swizzle_qk,
+            ),
+            tensor_maps.plan_map(
+                "v_map", p.dtype, p.head_dim_v, (*rows_k, heads_v), p.v_strides,
+                ragged=ragged_k, box_rows=block_n, swizzle_bytes=swizzle_v,
+            ),
+            tensor_maps.plan_map(
+                "out_map", p.dtype, p.head_dim_v, (*rows_q, p.num_heads_q), out_strides,
+                ragged=ragged_q, box_rows=tiles.WG_ROWS, swizzle_bytes=swizzle_v,
+            ),
+        )  # fmt: skip
+
+    def _values(self) -> dict[str, Any]:
+        """The fields of HopperFwdParams that the problem fixes."""
+        p = self.problem
+        heads_k, heads_v = _stored_heads(p)
+        values: dict[str, Any] = {
+            "q_map_rows": p.total_q if p.varlen_q else p.seqlen_q,
+            "k_map_rows": p.total_k if p.varlen_k else p.seqlen_k,
+            "lse_batch_stride": 0 if p.varlen_q else p.num_heads_q * p.seqlen_q,
+            "lse_head_stride": p.total_q if p.varlen_q else p.seqlen_q,
+            "batch": p.batch,
+            "seqlen_q": p.seqlen_q,
+            "seqlen_k": p.seqlen_k,
+            "total_q": p.total_q,
+            "num_heads_q": p.num_heads_q,
+            "qhead_per_khead": p.num_heads_q // heads_k,
+            "qhead_per_vhead": p.num_heads_q // heads_v,
+            "num_tiles": self.num_tiles,
+            "tiles_per_unit": self.tiles_per_unit,
+            "num_units": self.num_units,
+            "units_per_group": self.units_per_group,
+            "window_left": min(p.window_left, MAX_WINDOW),
+            "window_right": min(p.window_right, MAX_WINDOW),
+            "attention_chunk": min(p.attention_chunk, MAX_WINDOW),
+            "softmax_scale_log2": p.softmax_scale * LOG2E,
+            "alibi_batch_stride": p.num_heads_q if p.alibi_batched else 0,
+        }
+        if p.softcap > 0.0:
+            values["softcap_in"] = p.softmax_scale / p.softcap
+            values["softcap_out"] = p.softcap * LOG2E
+        if p.dropout:
+            values["keep_threshold"] = floor((1.0 - p.dropout_p) * 255.0)
+            values["keep_scale"] = 1.0 / (1.0 - p.dropout_p)
+        return values
+
+
+def _stored_heads(problem: Problem) -> tuple[int, int]:
+    """Heads of k and v in memory: one where they were expanded (stride 0)."""
+    p = problem
+    return (
+        p.num_heads_k if p.k_strides[2] else 1,
+        p.num_heads_v if p.v_strides[2] else 1,
+    )
+
+
+def _work(problem: Problem, block_m: int) -> tuple[int, int]:
+    """(tiles_per_unit, num_units) of tile_scheduler.cuh.
+
+    Packed: enough tiles for any split of total_q into sequences.
+    """
+    if problem.varlen_q:
+        return -(-problem.total_q // block_m) + problem.batch, problem.num_heads_q
+    return -(-problem.seqlen_q // block_m), problem.batch * problem.num_heads_q
+
+
+def _units_per_group(problem: Problem, num_units: int) -> int:
+    """Query heads worked on together.
+
+    Heads of one K or V head always are. Causal tiles differ in length: many heads together let the
+    long ones come first, as long as their K and V fit in L2. A ragged last group would cost a
+    second tail, 4-6 % (docs/performance/), so groups divide the units where that is possible.
+    """
+    p = problem
+    shared = max(p.num_heads_q // heads for heads in _stored_heads(p))
+    if not p.causal:
+        return min(shared, num_units) if p.varlen_q else 1
+    rows = min(p.seqlen_k, p.total_k)
+    bytes_per_unit = rows * (p.head_dim_qk + p.head_dim_v) * tiles.ELEM_BYTES / shared
+    limit = max(shared, min(num_units, int(L2_BUDGET_BYTES / max(bytes_per_unit, 1.0))))
+    divisors = [g for g in range(shared, limit + 1, shared) if num_units % g == 0]
+    return max(divisors, default=limit)
+
+
+def _num_sms(target: Target) -> int:
+    if target.simulated:
+        return SIMULATED_SMS
+    if target.device_index < torch.cuda.device_count():
+        return int(torch.cuda.get_device_properties(target.device_index).multi_processor_count)
+    return DEFAULT_SMS

@@ -1,0 +1,96 @@
+// What the roles of hopper/fwd.cu share: sizes, the memory map, barriers, and how rows are named to
+// TMA. Included by fwd.cu only, after the prelude.
+#pragma once
+#include "common/device/wgmma_desc.cuh"
+#include "hopper/pipeline.cuh"
+#include "hopper/tile_scheduler.cuh"
+
+constexpr i32 kWgRows = 64;  // query rows of a warpgroup: M of every WGMMA
+constexpr i32 kNumWgs = Cfg::kNumMmaWarpgroups;
+constexpr i32 kStepsQk = ceil_div(Cfg::kHeadDimQk, 16);  // of WGMMA's depth of 16
+constexpr i32 kStepsPv = Cfg::kBlockN / 16;
+constexpr i32 kRegsS = Cfg::kWgmmaQkN / 2;
+constexpr i32 kRegsO = Cfg::kWgmmaPvN / 2;
+
+// Columns are cut into chunks of one swizzle; TMA fills those past the head dim with zeros.
+using ChunkQk = SwizzledChunk<Cfg::kSwizzleQk>;
+using ChunkV = SwizzledChunk<Cfg::kSwizzleV>;
+constexpr i32 kChunksQk = ceil_div(Cfg::kHeadDimQk, ChunkQk::kCols);
+constexpr i32 kChunksO = ceil_div(Cfg::kWgmmaPvN, ChunkV::kCols);  // of one warpgroup's O
+constexpr i32 kChunksV = kChunksO * Cfg::kVSplit;
+constexpr i32 kQChunkBytes = kWgRows * Cfg::kSwizzleQk,
+              kKChunkBytes = Cfg::kBlockN * Cfg::kSwizzleQk;
+constexpr i32 kOChunkBytes = kWgRows * Cfg::kSwizzleV, kVChunkBytes = Cfg::kBlockN * Cfg::kSwizzleV;
+
+static_assert(Cfg::kNumThreads == 128 * (kNumWgs + 1) && kNumWgs % Cfg::kVSplit == 0);
+static_assert(Cfg::kBlockM == kWgRows * kNumWgs / Cfg::kVSplit && Cfg::kWgmmaQkN == Cfg::kBlockN);
+static_assert(Cfg::kBlockN % (Cfg::kDropout ? 32 : 16) == 0 && Cfg::kBlockN <= 256);
+static_assert(Cfg::kWgmmaPvN * Cfg::kVSplit >= Cfg::kHeadDimV);
+static_assert(Cfg::kVSplit == 1 || Cfg::kWgmmaPvN % ChunkV::kCols == 0);
+
+// Shared memory in address order.
+struct Smem {
+  // A warpgroup's Q; its O is staged over it once its last scores are computed.
+  static constexpr u32 kQBytes = kChunksQk * kQChunkBytes;
+  static constexpr u32 kSliceBytes = kQBytes > u32(kChunksO* kOChunkBytes)
+                                         ? kQBytes
+                                         : u32(kChunksO * kOChunkBytes);
+  static constexpr u32 kKBytes = kChunksQk * kKChunkBytes;
+  static constexpr u32 kVBytes = kChunksV * kVChunkBytes;
+
+  static constexpr u32 kQ = 0;  // [kNumQBuffers][kNumWgs]
+  static constexpr u32 kK = kQ + Cfg::kNumQBuffers * kNumWgs * kSliceBytes;
+  static constexpr u32 kV = kK + Cfg::kNumStages * kKBytes;
+  static constexpr u32 kWork = kV + Cfg::kNumStages * kVBytes;  // records of the work queue
+
+  static constexpr u32 kBarKFull = kWork + 4 * kWorkBytes;
+  static constexpr u32 kBarKEmpty = kBarKFull + 8 * Cfg::kNumStages;
+  static constexpr u32 kBarVFull = kBarKEmpty + 8 * Cfg::kNumStages;
+  static constexpr u32 kBarVEmpty = kBarVFull + 8 * Cfg::kNumStages;
+  // [kNumQBuffers][kNumWgs]. Full: bytes of TMA loads; consumers wait. Empty: the thread that
+  // stored O over the slice; the producer waits.
+  static constexpr u32 kBarQFull = kBarVEmpty + 8 * Cfg::kNumStages;
+  static constexpr u32 kBarQEmpty = kBarQFull + 8 * Cfg::kNumQBuffers * kNumWgs;
+  static constexpr u32 kBarWorkFull = kBarQEmpty + 8 * Cfg::kNumQBuffers * kNumWgs;
+  static constexpr u32 kBarWorkTaken = kBarWorkFull + 4 * 8;
+  static constexpr u32 kEnd = kBarWorkTaken + 8;
+};
+static_assert(Smem::kEnd <= Cfg::kSmemBytes,
+              "hopper/tiles.py and this file agree on shared memory");
+
+using KRing = TileRing<Cfg::kNumStages, Smem::kK, Smem::kKBytes, Smem::kBarKFull, Smem::kBarKEmpty>;
+using VRing = TileRing<Cfg::kNumStages, Smem::kV, Smem::kVBytes, Smem::kBarVFull, Smem::kBarVEmpty>;
+using Queue = WorkQueue<Smem::kWork, Smem::kBarWorkFull, Smem::kBarWorkTaken>;
+static_assert(Queue::kSlots == 4);
+
+enum NamedBarrier {
+  kBarOutput = 1,             // + wg_idx: a warpgroup has written its O to shared memory
+  kBarTurn = kBarOutput + 3,  // + wg_idx: a warpgroup may issue its products
+};
+
+// The Q slice that warpgroup wg_idx uses for the i-th tile, and the phase of its barriers.
+struct QSlot {
+  u32 index, parity;
+  DEVICE QSlot(i32 i, i32 wg_idx)
+      : index(u32(i % Cfg::kNumQBuffers * kNumWgs + wg_idx)),
+        parity(u32(i / Cfg::kNumQBuffers) & 1u) {}
+  DEVICE u32 slice(u32 smem) const { return smem + Smem::kQ + index * Smem::kSliceBytes; }
+  DEVICE u32 full(u32 smem) const { return smem + Smem::kBarQFull + index * 8; }
+  DEVICE u32 empty(u32 smem) const { return smem + Smem::kBarQEmpty + index * 8; }
+};
+// With two Q buffers the last product of a tile and the first of the next are issued together.
+constexpr bool kOverlapTiles = Cfg::kNumQBuffers == 2;
+
+// Coordinates of a row for the tensor maps. Dims: column, row within the sequence, head, first row
+// of the sequence, batch. A sequence's rows end where the map's second dim does: a sequence of
+// `length` rows occupies the last ones, so that TMA itself fills the rows behind it with zeros and
+// writes none. The fourth coordinate then carries its end instead of its begin;
+// hopper/tensor_maps.py has moved the map's address back by as much.
+template <bool kRagged>
+DEVICE i32 map_row(i32 map_rows, i32 length, i32 row) {
+  return kRagged ? map_rows - length + row : row;
+}
+template <bool kRagged>
+DEVICE i32 map_first_row(i64 first_row, i32 length) {
+  return kRagged ? i32(first_row) + length : 0;
+}

@@ -1,0 +1,149 @@
+// Which query tile a CTA of a Hopper kernel works on next, and how it learns of it. CTAs stay; they
+// draw tiles from a counter, so that none waits for another.
+// Order: groups of units (a unit is one head of one sequence, or one head of all packed sequences)
+// whose K and V fit in L2; inside a group the tiles with most keys first, units fastest.
+#pragma once
+#include "common/device/packed_tiles.cuh"
+#include "common/device/params.cuh"
+#include "common/device/seqlen.cuh"
+#include "hopper/pipeline.cuh"
+
+// One query tile. In shared memory it is 32 bytes, written by the scheduler's warp.
+struct Work {
+  i32 batch_idx;  // negative: there is no more work
+  i32 head_idx;
+  i32 first_row;  // of the tile, within its sequence
+  SeqlenInfo seq;
+
+  DEVICE bool valid() const { return batch_idx >= 0; }
+};
+constexpr u32 kWorkBytes = 32;
+
+DEVICE void write_work(u32 addr, const Work& work) {
+  st_shared_v4(
+      addr, {u32(work.batch_idx), u32(work.head_idx), u32(work.first_row), u32(work.seq.slot_q)});
+  st_shared_v4(addr + 16, {u32(work.seq.q_row), u32(work.seq.k_row), u32(work.seq.seqlen_q),
+                           u32(work.seq.seqlen_k)});
+}
+
+DEVICE Work read_work(u32 addr) {
+  u32 a[4], b[4];
+  ld_shared_v4(a, addr);
+  ld_shared_v4(b, addr + 16);
+  return {i32(a[0]),
+          i32(a[1]),
+          i32(a[2]),
+          {i32(b[0]), i32(b[1]), i32(a[3]), i32(b[2]), i32(b[3]), i32(b[3]) - i32(b[2])}};
+}
+
+// Tile `tile` of the launch. All lanes of a warp call it together. The rows behind the last packed
+// sequence are tiles of a sequence without queries and keys: they get the defined empty row.
+template <class Cfg>
+DEVICE Work decode_tile(const HopperFwdParams& p, i32 tile, i32 lane_idx) {
+  const i32 tiles_per_group = p.units_per_group * p.tiles_per_unit;
+  const i32 group = tile / tiles_per_group;
+  const i32 in_group = tile - group * tiles_per_group;
+  const i32 first_unit = group * p.units_per_group;
+  const i32 units = imin(p.units_per_group, p.num_units - first_unit);
+  const i32 rank = in_group / units;
+  const i32 unit = first_unit + in_group - rank * units;
+  Work work;
+  i32 tile_in_sequence;
+  if constexpr (Cfg::kVarlenQ) {
+    const PackedTile found =
+        find_packed_tile<Cfg::kBlockM>(p.cu_seqlens_q, p.batch, rank, lane_idx);
+    work.head_idx = unit;
+    if (found.batch_idx == p.batch) {
+      const i32 packed_rows = ld_global_i32(p.cu_seqlens_q + p.batch);
+      work.batch_idx = 0;
+      work.first_row = found.tile * Cfg::kBlockM;
+      work.seq = SeqlenInfo{packed_rows, 0, p.total_q - packed_rows, 0, 0, 0};
+      return work;
+    }
+    work.batch_idx = found.batch_idx;
+    tile_in_sequence = found.tile;
+  } else {
+    work.batch_idx = unit / p.num_heads_q;
+    work.head_idx = unit - work.batch_idx * p.num_heads_q;
+    tile_in_sequence = rank;
+  }
+  work.seq = seqlen_info<Cfg>(p, work.batch_idx);
+  // Last rows first: they see most keys when causal.
+  work.first_row = (ceil_div(work.seq.slot_q, Cfg::kBlockM) - 1 - tile_in_sequence) * Cfg::kBlockM;
+  return work;
+}
+
+// The scheduler hands its tiles to the CTA's other warps through kSlots records, the i-th through
+// record i % kSlots.
+//   full[slot]: signalled by the scheduler. Waited on by producer and consumers.
+//   taken:      signalled by the producer when it begins a tile. Waited on by the scheduler, which
+//               then draws the next one: claiming earlier would unbalance the end of the launch.
+// A record is overwritten only kSlots - 1 tiles later, when the producer has seen the Q buffers of
+// its tile empty again, and so everyone is done with it.
+template <u32 kRecords, u32 kFull, u32 kTaken>
+struct WorkQueue {
+  static constexpr i32 kSlots = 4;
+  u32 smem;
+
+  DEVICE explicit WorkQueue(u32 smem) : smem(smem) {}
+
+  DEVICE void init() const {
+    for (i32 i = 0; i < kSlots; ++i) {
+      mbarrier_init(smem + kFull + u32(8 * i), 1);
+    }
+    mbarrier_init(smem + kTaken, 1);
+  }
+
+  DEVICE u32 record(i32 i) const { return smem + kRecords + u32(i % kSlots) * kWorkBytes; }
+
+  DEVICE Work wait(i32 i) const {
+    wait_phase(smem + kFull + u32(i % kSlots * 8), u32(i / kSlots) & 1u);
+    return read_work(record(i));
+  }
+
+  DEVICE void take() const { mbarrier_arrive(smem + kTaken); }
+
+  // The scheduler's role, by one warp. The launch draws one tile per tile worked on, so the draw
+  // that returns num_tiles - 1 is the last; it sets the counter back for the next launch.
+  template <class Cfg>
+  DEVICE void schedule(const HopperFwdParams& p, i32 lane_idx) const {
+    i32 tile = block_idx();
+    for (i32 i = 0;; ++i) {
+      Work work;
+      work.batch_idx = -1;
+      while (tile < p.num_tiles) {
+        work = decode_tile<Cfg>(p, tile, lane_idx);
+        if (work.first_row < work.seq.slot_q) {
+          break;
+        }
+        tile = draw(p, tile, lane_idx);  // past the end of a packed buffer
+        work.batch_idx = -1;
+      }
+      if (lane_idx == 0) {
+        write_work(record(i), work);
+        mbarrier_arrive(smem + kFull + u32(i % kSlots * 8));
+      }
+      warp_sync();
+      if (!work.valid()) {
+        break;
+      }
+      wait_phase(smem + kTaken, u32(i) & 1u);
+      tile = draw(p, tile, lane_idx);
+    }
+    if (p.tile_counter != nullptr && lane_idx == 0 && tile == p.num_tiles + grid_dim() - 1) {
+      st_global_u32(p.tile_counter, 0);
+    }
+  }
+
+ private:
+  DEVICE static i32 draw(const HopperFwdParams& p, i32 tile, i32 lane_idx) {
+    if (p.tile_counter == nullptr) {
+      return tile + grid_dim();
+    }
+    u32 drawn = 0;
+    if (lane_idx == 0) {
+      drawn = atomic_add_global_u32(p.tile_counter, 1);
+    }
+    return i32(shfl_idx_u32(drawn, 0)) + grid_dim();
+  }
+};
