@@ -3,7 +3,7 @@
     python tests/sanitize.py [memcheck] [racecheck] [synccheck]     default: all three
     python tests/sanitize.py --cases                                 only the calls, unchecked
 
-Not collected by pytest: it needs a GPU and compute-sanitizer (from a CUDA toolkit) and takes minutes.
+Not collected by pytest: it needs a GPU and compute-sanitizer (of a CUDA toolkit), and minutes.
 Exit status 0: clean. Results are not compared here; the tests do that.
 """
 
@@ -43,7 +43,8 @@ def run_cases(backward: bool = True) -> None:
             for lengths in (LENGTHS_Q, LENGTHS_K)
         )
         longest = (max(LENGTHS_Q), max(LENGTHS_K))
-        finish(flash_attn.flash_attn_varlen_func(q, k, v, cu_q, cu_k, *longest, **options), (q, k, v))
+        out = flash_attn.flash_attn_varlen_func(q, k, v, cu_q, cu_k, *longest, **options)
+        finish(out, (q, k, v))
 
     def finish(out: torch.Tensor, inputs: tuple[torch.Tensor, ...]) -> None:
         if backward:

@@ -272,7 +272,7 @@ def test_unpad_waits_for_the_device_once():
         with warnings.catch_warnings(record=True) as caught, sync_debug_mode("warn"):
             warnings.simplefilter("always")
             function(x, argument)
-        assert len([w for w in caught if "synchronizing" in str(w.message)]) == 1
+        assert len([w for w in caught if "called a synchronizing" in str(w.message)]) == 1
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""The dropout keep mask: Random123's known answers, the definition element by element, statistics."""
+"""The dropout keep mask: Random123's known answers, its definition, statistics."""
 
 from __future__ import annotations
 
