@@ -18,7 +18,7 @@ export TORCH
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test compile-check lint typecheck format bench bench-host clean
+.PHONY: help demo test compile-check lint typecheck format bench bench-backward bench-host clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -55,6 +55,9 @@ format: $(VENV)/.ready-lint  ## rewrite the sources as `make lint` wants them
 
 bench: $(VENV)/.ready-bench  ## forward benchmark beside its peers; needs a GPU
 	$(RUN) benchmarks/bench_forward.py $(BENCH_ARGS)
+
+bench-backward: $(VENV)/.ready-bench  ## backward benchmark beside its peers; needs a GPU
+	$(RUN) benchmarks/bench_backward.py $(BENCH_ARGS)
 
 bench-host: $(VENV)/.ready  ## host time per call, compile and start-up time; needs a GPU
 	$(RUN) benchmarks/bench_host_overhead.py $(BENCH_ARGS)

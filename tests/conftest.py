@@ -7,6 +7,7 @@ pytest --seed N          the random inputs of an earlier run; every failure prin
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
 import zlib
@@ -18,6 +19,11 @@ from typing import Any
 import inputs
 import pytest
 import torch
+
+# setuptools, which torch's inductor imports, insists on replacing distutils and fails where a test
+# has got hold of it first; so it comes first.
+with contextlib.suppress(ImportError):
+    import setuptools  # noqa: F401
 
 MARKERS = {
     "sim": "runs kernels on the CPU simulator",

@@ -81,6 +81,8 @@ def main(arguments: list[str]) -> int:
     failed = []
     for tool in arguments or TOOLS:
         command = [sanitizer, "--tool", tool, "--kernel-name", "regex=flash2|hopper"]
+        if tool == "memcheck":  # the bindings look for symbols that this driver need not have
+            command += ["--report-api-errors", "no"]
         command += ["--error-exitcode", "1", sys.executable, str(Path(__file__)), "--cases"]
         status = subprocess.run(command, env=environment, check=False).returncode
         print(f"{tool}: {'clean' if status == 0 else f'FAILED ({status})'}", flush=True)

@@ -1,0 +1,53 @@
+"""Every flash2 backward kernel compiles for every architecture: tensor cores used, spills bounded,
+shared memory within the arch's limit.
+
+Needs NVRTC, no GPU. A sample runs by default; `make compile-check` runs all.
+"""
+
+from __future__ import annotations
+
+import pytest
+from cases import EQUAL_PAIRS, NAMED_PAIRS
+from test_compile_flash2 import ARCHS, compile_spec, problem
+
+from flash_attn_interface._common import arch as arch_table
+from flash_attn_interface._common import sass
+from flash_attn_interface._common.backward_problem import BackwardProblem
+from flash_attn_interface._flash2 import bwd_tiles
+
+# dK and dV of a tile fill the registers: what spills are values that a step reads a few times.
+MAX_SPILL_BYTES = 256
+FEATURES = ["plain", "causal", "window", "softcap", "alibi", "varlen", "dropout"]
+SAMPLE = [
+    ("sm_80", (64, 128), "causal"),
+    ("sm_86", (256, 256), "dropout"),
+    ("sm_89", (96, 192), "dropout"),
+    ("sm_90", (192, 128), "plain"),
+    ("sm_100", (128, 256), "causal"),
+    ("sm_120", (32, 64), "varlen"),
+]
+
+
+def check(arch: str, dims: tuple[int, int], feature: str) -> None:
+    forward = problem(dims, feature, "bf16")
+    strides = (forward.seqlen_q * dims[1], dims[1], dims[1])
+    backward = BackwardProblem(forward, strides, strides, strides, strides, strides)
+    for spec in bwd_tiles.backward_specs(backward, arch):
+        assert int(spec["smem_bytes"]) <= arch_table.limits(arch).max_smem_per_cta
+        compiled = compile_spec(spec)
+        assert compiled.resources.spill_store_bytes <= MAX_SPILL_BYTES, spec.describe()
+        if spec.entry == "flash2_bwd":
+            assert sass.count(compiled.cubin, spec.entry, "HMMA") > 0
+
+
+@pytest.mark.parametrize(("arch", "dims", "feature"), SAMPLE)
+def test_sample(arch: str, dims: tuple[int, int], feature: str):
+    check(arch, dims, feature)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dims", [*NAMED_PAIRS, *EQUAL_PAIRS])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_all(arch: str, dims: tuple[int, int], feature: str):
+    check(arch, dims, feature)
