@@ -43,7 +43,7 @@ class HopperBackend:
         if p.page_size:
             return "paged keys and values are not supported yet"
         if (p.varlen_q or p.varlen_k or p.has_seqused_k) and not target.simulated:
-            return "packed or partly used sequences fault on the hardware: under investigation"
+            return "the tensor maps of packed or partly used sequences faulted on an H100"
         if p.return_softmax:
             return "S_dmask, a debugging output, is written by the flash2 kernels only"
         return tensor_maps.refuses_layout(p)
