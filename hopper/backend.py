@@ -10,13 +10,13 @@ from typing import NoReturn
 
 from flash_attn_interface._common import sources
 from flash_attn_interface._common.backward_problem import BackwardProblem
+from flash_attn_interface._common.cache_problem import CacheProblem
 from flash_attn_interface._common.problem import Problem, Target
+from flash_attn_interface._common.tuning import Tunable
 
 from . import tensor_maps, tiles
 from .fwd import ForwardPlan
-
-RELEASE = "0.1.0"
-"""Release of this distribution: `flash_attn_interface` refuses one that is not its own."""
+from .version import RELEASE
 
 # Row and column arithmetic in the kernels is 32-bit: row + seqlen_k + window must not wrap.
 MAX_SEQLEN = 2**29
@@ -40,10 +40,8 @@ class HopperBackend:
             return reason
         if max(p.seqlen_q, p.seqlen_k, p.total_q, p.total_k) >= MAX_SEQLEN:
             return f"sequences and packed buffers are limited to {MAX_SEQLEN - 1} tokens"
-        if p.page_size:
-            return "paged keys and values are not supported yet"
-        if (p.varlen_q or p.varlen_k or p.has_seqused_k) and not target.simulated:
-            return "the tensor maps of packed or partly used sequences faulted on an H100"
+        if p.page_size or p.cache_batch_idx or p.leftpad_k:
+            return "it reads contiguous keys and values, without pages, indices or left padding"
         if p.return_softmax:
             return "S_dmask, a debugging output, is written by the flash2 kernels only"
         return tensor_maps.refuses_layout(p)
@@ -57,6 +55,19 @@ class HopperBackend:
 
     def plan_backward(self, problem: BackwardProblem, target: Target) -> NoReturn:
         raise NotImplementedError(self.refuses_backward(problem, target))
+
+    def refuses_cache(self, problem: CacheProblem, target: Target) -> str | None:
+        """As refuses_forward."""
+        return "it has no kernels that read a cache"
+
+    def plan_cache(self, problem: CacheProblem, target: Target) -> NoReturn:
+        raise NotImplementedError(self.refuses_cache(problem, target))
+
+    def tunables(self) -> tuple[Tunable, ...]:
+        """The kernels that the autotuner can find tiles for."""
+        from .tuning import TUNABLES
+
+        return TUNABLES
 
 
 BACKEND = HopperBackend()

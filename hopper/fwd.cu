@@ -3,9 +3,9 @@
 // Cfg::kNumMmaWarpgroups consumers. A consumer owns 64 query rows, or with Cfg::kVSplit = 2 half of
 // the columns of O of 64 rows. K and V tiles stream through rings of kNumStages, last keys first.
 // docs/hopper_forward_schedule.md shows who does what when.
-// Change here: loop order, consumers, epilogue. Change elsewhere: loads -> fwd_producer.cuh, memory
-// map -> fwd_layout.cuh, mask rules -> mask.cuh, order of work -> tile_scheduler.cuh, rings ->
-// pipeline.cuh, PTX -> common/ptx, tile sizes -> tiles.py.
+// Change here: loop order, consumers. Change elsewhere: loads -> fwd_producer.cuh, stores of O and
+// softmax_lse -> fwd_epilogue.cuh, memory map -> fwd_layout.cuh, mask rules -> mask.cuh, order of
+// work -> tile_scheduler.cuh, rings -> pipeline.cuh, PTX -> common/ptx, tile sizes -> tiles.py.
 #include "prelude.cuh"  // generated for this problem: struct Cfg
 
 #include "common/device/dropout.cuh"
@@ -14,9 +14,9 @@
 #include "common/device/score.cuh"
 #include "common/ptx/barrier.cuh"
 #include "common/ptx/setmaxnreg.cuh"
-#include "common/ptx/stmatrix.cuh"
 #include "common/ptx/tma.cuh"
 #include "common/ptx/wgmma.cuh"
+#include "hopper/fwd_epilogue.cuh"
 #include "hopper/fwd_layout.cuh"
 #include "hopper/fwd_producer.cuh"
 #include "hopper/softmax.cuh"
@@ -25,7 +25,9 @@
 // One query tile as a consumer warpgroup sees it.
 struct Item {
   Work work;
-  i32 row;        // first row of this thread, within the sequence; the other is row + 8
+  // First row of this thread, within the sequence; the other is row + 8. With kGqaGroup > 1 rows
+  // of several heads are counted: that of the query is row / kGqaGroup.
+  i32 row;
   TileRange cta;  // key tiles that the CTA loads
   TileRange own;  // of these, the ones with keys for this warpgroup's rows
   i32 num_right_skipped, num_left_skipped;  // tiles of the CTA right and left of the own ones
@@ -59,15 +61,19 @@ struct Consumer {
         bar_q_release(0),
         has_output(false) {}
 
-  DEVICE i32 wg_row() const { return wg_idx / Cfg::kVSplit * kWgRows; }
+  DEVICE i32 wg_row() const { return wg_idx / Cfg::kVSplit * kWgQueries; }
   DEVICE bool leads_warp() const { return lane_idx == 0; }
+  // Item::row.
+  DEVICE i32 first_row(const Work& work) const {
+    return (work.first_row + wg_row()) * kGqaGroup + warp_idx * 16 + lane_idx / 4;
+  }
 
   DEVICE Item item(const Work& work) const {
     Item it;
     it.work = work;
-    it.row = work.first_row + wg_row() + warp_idx * 16 + lane_idx / 4;
-    it.cta = key_tiles<Cfg>(p, work.seq, work.first_row, Cfg::kBlockM);
-    it.own = key_tiles<Cfg>(p, work.seq, work.first_row + wg_row(), kWgRows);
+    it.row = first_row(work);
+    it.cta = key_tiles<Cfg>(p, work.seq, work.first_row, Cfg::kQueryRows);
+    it.own = key_tiles<Cfg>(p, work.seq, work.first_row + wg_row(), kWgQueries);
     it.num_right_skipped = it.cta.end - it.own.end;
     it.num_left_skipped = it.own.begin - it.cta.begin;
     return it;
@@ -150,7 +156,7 @@ struct Consumer {
     const i32 first_col = n_block * Cfg::kBlockN + 2 * (lane_idx % 4);
 #pragma unroll
     for (i32 r = 0; r < 2; ++r) {
-      const i32 row = it.row + 8 * r;
+      const i32 row = (it.row + 8 * r) / kGqaGroup;
       const KeyRange visible = kMasked ? row_keys<Cfg>(p, it.work.seq, row) : KeyRange{0, 0};
       const i32 begin = visible.begin - first_col, end = visible.end - first_col;
 #pragma unroll
@@ -345,64 +351,14 @@ struct Consumer {
     }
   }
 
-  // Normalises O, stages it over Q and stores the rows that the sequence owns; writes softmax_lse
-  // if it is wanted. Rows without visible keys get zeros and -inf.
   DEVICE void store_output(const Work& work, RowSoftmax& done, const QSlot& q) {
-    const f32 to_log2 = Score<Cfg>::kPrescaled ? 1.0f : p.softmax_scale_log2;
-    const i32 first_row = work.first_row + wg_row();
-    const i32 row = first_row + warp_idx * 16 + lane_idx / 4;
-    done.finish();
-    bool empty[2];
-    f32 scale[2];
-#pragma unroll
-    for (i32 r = 0; r < 2; ++r) {
-      empty[r] = row + 8 * r >= work.seq.seqlen_q || !(done.row_sum[r] > 0.0f);
-      scale[r] = 1.0f / done.row_sum[r];
-      if constexpr (Cfg::kDropout) {
-        scale[r] *= p.keep_scale;
+    const i32 row = first_row(work);
+    Epilogue{p, wg_idx, warp_idx, lane_idx, is_leader}.store(work, row, done, rO, q.slice(smem));
+    if constexpr (kGqaGroup > 1) {
+      if (is_leader) {
+        mbarrier_arrive(q.empty(smem));
       }
-      if (p.softmax_lse != nullptr && lane_idx % 4 == 0 && wg_idx % Cfg::kVSplit == 0 &&
-          row + 8 * r < work.seq.slot_q) {
-        f32* lse = p.softmax_lse + work.batch_idx * p.lse_batch_stride +
-                   work.head_idx * p.lse_head_stride + work.seq.q_row;
-        st_global_f32(lse + row + 8 * r,
-                      empty[r] ? bits_as_f32(kNegInfBits) : done.lse(r, to_log2));
-      }
-    }
-    if constexpr (Cfg::kSwizzleQk != Cfg::kSwizzleV) {
-      // A warp's rows of O lie over other warps' rows of Q.
-      named_barrier_sync(kBarOutput + wg_idx, 128);
-    }
-    const u32 slice = q.slice(smem);
-#pragma unroll
-    for (i32 i = 0; i < kRegsO; i += 8) {
-      u32 words[4];
-#pragma unroll
-      for (i32 j = 0; j < 4; ++j) {
-        const i32 r = j % 2;
-        const f32 lo = empty[r] ? 0.0f : rO[i + 2 * j] * scale[r];
-        const f32 hi = empty[r] ? 0.0f : rO[i + 2 * j + 1] * scale[r];
-        words[j] = pack2<Cfg::kBf16>(lo, hi);
-      }
-      const i32 unit = i / 4;  // of eight columns
-      constexpr i32 kUnits = ChunkV::kCols / 8;
-      stmatrix_x4(
-          ChunkV::unit_address(slice + u32(unit / kUnits * kOChunkBytes),
-                               warp_idx * 16 + lane_idx % 16, unit % kUnits + lane_idx / 16),
-          words[0], words[1], words[2], words[3]);
-    }
-    fence_proxy_async_shared();
-    named_barrier_sync(kBarOutput + wg_idx, 128);
-    if (is_leader) {
-      const i32 map_row_idx = map_row<Cfg::kVarlenQ>(p.q_map_rows, work.seq.slot_q, first_row);
-      const i32 map_first = map_first_row<Cfg::kVarlenQ>(work.seq.q_row, work.seq.slot_q);
-      const i32 first_chunk = wg_idx % Cfg::kVSplit * kChunksO;
-#pragma unroll
-      for (i32 c = 0; c < kChunksO; ++c) {
-        tma_store_5d(&p.out_map, slice + u32(c * kOChunkBytes), (first_chunk + c) * ChunkV::kCols,
-                     map_row_idx, work.head_idx, map_first, Cfg::kVarlenQ ? 0 : work.batch_idx);
-      }
-      tma_store_commit_group();
+      return;
     }
     bar_q_release = q.empty(smem);
     if constexpr (!kOverlapTiles) {
@@ -426,13 +382,21 @@ struct Consumer {
       if (it.has_keys()) {
         run_steps(it, q.slice(smem));
       }
+      bool finished = !it.has_keys();
+      if constexpr (Cfg::kLocal || Cfg::kChunk) {
+        // The next tile may not be drawn before this warpgroup has let key tiles pass.
+        if (!finished && it.num_left_skipped > 0) {
+          finish(it);
+          finished = true;
+        }
+      }
       const Item next = item(queue.wait(i + 1));
       RowSoftmax done;
-      started = it.has_keys() && may_overlap(it, next);
+      started = !finished && may_overlap(it, next);
       if (started) {
         finish_and_start(next, QSlot(i + 1, wg_idx), done);
       } else {
-        if (it.has_keys()) {
+        if (!finished) {
           finish(it);
         }
         done = softmax;

@@ -6,6 +6,7 @@ choices: `tiles.py`. Tensor maps: `tensor_maps.py`.
 
 from __future__ import annotations
 
+from functools import partial
 from math import e, floor, log2
 from typing import Any
 
@@ -16,6 +17,7 @@ from flash_attn_interface._common import kernels, tensor_map
 from flash_attn_interface._common.problem import Problem, Target
 
 from . import tensor_maps, tile_counters, tiles
+from .gqa_packing import stored_heads
 from .tensor_maps import MapPlan
 
 LOG2E = log2(e)
@@ -41,19 +43,23 @@ class ForwardPlan:
     allocates the outputs, patches the addresses and launches on torch's current stream.
     """
 
-    def __init__(self, problem: Problem, target: Target) -> None:
+    def __init__(
+        self, problem: Problem, target: Target, tile: tiles.ForwardTile | None = None
+    ) -> None:
+        """tile: instead of the tables' choice."""
         p = problem
         self.problem = p
         self.target = target
-        self.spec = tiles.forward_spec(p, target.arch)
-        self.tiles_per_unit, self.num_units = _work(p, int(self.spec["block_m"]))
+        self.spec = tiles.forward_spec(p, target.arch, tile, target.gpu)
+        self.gqa_group = int(self.spec["gqa_group"])
+        self.tiles_per_unit, self.num_units = _work(p, int(self.spec["query_rows"]), self.gqa_group)
         self.num_tiles = self.tiles_per_unit * self.num_units
-        self.units_per_group = _units_per_group(p, self.num_units)
+        self.units_per_group = _units_per_group(p, self.num_units, self.gqa_group)
         if self.num_tiles >= 2**30:
             raise NotImplementedError(
                 f"{self.num_tiles} query tiles exceed the scheduler's 2**30: split the batch"
             )
-        self.grid = max(1, min(_num_sms(target) - getattr(p, "sm_margin", 0), self.num_tiles))
+        self.grid = max(1, min(_num_sms(target) - p.sm_margin, self.num_tiles))
         self.device = (
             torch.device("cpu") if target.simulated else torch.device("cuda", target.device_index)
         )
@@ -77,6 +83,8 @@ class ForwardPlan:
         )
         slot = self._block.pointer_slot
         self._lse, self._counter = slot("softmax_lse"), slot("tile_counter")
+        if self.gqa_group > 1:
+            self._set_out = partial(setattr, slot("out"), "value")
         self._optional = tuple(slot(name) for name in _OPTIONAL)
         self._own_counter: Tensor | None = None
         if self.target.simulated:
@@ -98,6 +106,9 @@ class ForwardPlan:
         seqused_k: Tensor | None = None,
         alibi_slopes: Tensor | None = None,
         rng_state: Tensor | None = None,
+        page_table: None = None,
+        cache_batch_idx: None = None,
+        leftpad_k: None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(out, softmax_lse or None, None) of tensors that fit the problem."""
         kernel = self._kernel or self._prepare(q, k, v)
@@ -150,36 +161,47 @@ class ForwardPlan:
         rows_k = (1, p.total_k) if p.varlen_k else (p.batch, p.seqlen_k)
         swizzle_qk, swizzle_v = int(self.spec["swizzle_qk"]), int(self.spec["swizzle_v"])
         block_n = int(self.spec["block_n"])
-        ragged_q, ragged_k = p.varlen_q, bool(self.spec["ragged_k"])
-        out_row = p.num_heads_q * p.head_dim_v
-        out_strides = (rows_q[1] * out_row, out_row, p.head_dim_v)
-        heads_k, heads_v = _stored_heads(p)
+        ragged_q = p.total_q if p.varlen_q else 0
+        ragged_k = tensor_maps.ragged_rows(p, p.k_strides)
+        ragged_v = tensor_maps.ragged_rows(p, p.v_strides)
+        heads_k, heads_v = stored_heads(p)
         return (
             tensor_maps.plan_map(
                 "q_map", p.dtype, p.head_dim_qk, (*rows_q, p.num_heads_q), p.q_strides,
-                ragged=ragged_q, box_rows=tiles.WG_ROWS, swizzle_bytes=swizzle_qk,
+                ragged_rows=ragged_q, box_rows=tiles.WG_ROWS, swizzle_bytes=swizzle_qk,
+            )
+            if self.gqa_group == 1
+            else tensor_maps.plan_packed_heads_map(
+                "q_map", p.dtype, p.head_dim_qk, (*rows_q, p.num_heads_q), p.q_strides,
+                group=self.gqa_group, swizzle_bytes=swizzle_qk,
             ),
             tensor_maps.plan_map(
                 "k_map", p.dtype, p.head_dim_qk, (*rows_k, heads_k), p.k_strides,
-                ragged=ragged_k, box_rows=block_n, swizzle_bytes=swizzle_qk,
+                ragged_rows=ragged_k, box_rows=block_n, swizzle_bytes=swizzle_qk,
             ),
             tensor_maps.plan_map(
                 "v_map", p.dtype, p.head_dim_v, (*rows_k, heads_v), p.v_strides,
-                ragged=ragged_k, box_rows=block_n, swizzle_bytes=swizzle_v,
+                ragged_rows=ragged_v, box_rows=block_n, swizzle_bytes=swizzle_v,
             ),
             tensor_maps.plan_map(
-                "out_map", p.dtype, p.head_dim_v, (*rows_q, p.num_heads_q), out_strides,
-                ragged=ragged_q, box_rows=tiles.WG_ROWS, swizzle_bytes=swizzle_v,
+                "out_map", p.dtype, p.head_dim_v, (*rows_q, p.num_heads_q), self._out_strides(),
+                ragged_rows=ragged_q, box_rows=tiles.WG_ROWS, swizzle_bytes=swizzle_v,
             ),
         )  # fmt: skip
+
+    def _out_strides(self) -> tuple[int, int, int]:
+        p = self.problem
+        row = p.num_heads_q * p.head_dim_v
+        return (0 if p.varlen_q else p.seqlen_q * row, row, p.head_dim_v)
 
     def _values(self) -> dict[str, Any]:
         """The fields of HopperFwdParams that the problem fixes."""
         p = self.problem
-        heads_k, heads_v = _stored_heads(p)
+        heads_k, heads_v = stored_heads(p)
+        out_strides = zip(("batch", "row", "head"), self._out_strides(), strict=True)
         values: dict[str, Any] = {
-            "q_map_rows": p.total_q if p.varlen_q else p.seqlen_q,
-            "k_map_rows": p.total_k if p.varlen_k else p.seqlen_k,
+            "k_batch_rows": tensor_maps.batch_rows(p, p.k_strides),
+            "v_batch_rows": tensor_maps.batch_rows(p, p.v_strides),
             "lse_batch_stride": 0 if p.varlen_q else p.num_heads_q * p.seqlen_q,
             "lse_head_stride": p.total_q if p.varlen_q else p.seqlen_q,
             "batch": p.batch,
@@ -198,6 +220,7 @@ class ForwardPlan:
             "attention_chunk": min(p.attention_chunk, MAX_WINDOW),
             "softmax_scale_log2": p.softmax_scale * LOG2E,
             "alibi_batch_stride": p.num_heads_q if p.alibi_batched else 0,
+            **{f"out_{axis}_stride": stride for axis, stride in out_strides},
         }
         if p.softcap > 0.0:
             values["softcap_in"] = p.softmax_scale / p.softcap
@@ -208,34 +231,26 @@ class ForwardPlan:
         return values
 
 
-def _stored_heads(problem: Problem) -> tuple[int, int]:
-    """Heads of k and v in memory: one where they were expanded (stride 0)."""
-    p = problem
-    return (
-        p.num_heads_k if p.k_strides[2] else 1,
-        p.num_heads_v if p.v_strides[2] else 1,
-    )
-
-
-def _work(problem: Problem, block_m: int) -> tuple[int, int]:
+def _work(problem: Problem, query_rows: int, gqa_group: int) -> tuple[int, int]:
     """(tiles_per_unit, num_units) of tile_scheduler.cuh.
 
     Packed: enough tiles for any split of total_q into sequences.
     """
+    units = problem.num_heads_q // gqa_group
     if problem.varlen_q:
-        return -(-problem.total_q // block_m) + problem.batch, problem.num_heads_q
-    return -(-problem.seqlen_q // block_m), problem.batch * problem.num_heads_q
+        return -(-problem.total_q // query_rows) + problem.batch, units
+    return -(-problem.seqlen_q // query_rows), problem.batch * units
 
 
-def _units_per_group(problem: Problem, num_units: int) -> int:
-    """Query heads worked on together.
+def _units_per_group(problem: Problem, num_units: int, gqa_group: int) -> int:
+    """Query heads, or groups of heads that share tiles, worked on together.
 
     Heads of one K or V head always are. Causal tiles differ in length: many heads together let the
     long ones come first, as long as their K and V fit in L2. A ragged last group would cost a
     second tail, 4-6 % (docs/performance/), so groups divide the units where that is possible.
     """
     p = problem
-    shared = max(p.num_heads_q // heads for heads in _stored_heads(p))
+    shared = max(p.num_heads_q // heads for heads in stored_heads(p)) // gqa_group
     if not p.causal:
         return min(shared, num_units) if p.varlen_q else 1
     rows = min(p.seqlen_k, p.total_k)

@@ -7,6 +7,10 @@
 
 constexpr i32 kWgRows = 64;  // query rows of a warpgroup: M of every WGMMA
 constexpr i32 kNumWgs = Cfg::kNumMmaWarpgroups;
+// Packed GQA: the rows of a tile are (query row, head of kGqaGroup), heads fastest, since these
+// heads share their K and V. A warpgroup has kWgQueries query rows; what is left of its 64 is idle.
+constexpr i32 kGqaGroup = Cfg::kGqaGroup;  // 1: the rows of a tile are those of one head
+constexpr i32 kWgQueries = kWgRows / kGqaGroup;
 constexpr i32 kStepsQk = ceil_div(Cfg::kHeadDimQk, 16);  // of WGMMA's depth of 16
 constexpr i32 kStepsPv = Cfg::kBlockN / 16;
 constexpr i32 kRegsS = Cfg::kWgmmaQkN / 2;
@@ -24,6 +28,8 @@ constexpr i32 kOChunkBytes = kWgRows * Cfg::kSwizzleV, kVChunkBytes = Cfg::kBloc
 
 static_assert(Cfg::kNumThreads == 128 * (kNumWgs + 1) && kNumWgs % Cfg::kVSplit == 0);
 static_assert(Cfg::kBlockM == kWgRows * kNumWgs / Cfg::kVSplit && Cfg::kWgmmaQkN == Cfg::kBlockN);
+static_assert(Cfg::kQueryRows == kWgQueries * kNumWgs / Cfg::kVSplit && kWgQueries > 0);
+static_assert(kGqaGroup == 1 || !(Cfg::kAlibi || Cfg::kDropout), "these depend on the head");
 static_assert(Cfg::kBlockN % (Cfg::kDropout ? 32 : 16) == 0 && Cfg::kBlockN <= 256);
 static_assert(Cfg::kWgmmaPvN * Cfg::kVSplit >= Cfg::kHeadDimV);
 static_assert(Cfg::kVSplit == 1 || Cfg::kWgmmaPvN % ChunkV::kCols == 0);
@@ -32,6 +38,7 @@ static_assert(Cfg::kVSplit == 1 || Cfg::kWgmmaPvN % ChunkV::kCols == 0);
 struct Smem {
   // A warpgroup's Q; its O is staged over it once its last scores are computed.
   static constexpr u32 kQBytes = kChunksQk * kQChunkBytes;
+  static constexpr u32 kQLoadBytes = kChunksQk * kWgQueries * kGqaGroup * Cfg::kSwizzleQk;
   static constexpr u32 kSliceBytes = kQBytes > u32(kChunksO* kOChunkBytes)
                                          ? kQBytes
                                          : u32(kChunksO * kOChunkBytes);
@@ -65,7 +72,7 @@ static_assert(Queue::kSlots == 4);
 
 enum NamedBarrier {
   kBarOutput = 1,             // + wg_idx: a warpgroup has written its O to shared memory
-  kBarTurn = kBarOutput + 3,  // + wg_idx: a warpgroup may issue its products
+  kBarTurn = kBarOutput + 4,  // + wg_idx: a warpgroup may issue its products
 };
 
 // The Q slice that warpgroup wg_idx uses for the i-th tile, and the phase of its barriers.
@@ -81,16 +88,20 @@ struct QSlot {
 // With two Q buffers the last product of a tile and the first of the next are issued together.
 constexpr bool kOverlapTiles = Cfg::kNumQBuffers == 2;
 
-// Coordinates of a row for the tensor maps. Dims: column, row within the sequence, head, first row
-// of the sequence, batch. A sequence's rows end where the map's second dim does: a sequence of
-// `length` rows occupies the last ones, so that TMA itself fills the rows behind it with zeros and
-// writes none. The fourth coordinate then carries its end instead of its begin;
-// hopper/tensor_maps.py has moved the map's address back by as much.
+// Where a box of rows begins, in the dims of a tensor map beside column and head:
+//   (column, row, head, 1, batch), or ragged (column, row, head, end of the sequence, wrap).
+// A ragged sequence ends where the second dim does, so that TMA itself fills the rows behind it
+// with zeros and writes none; hopper/tensor_maps.py says how the coordinates add up.
+struct RowCoords {
+  i32 row, dim3, dim4;
+};
+constexpr i32 kRaggedRows = 1 << 30;
+
+//   row: within the sequence.  first_row, length: of the sequence, if ragged.
 template <bool kRagged>
-DEVICE i32 map_row(i32 map_rows, i32 length, i32 row) {
-  return kRagged ? map_rows - length + row : row;
-}
-template <bool kRagged>
-DEVICE i32 map_first_row(i64 first_row, i32 length) {
-  return kRagged ? i32(first_row) + length : 0;
+DEVICE RowCoords row_coords(i32 row, i32 first_row, i32 length, i32 batch_idx) {
+  if constexpr (kRagged) {
+    return {kRaggedRows - length + row, first_row + length, kRaggedRows};
+  }
+  return {row, 0, batch_idx};
 }

@@ -1,11 +1,15 @@
 """How hopper_fwd sees its tensors: one TMA tensor map each, patched with an address per call.
 
-All maps have the dims (column, row, head, first row, batch). A packed or partly used tensor is
-"ragged": its sequences end at lengths that only the device knows, and what lies behind must neither
-be read as keys nor be written. So a sequence is addressed by its end: rows count from
-`map_rows - length`, which puts the sequence's end at the end of the second dim, where TMA clips;
-and the fourth dim, a second axis of rows, is moved to the sequence's end. The sum is `map_rows`
-rows too far, by which the map's address is moved back. See `map_row` in fwd.cu.
+Maps have the dims (column, row, head, 1, batch). A packed or partly used tensor is "ragged": its
+sequences end at lengths that only the device knows, and what lies behind must neither be read as
+keys nor be written. Its maps have the dims (column, row, head, end of the sequence, wrap), and a
+sequence is addressed by its end: rows count from `RAGGED_ROWS - length`, so that the sequence ends
+where the second dim does and TMA clips there; the fourth dim, a second axis of rows, is moved to
+the sequence's end. The sum is RAGGED_ROWS rows too far, which the fifth coordinate takes back:
+addresses are computed modulo 2**64, and RAGGED_ROWS times its stride is 2**64 less those rows.
+Moving the map's address back instead would save that dim, but then it may lie outside of every
+allocation, which no documentation allows.
+See `row_coords` in fwd_layout.cuh.
 """
 
 from __future__ import annotations
@@ -17,10 +21,12 @@ from flash_attn_interface._common import tensor_map
 from flash_attn_interface._common.params import ParamBlock
 from flash_attn_interface._common.problem import Problem, Strides
 
-from .tiles import ELEM_BYTES
+from .tiles import ELEM_BYTES, WG_ROWS
 
 # TMA: addresses and strides are multiples of this.
 VECTOR_BYTES = 16
+# Rows of a ragged map's second dim, kRaggedRows in fwd_layout.cuh.
+RAGGED_ROWS = 2**30
 
 
 def refuses_layout(problem: Problem) -> str | None:
@@ -42,12 +48,36 @@ def refuses_layout(problem: Problem) -> str | None:
         for axis, stride, size in zip(("batch", "row", "head"), strides, sizes, strict=True):
             if stride == 0 and size > 1 and not (varlen and axis == "batch"):
                 return f"{name} is expanded along its {axis} axis (stride 0)"
+    if p.has_seqused_k and not p.varlen_k:
+        for name, strides in (("k", p.k_strides), ("v", p.v_strides)):
+            if p.batch > 1 and strides[1] and strides[0] % strides[1]:
+                return (
+                    f"with seqused_k TMA finds sequences by rows: {name}'s batch stride of "
+                    f"{strides[0]} must be a multiple of its row stride of {strides[1]}"
+                )
+            if ragged_rows(p, strides) >= RAGGED_ROWS:
+                return f"{name} spans {ragged_rows(p, strides)} rows, over {RAGGED_ROWS - 1}"
     return None
+
+
+def batch_rows(problem: Problem, strides: Strides) -> int:
+    """Rows from one sequence of k or v to the next; 0 where cu_seqlens say."""
+    if problem.varlen_k or problem.batch == 1:
+        return 0
+    return strides[0] // strides[1] if strides[1] else 1  # sequences of one row: see plan_map
+
+
+def ragged_rows(problem: Problem, strides: Strides) -> int:
+    """Rows of all of k or v, with those between sequences; 0 if no sequence ends early."""
+    p = problem
+    if p.varlen_k:
+        return p.total_k
+    return (p.batch - 1) * batch_rows(p, strides) + p.seqlen_k if p.has_seqused_k else 0
 
 
 @dataclass(frozen=True)
 class MapPlan:
-    """All of one tensor's map but the address. back_bytes: how far the address is moved back."""
+    """All of one tensor's map but the address."""
 
     field: str  # of HopperFwdParams
     dtype: str
@@ -55,14 +85,13 @@ class MapPlan:
     strides_bytes: tuple[int, ...]
     box: tuple[int, ...]
     swizzle_bytes: int
-    back_bytes: int
 
     def encode(self, kind: tensor_map.Kind, address: int) -> bytes:
         """The map of the tensor at `address`."""
         return tensor_map.encode(
             kind,
             self.dtype,
-            address - self.back_bytes,
+            address,
             self.dims,
             self.strides_bytes,
             self.box,
@@ -77,25 +106,64 @@ def plan_map(
     sizes: tuple[int, int, int],
     strides: Strides,
     *,
-    ragged: bool,
+    ragged_rows: int = 0,
     box_rows: int,
     swizzle_bytes: int,
 ) -> MapPlan:
-    """sizes: (batch, rows, heads); packed tensors have batch 1. strides: in elements."""
+    """sizes: (batch, rows, heads); packed tensors have batch 1. strides: in elements.
+
+    ragged_rows: of the whole tensor, one past the last that may be touched; 0 if not ragged.
+    """
     batch, rows, heads = sizes
+    if ragged_rows and strides[1] == 0:  # sequences of one row: the next row is the next sequence's
+        strides = (strides[0], strides[0], strides[2])
     batch_bytes, row_bytes, head_bytes = (
         # The stride of an axis of size 1 is 0 here and never used; TMA wants a plausible one.
+        stride * ELEM_BYTES or -(-head_dim * ELEM_BYTES // VECTOR_BYTES) * VECTOR_BYTES
+        for stride in strides
+    )
+    dims = (head_dim, rows, heads, 1, batch)
+    if ragged_rows:
+        # Extents no larger than coordinates get: whatever cu_seqlens hold, nothing else is read.
+        dims = (head_dim, RAGGED_ROWS, heads, ragged_rows + 1, RAGGED_ROWS + 1)
+        batch_bytes = 2**64 // RAGGED_ROWS - row_bytes
+    return MapPlan(
+        field,
+        dtype,
+        dims,
+        strides_bytes=(row_bytes, head_bytes, row_bytes, batch_bytes),
+        box=(swizzle_bytes // ELEM_BYTES, box_rows, 1, 1, 1),
+        swizzle_bytes=swizzle_bytes,
+    )
+
+
+def plan_packed_heads_map(
+    field: str,
+    dtype: str,
+    head_dim: int,
+    sizes: tuple[int, int, int],
+    strides: Strides,
+    *,
+    group: int,
+    swizzle_bytes: int,
+) -> MapPlan:
+    """q of packed GQA (gqa_packing.py): boxes of the same rows of `group` heads, heads fastest.
+
+    Dims: (column, head of the group, row, group, batch). Sequences need no end here, as in
+    fwd_producer.cuh.
+    """
+    batch, rows, heads = sizes
+    batch_bytes, row_bytes, head_bytes = (
         stride * ELEM_BYTES or -(-head_dim * ELEM_BYTES // VECTOR_BYTES) * VECTOR_BYTES
         for stride in strides
     )
     return MapPlan(
         field,
         dtype,
-        dims=(head_dim, rows, heads, rows + 1 if ragged else 1, batch),
-        strides_bytes=(row_bytes, head_bytes, row_bytes, batch_bytes),
-        box=(swizzle_bytes // ELEM_BYTES, box_rows, 1, 1, 1),
+        dims=(head_dim, group, rows, heads // group, batch),
+        strides_bytes=(head_bytes, row_bytes, group * head_bytes, batch_bytes),
+        box=(swizzle_bytes // ELEM_BYTES, group, WG_ROWS // group, 1, 1),
         swizzle_bytes=swizzle_bytes,
-        back_bytes=rows * row_bytes if ragged else 0,
     )
 
 
@@ -110,9 +178,9 @@ def address_setter(
     block.set(plan.field, plan.encode(kind, example))
     if not tensor_map.address_comes_first(kind):
         return lambda address: block.set(plan.field, plan.encode(kind, address))
-    slot, back_bytes = block.tensor_map_slot(plan.field), plan.back_bytes
+    slot = block.tensor_map_slot(plan.field)
 
     def patch(address: int) -> None:
-        slot.value = address - back_bytes
+        slot.value = address
 
     return patch

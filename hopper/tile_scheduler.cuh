@@ -1,7 +1,8 @@
 // Which query tile a CTA of a Hopper kernel works on next, and how it learns of it. CTAs stay; they
 // draw tiles from a counter, so that none waits for another.
-// Order: groups of units (a unit is one head of one sequence, or one head of all packed sequences)
-// whose K and V fit in L2; inside a group the tiles with most keys first, units fastest.
+// Order: groups of units (a unit is one head, or kGqaGroup heads that share their tiles, of one
+// sequence or of all packed sequences) whose K and V fit in L2; inside a group the tiles with most
+// keys first, units fastest.
 #pragma once
 #include "common/device/packed_tiles.cuh"
 #include "common/device/params.cuh"
@@ -11,7 +12,7 @@
 // One query tile. In shared memory it is 32 bytes, written by the scheduler's warp.
 struct Work {
   i32 batch_idx;  // negative: there is no more work
-  i32 head_idx;
+  i32 head_idx;   // the first one of Cfg::kGqaGroup
   i32 first_row;  // of the tile, within its sequence
   SeqlenInfo seq;
 
@@ -51,33 +52,36 @@ DEVICE Work decode_tile(const HopperFwdParams& p, i32 tile, i32 lane_idx) {
   i32 tile_in_sequence;
   if constexpr (Cfg::kVarlenQ) {
     const PackedTile found =
-        find_packed_tile<Cfg::kBlockM>(p.cu_seqlens_q, p.batch, rank, lane_idx);
-    work.head_idx = unit;
+        find_packed_tile<Cfg::kQueryRows>(p.cu_seqlens_q, p.batch, rank, lane_idx);
+    work.head_idx = unit * Cfg::kGqaGroup;
     if (found.batch_idx == p.batch) {
       const i32 packed_rows = ld_global_i32(p.cu_seqlens_q + p.batch);
       work.batch_idx = 0;
-      work.first_row = found.tile * Cfg::kBlockM;
+      work.first_row = found.tile * Cfg::kQueryRows;
       work.seq = SeqlenInfo{packed_rows, 0, p.total_q - packed_rows, 0, 0, 0};
       return work;
     }
     work.batch_idx = found.batch_idx;
     tile_in_sequence = found.tile;
   } else {
-    work.batch_idx = unit / p.num_heads_q;
-    work.head_idx = unit - work.batch_idx * p.num_heads_q;
+    const i32 units_per_sequence = p.num_heads_q / Cfg::kGqaGroup;
+    work.batch_idx = unit / units_per_sequence;
+    work.head_idx = (unit - work.batch_idx * units_per_sequence) * Cfg::kGqaGroup;
     tile_in_sequence = rank;
   }
   work.seq = seqlen_info<Cfg>(p, work.batch_idx);
   // Last rows first: they see most keys when causal.
-  work.first_row = (ceil_div(work.seq.slot_q, Cfg::kBlockM) - 1 - tile_in_sequence) * Cfg::kBlockM;
+  work.first_row =
+      (ceil_div(work.seq.slot_q, Cfg::kQueryRows) - 1 - tile_in_sequence) * Cfg::kQueryRows;
   return work;
 }
 
 // The scheduler hands its tiles to the CTA's other warps through kSlots records, the i-th through
 // record i % kSlots.
 //   full[slot]: signalled by the scheduler. Waited on by producer and consumers.
-//   taken:      signalled by the producer when it begins a tile. Waited on by the scheduler, which
-//               then draws the next one: claiming earlier would unbalance the end of the launch.
+//   taken:      signalled by the producer a little before the end of a tile. Waited on by the
+//               scheduler, which then draws the next one: claiming earlier would unbalance the end
+//               of the launch.
 // A record is overwritten only kSlots - 1 tiles later, when the producer has seen the Q buffers of
 // its tile empty again, and so everyone is done with it.
 template <u32 kRecords, u32 kFull, u32 kTaken>

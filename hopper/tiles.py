@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from flash_attn_interface._common import arch as arch_table
+from flash_attn_interface._common import tuned_tiles
 from flash_attn_interface._common.problem import Problem
 from flash_attn_interface._common.spec import KernelSpec
 
+from . import gqa_packing
+
 ARCH = "sm_90a"
 ELEM_BYTES = 2
-WG_ROWS = 64  # query rows of a consumer warpgroup: M of every WGMMA
+WG_ROWS = gqa_packing.WG_ROWS  # rows of a consumer warpgroup: M of every WGMMA
 MAX_WGMMA_N = 256
 # Work records and barriers, at the end of `Smem` in fwd.cu.
 SMEM_TAIL_BYTES = 512
@@ -70,32 +74,78 @@ def wgmma_pv_n(head_dim_v: int) -> int:
 
 
 # A thread of a consumer holds head_dim_v / 2 registers of O, block_n / 2 of S, block_n / 4 of P and
-# about 25 more, beside 232 (two consumers) or 160 (three): 65536 registers, less what the producer
-# keeps. Below its 40 or 32 the producer spills. Measured on an H100: docs/performance/.
-_REGISTERS = {2: (40, 232), 3: (32, 160)}
+# about 25 more, beside 232 (two consumers), 160 (three) or 112 (four): 65536 registers, in eights a
+# thread, less what the producer keeps. Below its 40 or 32 the producer spills. Measured on an H100:
+# docs/performance/.
+_REGISTERS = {2: (40, 232), 3: (32, 160), 4: (32, 112)}
+CONSUMER_REGISTERS = {consumers: registers for consumers, (_, registers) in _REGISTERS.items()}
 
-# Three consumers are faster where nothing is masked, larger key tiles where the diagonal cuts.
-_TILE_64_128 = ForwardTile(3, 80, num_stages=3)
-_CAUSAL_TILE_64_128 = ForwardTile(2, 128, num_stages=3)
+# Tiles by length: (from this many keys, tile), shortest first. A CTA of three consumers reads K and
+# V once for 192 rows, faster where the launch has many tiles; two lose less to the diagonal
+# and to a sequence's last rows.
+ByLength = tuple[tuple[int, ForwardTile], ...]
 
-# (head_dim_qk, head_dim_v) up to which a tile is meant -> tile. The first row that holds both dims
-# is taken, so rows are sorted by what they cost.
-_TILES: tuple[tuple[int, int, ForwardTile], ...] = (
-    (32, 64, ForwardTile(3, 128, num_stages=3, ping_pong=True)),
-    (64, 64, ForwardTile(3, 128, num_stages=3)),  # a third softmax hides behind two products
-    (128, 64, ForwardTile(3, 128, num_stages=2)),
-    (64, 128, _TILE_64_128),
-    (128, 128, ForwardTile(2, 128)),
-    (192, 128, ForwardTile(2, 128, num_q_buffers=1)),
-    (96, 192, ForwardTile(2, 112, swizzle_qk=64)),
-    (128, 192, ForwardTile(2, 96)),
-    (128, 256, ForwardTile(2, 80, num_q_buffers=1)),
-    (192, 192, ForwardTile(2, 80)),
-    (192, 256, ForwardTile(2, 80, num_q_buffers=1)),
-    (256, 128, ForwardTile(2, 96, num_q_buffers=1)),
-    (256, 192, ForwardTile(2, 80, num_q_buffers=1)),
-    (256, 256, ForwardTile(2, 64, num_q_buffers=1)),
-    (64, 512, ForwardTile(2, 64, num_q_buffers=1)),  # two warpgroups share 64 rows
+_PING_PONG_32_64 = ForwardTile(3, 128, num_stages=3, ping_pong=True)
+_THREE_64 = ForwardTile(3, 128, num_stages=3)  # a third softmax hides behind two products
+_FOUR_64 = ForwardTile(4, 64, num_stages=4)  # the diagonal cuts off less of 64 keys
+_TWO_64_128, _THREE_64_128 = ForwardTile(2, 128, num_stages=3), ForwardTile(3, 80, num_stages=4)
+_SHORT_64_128 = ForwardTile(3, 64, num_stages=4)
+_TWO_128, _THREE_128 = ForwardTile(2, 128), ForwardTile(3, 80)
+_SHORT_192_128, _TWO_192_128 = ForwardTile(2, 64, num_stages=3), ForwardTile(2, 96)
+_WIDE_192_128 = ForwardTile(2, 128, num_q_buffers=1)
+_SHORT_96_192, _TWO_96_192 = ForwardTile(2, 64, num_stages=3), ForwardTile(2, 96)
+_WIDE_96_192 = ForwardTile(2, 112, swizzle_qk=64)
+_TWO_128_256, _WIDE_128_256 = ForwardTile(2, 64), ForwardTile(2, 80, num_q_buffers=1)
+
+
+def _both(*by_length: tuple[int, ForwardTile]) -> tuple[ByLength, ByLength]:
+    return by_length, by_length
+
+
+def _always(tile: ForwardTile) -> tuple[ByLength, ByLength]:
+    return _both((0, tile))
+
+
+# (head_dim_qk, head_dim_v) up to which a row is meant -> tiles not causal, tiles causal. The first
+# row that holds both dims is taken, so rows are sorted by what they cost.
+_TILES: tuple[tuple[int, int, tuple[ByLength, ByLength]], ...] = (
+    (32, 64, (((0, _PING_PONG_32_64),), ((0, _FOUR_64), (6144, _PING_PONG_32_64)))),
+    (64, 64, (((0, _THREE_64),), ((0, _FOUR_64), (3072, _THREE_64)))),
+    (128, 64, _always(ForwardTile(3, 128, num_stages=2))),
+    (
+        64,
+        128,
+        (
+            ((0, _TWO_64_128), (1536, _THREE_64_128)),
+            ((0, _SHORT_64_128), (768, _TWO_64_128), (6144, _THREE_64_128)),
+        ),
+    ),
+    (128, 128, (((0, _TWO_128), (1536, _THREE_128)), ((0, _TWO_128), (6144, _THREE_128)))),
+    (
+        192,
+        128,
+        (
+            ((0, _WIDE_192_128),),
+            ((0, _SHORT_192_128), (1536, _TWO_192_128), (3072, _WIDE_192_128)),
+        ),
+    ),
+    (
+        96,
+        192,
+        (
+            ((0, _TWO_96_192), (1536, _WIDE_96_192)),
+            ((0, _SHORT_96_192), (1536, _WIDE_96_192)),
+        ),
+    ),
+    (128, 192, _always(ForwardTile(2, 96))),
+    (128, 256, (((0, _WIDE_128_256),), ((0, _TWO_128_256), (3072, _WIDE_128_256)))),
+    (192, 192, _always(ForwardTile(2, 80))),
+    (192, 256, _always(ForwardTile(2, 80, num_q_buffers=1))),
+    (256, 128, _always(ForwardTile(2, 96, num_q_buffers=1))),
+    (256, 192, _always(ForwardTile(2, 80, num_q_buffers=1))),
+    (256, 256, _always(ForwardTile(2, 64, num_q_buffers=1))),
+    # Two warpgroups share 64 rows.
+    (64, 512, _always(ForwardTile(2, 64, num_q_buffers=1))),
 )
 MAX_HEAD_DIM = 256
 MAX_WIDE_V, MAX_QK_OF_WIDE_V = 512, 64
@@ -113,31 +163,67 @@ def refuses_head_dims(head_dim_qk: int, head_dim_v: int) -> str | None:
 
 def forward_tile(problem: Problem) -> ForwardTile:
     """The tile for a problem."""
-    for head_dim_qk, head_dim_v, tile in _TILES:
+    for head_dim_qk, head_dim_v, (full, causal) in _TILES:
         if problem.head_dim_qk <= head_dim_qk and problem.head_dim_v <= head_dim_v:
-            if tile == _TILE_64_128 and problem.causal:
-                tile = _CAUSAL_TILE_64_128
-            return _with_features(tile, problem)
+            if _needs_registers(problem):
+                return _with_features(full[0][1], problem)
+            by_length = full[:1] if problem.local else causal if problem.causal else full
+            return [tile for keys, tile in by_length if problem.seqlen_k >= keys][-1]
     raise NotImplementedError(
         f"no forward tile of head dims ({problem.head_dim_qk}, {problem.head_dim_v})"
     )
 
 
+def _needs_registers(problem: Problem) -> bool:
+    """For random numbers, tanh or distances."""
+    return problem.dropout or problem.softcap > 0.0 or problem.alibi
+
+
 def _with_features(tile: ForwardTile, problem: Problem) -> ForwardTile:
-    """Random numbers, tanh and distances need registers too, so fewer keys at a time."""
-    if not (problem.dropout or problem.softcap > 0.0 or problem.alibi or problem.local):
-        return tile
-    if tile.num_mma_warpgroups == 3:
-        tile = replace(tile, num_mma_warpgroups=2)
+    """Two consumers have more registers each; dropout's patches are 32 keys wide."""
+    tile = replace(tile, num_mma_warpgroups=2)
     if problem.dropout:
         tile = replace(tile, block_n=max(32, tile.block_n // 32 * 32))
     return tile
 
 
-def forward_spec(problem: Problem, arch: str, tile: ForwardTile | None = None) -> KernelSpec:
-    """The kernel for a problem, with the tile of the table or a given one."""
-    tile = tile or forward_tile(problem)
+def refuses_tile(tile: ForwardTile, problem: Problem, arch: str) -> str | None:
+    """Why `fwd.cu` cannot be built so, or not be launched; None if it can."""
     parts = v_split(problem.head_dim_v)
+    if tile.num_mma_warpgroups not in _REGISTERS or tile.num_mma_warpgroups % parts:
+        return f"num_mma_warpgroups={tile.num_mma_warpgroups}: 2, 3 or 4, even for a wide v"
+    multiple = 32 if problem.dropout else 16
+    if not multiple <= tile.block_n <= MAX_WGMMA_N or tile.block_n % multiple:
+        return f"block_n={tile.block_n} is not a multiple of {multiple} up to {MAX_WGMMA_N}"
+    if not 1 <= tile.num_stages <= 4 or tile.num_q_buffers not in (1, 2):
+        return "num_stages is 1 to 4, num_q_buffers 1 or 2"
+    if not {tile.swizzle_qk, tile.swizzle_v} <= {0, 32, 64, 128}:
+        return "swizzle_qk and swizzle_v are 0 (the widest without waste), 32, 64 or 128"
+    if parts == 2 and wgmma_pv_n(problem.head_dim_v) % (tile.swizzle_v // ELEM_BYTES or 64):
+        return "a wide v needs whole chunks of columns in each warpgroup"
+    smem = tile.smem_bytes(problem.head_dim_qk, problem.head_dim_v)
+    available = arch_table.limits(arch).max_smem_per_cta
+    if smem > available:
+        return f"it needs {smem} bytes of shared memory, a CTA has {available}"
+    return None
+
+
+def tuned_tile(problem: Problem, arch: str, gpu: str = "") -> ForwardTile | None:
+    """What a table of the autotuner holds for the problem, if any does."""
+    key = tuned_tiles.key("hopper", "fwd", problem)
+    return tuned_tiles.tile(ForwardTile, key, arch, gpu, lambda t: refuses_tile(t, problem, arch))
+
+
+def forward_spec(
+    problem: Problem, arch: str, tile: ForwardTile | None = None, gpu: str = ""
+) -> KernelSpec:
+    """The kernel for a problem, with a given tile or else the tuned one, or else `forward_tile`.
+    gpu: the device's model, as `Target.gpu`.
+    """
+    tile = tile or tuned_tile(problem, arch, gpu) or forward_tile(problem)
+    parts = v_split(problem.head_dim_v)
+    slices = tile.num_mma_warpgroups // parts
+    group = gqa_packing.group_size(problem, slices)
     producer_registers, consumer_registers = _REGISTERS[tile.num_mma_warpgroups]
     return KernelSpec.make(
         "hopper/fwd.cu",
@@ -147,7 +233,9 @@ def forward_spec(problem: Problem, arch: str, tile: ForwardTile | None = None) -
         bf16=problem.dtype == "bf16",
         head_dim_qk=problem.head_dim_qk,
         head_dim_v=problem.head_dim_v,
-        block_m=WG_ROWS * tile.num_mma_warpgroups // parts,
+        block_m=WG_ROWS * slices,
+        query_rows=WG_ROWS // group * slices,
+        gqa_group=group,
         block_n=tile.block_n,
         num_mma_warpgroups=tile.num_mma_warpgroups,
         num_threads=128 * (1 + tile.num_mma_warpgroups),

@@ -5,6 +5,7 @@ not serialised. Needs NVRTC, no GPU. A sample runs by default, all with -m "slow
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import hopper_tree
 import pytest
@@ -90,6 +91,27 @@ def test_prebuilt(dims: tuple[int, int], feature: str, dtype: str):
 )
 def test_features(dims: tuple[int, int], feature: str, dtype: str):
     check_named(dims, feature, dtype)
+
+
+@pytest.mark.parametrize(
+    ("dims", "feature", "group"),
+    [
+        pytest.param((128, 128), "varlen", 4),
+        pytest.param((128, 128), "plain", 5, marks=pytest.mark.slow),  # 60 of 64 rows in use
+        *[
+            pytest.param(dims, feature, 8, marks=pytest.mark.slow)
+            for dims in [(64, 64), (64, 128), (256, 256), (64, 512)]
+            for feature in ("causal", "window", "softcap")
+        ],
+    ],
+)
+def test_packed_gqa(dims: tuple[int, int], feature: str, group: int):
+    heads = {"num_heads_q": 2 * group, "num_heads_k": 2, "num_heads_v": 2, "pack_gqa": True}
+    strides = {"k_strides": (0, 2, 1), "v_strides": (0, 2, 1)}
+    asked = replace(problem(dims, feature, "bf16"), seqlen_q=1, total_q=1, **heads, **strides)
+    spec = TREE.tiles.forward_spec(asked, ARCH)
+    assert spec["gqa_group"] == group
+    check(spec)
 
 
 def test_every_pair_of_head_dims_has_a_tile():

@@ -6,6 +6,7 @@ Hopper tree refuses.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import calls
@@ -19,9 +20,11 @@ from conftest import Runner
 from inputs import make_inputs
 
 import flash_attn
+import flash_attn_interface
 from flash_attn_interface import backends, dispatch
 from flash_attn_interface._common import kernels
 from flash_attn_interface._common.problem import Problem, Target
+from flash_attn_interface.reference import attention_reference
 
 ARCH = "sm_90a"
 
@@ -56,9 +59,8 @@ def on_hopper(some: Iterable[Case]) -> pytest.MarkDecorator:
     for case in some:
         if not case.only_gpu:
             params.append(pytest.param("sim", case, id=f"sim-{case.id}", marks=pytest.mark.sim))
-        if not case.varlen:  # these are refused on a GPU, see HopperBackend.refuses_forward
-            marks = [pytest.mark.gpu, pytest.mark.hopper]
-            params.append(pytest.param("gpu", case, id=f"gpu-{case.id}", marks=marks))
+        marks = [pytest.mark.gpu, pytest.mark.hopper]
+        params.append(pytest.param("gpu", case, id=f"gpu-{case.id}", marks=marks))
     return pytest.mark.parametrize(("machine", "case"), params, indirect=["machine"])
 
 
@@ -116,6 +118,14 @@ def test_head_counts(machine: Runner, case: Case, hopper_plans: list[Any]):
         Case(attention_chunk=64, seqlen_q=400, seqlen_k=450, batch=1).with_dims(64, 64),
         Case(attention_chunk=100, seqlen_q=450, seqlen_k=400, batch=1).with_dims(128, 128),
         Case(window_size=(30, 10), seqlen_q=500, seqlen_k=400, batch=1).with_dims(256, 256),
+        # A warpgroup lets more key tiles pass, to its left or right, than the rings hold, and the
+        # next tile is drawn only then.
+        Case(attention_chunk=1024, seqlen_q=1152, seqlen_k=1152, batch=1)
+        .with_dims(64, 64)
+        .with_heads(1, 1, 1),
+        Case(attention_chunk=960, seqlen_q=1100, seqlen_k=1100, batch=1)
+        .with_dims(128, 128)
+        .with_heads(1, 1, 1),
     ]
 )
 def test_masks(machine: Runner, case: Case, hopper_plans: list[Any]):
@@ -141,6 +151,63 @@ MANY = Case(lengths_q=tuple(range(1, 70)), lengths_k=tuple(range(70, 1, -1)), ca
 )
 def test_varlen(machine: Runner, case: Case, hopper_plans: list[Any]):
     check_case(machine, case, hopper_plans)
+
+
+@pytest.mark.parametrize(
+    ("machine", "layout"),
+    [
+        pytest.param(machine, layout, marks=marks)
+        for machine, marks in [
+            ("sim", [pytest.mark.sim]),
+            ("gpu", [pytest.mark.gpu, pytest.mark.hopper]),
+        ]
+        for layout in ("contiguous", "bhsd", "slice", "one-row", "mixed")
+    ],
+    indirect=["machine"],
+)
+def test_partly_used_batches(machine: Runner, layout: str, hopper_plans: list[Any]):
+    """(batch, rows, heads, dim) with seqused: behind the rows in use lie NaN and other rows."""
+    batch, rows, used = 4, 150, [150, 0, 33, 129]
+    if layout == "one-row":
+        rows, used = 1, [1, 0, 1, 1]
+    values = []
+    for dim in (64, 128):
+        x = torch.randn(batch, rows, 2, dim, device=machine.device).to(torch.bfloat16)
+        for b, count in enumerate(used):
+            x[b, count:] = float("nan")
+        if layout == "bhsd" or (layout == "mixed" and dim == 128):
+            x = x.transpose(1, 2).contiguous().transpose(1, 2)
+        if layout == "slice":  # of a larger cache
+            whole = torch.full((batch, rows + 13, 2, dim), float("nan"), dtype=x.dtype)
+            whole = whole.to(x.device)
+            whole[:, :rows] = x
+            x = whole[:, :rows]
+        values.append(x)
+    k, v = values
+    q = torch.randn(batch, 70, 4, 64, device=machine.device).to(torch.bfloat16)
+    seqused_k = torch.tensor(used, dtype=torch.int32, device=machine.device)
+    for causal in (False, True):
+        out, lse = machine.call(
+            flash_attn_interface.flash_attn_varlen_func, q, k, v, None, None, None, None,
+            seqused_k=seqused_k, causal=causal, return_attn_probs=True,
+        )  # fmt: skip
+        for b, count in enumerate(used):
+            want, want_lse, _ = attention_reference(
+                *(x[b : b + 1].double() for x in (q, k[:, :count], v[:, :count])), causal=causal
+            )
+            assert want_lse is not None
+            assert (out[b].double() - want[0]).abs().max() < 2e-2
+            assert torch.allclose(lse[b].double(), want_lse[0], rtol=1e-4, atol=1e-4)
+    assert len(hopper_plans) == 2
+
+
+def test_sequences_that_are_no_whole_rows_apart_are_refused():
+    problem = Problem(
+        "bf16", 64, 64, 2, 2, 2, 2, 9, 9, 18, 18, 0.1, has_seqused_k=True,
+        q_strides=(1152, 128, 64), k_strides=(1160, 128, 64), v_strides=(1152, 128, 64),
+    )  # fmt: skip
+    reason = TREE.BACKEND.refuses_forward(problem, Target(ARCH, 0))
+    assert reason is not None and "k's batch stride of 1160" in reason
 
 
 @on_hopper(filter(serves, cases.LAYOUTS))
@@ -221,24 +288,98 @@ def test_any_order_of_warps(case: Case, seed: int, hopper_plans: list[Any]):
         check_case(Runner("sim", torch.device("cpu"), ARCH), case, hopper_plans)
 
 
-@pytest.mark.sim
-def test_wide_v(hopper_plans: list[Any]):
-    """(64, 512): two warpgroups share the columns of O. The public checks do not allow it yet."""
-    q, k = (torch.randn(1, n, 2, 64, dtype=torch.bfloat16) for n in (150, 200))
-    v = torch.randn(1, 200, 2, 512, dtype=torch.bfloat16)
-    strides = [(0, *x.stride()[1:3]) for x in (q, k, v)]
-    problem = Problem(
-        "bf16", 64, 512, 2, 2, 2, 1, 150, 200, 150, 200, 0.125, causal=True, window_right=0,
-        q_strides=strides[0], k_strides=strides[1], v_strides=strides[2],
-    )  # fmt: skip
-    plan = TREE.BACKEND.plan_forward(problem, Target(ARCH, 0, simulated=True))
-    out, lse, _ = plan.run(q, k, v)
-    from flash_attn_interface.reference import attention_reference
+WIDE_V = Case(seqlen_q=150, seqlen_k=200, batch=1)
 
-    want, want_lse, _ = attention_reference(q.double(), k.double(), v.double(), causal=True)
-    assert want_lse is not None
-    assert (out.double() - want).abs().max() < 2e-2
-    assert (lse.double() - want_lse).abs().max() < 1e-4
+
+@on_hopper(
+    [
+        WIDE_V.with_dims(64, 512).but(causal=True),
+        WIDE_V.with_dims(32, 264).but(softcap=3.0).with_heads(4, 2, 1),
+        cases.VARLEN[1].with_dims(64, 320),
+    ]
+)
+def test_wide_v(machine: Runner, case: Case, hopper_plans: list[Any]):
+    """Two warpgroups share the columns of O."""
+    check_case(machine, case, hopper_plans)
+
+
+@pytest.mark.sim
+def test_wide_v_has_no_backward(hopper_plans: list[Any]):
+    q, k = (torch.randn(1, 9, 1, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    v = torch.randn(1, 9, 1, 512, dtype=torch.bfloat16)
+    machine = Runner("sim", torch.device("cpu"), ARCH)
+    out = machine.call(flash_attn_interface.flash_attn_func, q, k, v)
+    with pytest.raises(NotImplementedError, match=r"No kernel serves .*flash2: head dims are lim"):
+        out.sum().backward()
+
+
+GQA = Case(batch=3, seqlen_q=5, seqlen_k=300, causal=True).with_dims(64, 64)
+
+
+@pytest.mark.parametrize("group", [2, 3, 5, 8])
+@on_hopper(
+    [
+        GQA,
+        GQA.but(causal=False, window_size=(90, 20), seqlen_q=70).with_dims(128, 128),
+        GQA.but(attention_chunk=70, softcap=2.0).with_dims(32, 264),
+        cases.VARLEN[1].but(lengths_q=(20, 0, 3, 1), lengths_k=(190, 30, 0, 260), causal=True),
+        cases.VARLEN[1].but(
+            lengths_q=(70, 3, 9), lengths_k=(190, 130, 60), seqused_q=(20, 3, 0),
+            seqused_k=(60, 0, 50), tail=7,
+        ),
+    ]
+)  # fmt: skip
+def test_heads_that_share_keys_share_tiles(
+    machine: Runner, case: Case, group: int, hopper_plans: list[Any]
+):
+    """pack_gqa. Heads 0 to group - 1 and the next ones share a head of k, and more one of v."""
+    case = case.with_heads(2 * group, 2, 1)
+    inputs = make_inputs(case, machine.device)
+    expected = oracle.expect(case, inputs)
+    for pack_gqa in (True, False):
+        out, lse, _ = calls.forward(machine, case, inputs, pack_gqa=pack_gqa)
+        assert (hopper_plans[-1].gqa_group > 1) is pack_gqa
+        oracle.check(expected, out, lse)
+
+
+def test_when_heads_share_tiles():
+    """Where it saves tiles, and those are more than the SMs."""
+
+    def group(**changes: Any) -> int:
+        problem = Problem(
+            "bf16", 128, 128, 32, 8, 8, 64, 1, 999, 64, 64 * 999, 0.1,
+            k_strides=(999 * 1024, 1024, 128), v_strides=(999 * 1024, 1024, 128),
+        )  # fmt: skip
+        return TREE.gqa_packing.group_size(replace(problem, **changes), 2)
+
+    assert group() == 4
+    assert group(batch=1, total_q=1) == 1  # 32 CTAs, of which none waits
+    assert group(batch=1, total_q=1, pack_gqa=True) == 4
+    assert group(seqlen_q=4096, total_q=64 * 4096) == 1  # full tiles anyway
+    assert group(pack_gqa=False) == group(alibi=True) == group(dropout_p=0.1, pack_gqa=True) == 1
+    assert group(num_heads_q=24, num_heads_k=2, num_heads_v=3, pack_gqa=True) == 4
+    assert group(num_heads_q=67, num_heads_k=1, num_heads_v=1, pack_gqa=True) == 1  # 67 > 64 rows
+
+
+def test_sm_margin_leaves_sms_to_others():
+    problem = Problem("bf16", 64, 64, 64, 64, 64, 8, 999, 999, 999 * 8, 999 * 8, 0.1)
+    grids = [
+        TREE.BACKEND.plan_forward(replace(problem, sm_margin=margin), Target(ARCH, 99)).grid
+        for margin in (0, 32, 10_000)
+    ]
+    assert grids == [132, 100, 1]
+
+
+@pytest.mark.sim
+def test_sm_margin_reaches_the_plan(hopper_plans: list[Any]):
+    machine = Runner("sim", torch.device("cpu"), ARCH)
+    x = torch.randn(1, 400, 2, 64, dtype=torch.bfloat16)
+    results = [
+        machine.call(flash_attn_interface.flash_attn_func, x, x, x, sm_margin=margin)
+        for margin in (0, 1)
+    ]
+    assert [plan.grid for plan in hopper_plans] == [2, 1]
+    assert torch.equal(*results)
 
 
 @pytest.mark.sim

@@ -37,6 +37,7 @@ def misuse(which: int) -> tuple[Tensor, Tensor]:
         "map_b": hopper_probes.encode(SIM, target, (64, 64), 128),
         "map_c": hopper_probes.encode(SIM, larger, (64, 80), 128),
         "map_d": bytes(TENSOR_MAP_BYTES),
+        "map_e": hopper_probes.encode(SIM, target[:, :60], (64, 64), 128),
     }
     hopper_probes.run(
         SIM, "probe_hopper_misuse", maps, None, out, (source, target),
@@ -77,6 +78,8 @@ MISTAKES = {
     46: r"returns from the kernel without waiting for its TMA store",
     47: RACE.format("write", "TMA store not yet waited for by thread 0"),
     48: r"global write by a TMA store of 16 bytes out of bounds",
+    50: r"TMA store at -8 in dim 1: only boxes to load may begin before the tensor",
+    51: r"TMA store to rows of 120 bytes: it writes whole units of 16",
     61: RACE.format("wgmma", r"write, without fence_proxy_async_shared\(\)"),
     62: RACE.format("wgmma", "TMA load not yet waited for"),
     63: r"descriptor of A begins at byte 112 of an atom",

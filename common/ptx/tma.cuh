@@ -4,8 +4,10 @@
 //        strides, box, swizzle.
 //   dst, src: shared address of the box, 128-byte aligned; aligned to 8 rows of the swizzle (1024,
 //        512 or 256 bytes) for the pattern to start with the box.
-//   c0..: first element of the box in each dim, innermost first; may lie outside of the tensor.
-// A load fills what lies outside with zeros, a store leaves it out.
+//   c0..: first element of the box in each dim, innermost first, c0 a multiple of 16 bytes; may lie
+//         outside of the tensor, but not below 0 for a store (an illegal instruction).
+// A load fills what lies outside with zeros, a store leaves it out: whole rows, and of a row what
+// follows its last 16-byte unit.
 #pragma once
 #include "common/ptx/base.cuh"
 #include "common/ptx/tensor_map.cuh"

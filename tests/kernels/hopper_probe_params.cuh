@@ -4,7 +4,7 @@
 #include "common/ptx/tensor_map.cuh"
 
 struct HopperProbeParams {
-  TensorMap map_a, map_b, map_c, map_d;  // what they map is the kernel's business
+  TensorMap map_a, map_b, map_c, map_d, map_e;  // what they map is the kernel's business
   const u32* in;
   u32* out;
   i32 which;           // variant, where a kernel has several

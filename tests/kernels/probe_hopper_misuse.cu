@@ -2,7 +2,7 @@
 // probe_misuse.cu: run by tests/test_sim_checker_hopper.py, on the simulator only; lines that the
 // error may name end in "BAD" and the value. Two warpgroups.
 //   map_a, map_b: (64, 64) bf16, boxes of all of it with a swizzle of 128 bytes, to load and store.
-//   map_c: reaches past its tensor.  map_d: not encoded.
+//   map_c: reaches past its tensor.  map_d: not encoded.  map_e: of 60 columns.
 #include "prelude.cuh"
 
 #include "common/device/wgmma_desc.cuh"
@@ -175,6 +175,10 @@ DEVICE void stores(const HopperProbeParams& p, i32 thread) {
         st_shared_u32(tile(0), 0);  // BAD 47
       } else if (p.which == 48) {
         tma_store_4d(&p.map_c, tile(0), 0, 0, 0, 0);  // BAD 48: past the tensor
+      } else if (p.which == 50) {
+        tma_store_4d(&p.map_b, tile(0), 0, -8, 0, 0);  // BAD 50
+      } else if (p.which == 51) {
+        tma_store_4d(&p.map_e, tile(0), 0, 0, 0, 0);  // BAD 51
       } else if (p.which == 49) {  // fine: only the reading was waited for
         store(p, tile(0));
         tma_store_wait_group_read<0>();

@@ -81,6 +81,24 @@ void for_each_piece(const Transfer& transfer, Visit visit) {
   }
 }
 
+// What an H100 does not store as it loads: see tests/test_sim_wrappers_hopper.py.
+void check_storable(Cta& cta, const Transfer& transfer, const Site& site) {
+  const EncodedTensorMap& map = transfer.map;
+  for (i32 dim = 0; dim < map.rank; ++dim) {
+    if (transfer.coords[dim] < 0) {  // an illegal instruction
+      cta.fail("TMA store at " + std::to_string(transfer.coords[dim]) + " in dim " +
+                   std::to_string(dim) + ": only boxes to load may begin before the tensor",
+               site);
+    }
+  }
+  const u32 row_bytes = map.dims[0] * map.element_bytes;
+  if (row_bytes % 16 != 0) {  // the bytes behind the row would be overwritten
+    cta.fail(
+        "TMA store to rows of " + std::to_string(row_bytes) + " bytes: it writes whole units of 16",
+        site);
+  }
+}
+
 void check_global(Cta& cta, const Transfer& transfer, const char* what) {
   for_each_piece(transfer, [&](u32, u64 global, u32 bytes) {
     if (global != 0) {
@@ -144,6 +162,7 @@ bool Tma::land_one(Cta& cta) {
 void Tma::store(Cta& cta, const void* map, u32 src, const i32* coords, i32 rank, const Site& site) {
   PendingStore store;
   store.transfer = make_transfer(cta, map, src, coords, rank, "read by a TMA store", site);
+  check_storable(cta, store.transfer, site);
   store.group = cta.current->open_store_group;
   check_global(cta, store.transfer, "write by a TMA store");
   cta.check_race(store.transfer.offset, store.transfer.bytes, Access::kTmaStoreIssued, site);
