@@ -162,6 +162,7 @@ def print_row(records: Sequence[Row]) -> None:
 def main() -> int:
     options = parse_arguments()
     harness.require_gpu()
+    peers.prepare(options.peers.split(","))
     implementations = [peers.OURS, *(peers.PEERS[p] for p in options.peers.split(",") if p)]
     layout = report.Layout(
         title="Attention forward",

@@ -10,7 +10,8 @@ FA3 is optional. Name a folder that holds the binary of a FlashAttention-3 wheel
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -108,6 +109,14 @@ def make_fa3(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Contestant:
         return out[..., :head_dim_v]
 
     return Contestant("fa3", call)
+
+
+def prepare(names: Iterable[str]) -> None:
+    """What peers need before `flash_attn_interface` is imported: it offers FA3's operations too,
+    unless they are registered already."""
+    if "fa3" in names:
+        with suppress(Unavailable):  # the rows will say so
+            load_fa3()
 
 
 OURS = Implementation("ours", "ours", make_ours)

@@ -9,7 +9,7 @@ import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ class Layout:
     row: fields that make up a row. panel: those of them that name a panel of the plot.
     x, value: axes; value is in `unit` and printed with so many digits.
     labels: implementation key -> name, in column order; the first is compared with the others.
+    more: field -> name: columns of the first implementation, behind the values of all.
     """
 
     title: str
@@ -34,6 +35,7 @@ class Layout:
     unit: str
     labels: Mapping[str, str]
     digits: int = 0
+    more: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def subject(self) -> str:
@@ -58,12 +60,18 @@ def markdown_table(records: Sequence[Record], layout: Layout) -> str:
     seen = {r["implementation"] for r in records if r[layout.value] is not None}
     keys = [key for key in layout.labels if key in seen]
     peers = [key for key in keys if key != layout.subject]
-    header = [*layout.row, *(layout.labels[k] for k in keys)]
+    header = [*layout.row, *(layout.labels[k] for k in keys), *layout.more.values()]
     header += [f"{layout.labels[layout.subject]} / {layout.labels[k]}" for k in peers]
     lines = [" | ".join(header), " | ".join("---" for _ in header)]
+    more = {
+        tuple(r[name] for name in layout.row): [r[name] for name in layout.more]
+        for r in records
+        if r["implementation"] == layout.subject
+    }
     for row, cells in _rows(records, layout).items():
         line = [_text(x) for x in row]
         line += [f"{cells[k]:.{layout.digits}f}" if k in cells else "-" for k in keys]
+        line += ["-" if x is None else _text(x) for x in more[row]]
         for peer in peers:
             both = layout.subject in cells and peer in cells
             line.append(f"{cells[layout.subject] / cells[peer]:.2f}" if both else "-")

@@ -12,6 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
+# What the public functions take; fewer where no installed backend serves them. A wide v goes with
+# a narrow q and k, forward only: see hopper/tiles.py.
+MAX_HEAD_DIM = 256
+MAX_HEAD_DIM_WIDE_V, MAX_HEAD_DIM_QK_OF_WIDE_V = 512, 64
+
 
 def window_pair(window_size: Any) -> tuple[int, int]:
     """(left, right), negative = unlimited, of any indexable pair: tuple, list, CPU tensor."""
@@ -59,6 +64,18 @@ def real(name: str, value: Any) -> float:
 def softmax_scale(value: Any, head_dim_qk: int) -> float:
     """A number of any sign; None means head_dim_qk ** -0.5."""
     return float(head_dim_qk**-0.5) if value is None else real("softmax_scale", value)
+
+
+def head_dim(name: str, value: int, wide: bool = False) -> None:
+    """A head dim that some backend serves. wide: v beside a head_dim_qk that allows more."""
+    limit = MAX_HEAD_DIM_WIDE_V if wide else MAX_HEAD_DIM
+    if value < 1:
+        raise ValueError(f"{name}: head_dim is {value}, expected 1 to {limit}")
+    if value > limit:
+        raise NotImplementedError(
+            f"{name}: head_dim is {value}, at most {limit} is supported; "
+            "torch.nn.functional.scaled_dot_product_attention takes any"
+        )
 
 
 def dropout_probability(value: Any) -> float:

@@ -13,16 +13,16 @@ NotImplementedError: meaningful, but not served.
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import check_values
+from . import check_paged, check_values
 from .problem import Problem, Strides, normalise_window
 
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-MAX_HEAD_DIM = 256
 _MAX_INT32 = 2**31 - 1
 _MAX_VECTOR_BYTES = 16
 
@@ -48,6 +48,10 @@ class ForwardCall(NamedTuple):
     dropout_p: float = 0.0
     return_lse: bool = False
     return_softmax: bool = False
+    page_table: Tensor | None = None  # block_table; k and v are then pages
+    leftpad_k: Tensor | None = None
+    sm_margin: int = 0
+    pack_gqa: bool | None = None
 
 
 def check_forward(call: ForwardCall) -> Problem:
@@ -61,16 +65,20 @@ def check_forward(call: ForwardCall) -> Problem:
             f"q has {batch} sequences and {heads.num_heads_q} heads: each must be >= 1"
         )
     for name in ("cu_seqlens_q", "cu_seqlens_k"):
-        _check_int32_vector(name, getattr(call, name), batch + 1, q.device)
-    for name in ("seqused_q", "seqused_k"):
-        _check_int32_vector(name, getattr(call, name), batch, q.device)
-    alibi_batched = _check_alibi_slopes(call.alibi_slopes, batch, heads.num_heads_q, q.device)
+        check_int32_vector(name, getattr(call, name), batch + 1, q.device)
+    for name in ("seqused_q", "seqused_k", "leftpad_k"):
+        check_int32_vector(name, getattr(call, name), batch, q.device)
+    alibi_batched = check_alibi_slopes(call.alibi_slopes, batch, heads.num_heads_q, q.device)
 
     varlen_q, varlen_k = call.cu_seqlens_q is not None, call.cu_seqlens_k is not None
-    seqlen_q = _seqlen_bound("q", call.max_seqlen_q, q) if varlen_q else q.shape[1]
-    seqlen_k = _seqlen_bound("k", call.max_seqlen_k, k) if varlen_k else k.shape[1]
+    seqlen_q = seqlen_bound("q", call.max_seqlen_q, q) if varlen_q else q.shape[1]
+    paged = call.page_table is not None
+    if paged:
+        seqlen_k = check_paged.check_page_table(call.page_table, k, batch)
+    else:
+        seqlen_k = seqlen_bound("k", call.max_seqlen_k, k) if varlen_k else k.shape[1]
     total_q = q.shape[0] if varlen_q else batch * seqlen_q
-    total_k = k.shape[0] if varlen_k else batch * seqlen_k
+    total_k = k.shape[0] if varlen_k and not paged else batch * seqlen_k
     for name, count in (("q", max(total_q, seqlen_q)), ("k", max(total_k, seqlen_k))):
         if count > _MAX_INT32:
             raise ValueError(
@@ -87,9 +95,9 @@ def check_forward(call: ForwardCall) -> Problem:
     )
     dropout_p = check_values.dropout_probability(call.dropout_p)
     q_strides, k_strides, v_strides = (
-        _strides(q, varlen_q),
-        _strides(k, varlen_k),
-        _strides(v, varlen_k),
+        strides_of(q, varlen_q),
+        strides_of(k, varlen_k and not paged),
+        strides_of(v, varlen_k and not paged),
     )
     return Problem(
         dtype=DTYPE_NAMES[q.dtype],
@@ -121,7 +129,12 @@ def check_forward(call: ForwardCall) -> Problem:
         q_strides=q_strides,
         k_strides=k_strides,
         v_strides=v_strides,
-        vector_bytes=_vector_bytes((q, k, v), (q_strides, k_strides, v_strides)),
+        vector_bytes=common_vector_bytes((q, k, v), (q_strides, k_strides, v_strides)),
+        page_size=k.shape[1] if paged else 0,
+        leftpad_k=call.leftpad_k is not None,
+        cache_slots=k.shape[0] if paged else 0,
+        sm_margin=check_values.non_negative("sm_margin", call.sm_margin),
+        pack_gqa=None if call.pack_gqa is None else check_values.flag("pack_gqa", call.pack_gqa),
     )
 
 
@@ -137,7 +150,12 @@ def check_tensors(q: Any, k: Any, v: Any) -> None:
 def check_qkv_kind(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Tensors, strided, of one supported dtype and one device."""
     check_tensors(q, k, v)
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
+    check_kinds({"q": q, "k": k, "v": v})
+
+
+def check_kinds(tensors: Mapping[str, Tensor]) -> None:
+    """Likewise, of tensors by name; the first is q."""
+    for name, tensor in tensors.items():
         if tensor.layout is not torch.strided:
             raise TypeError(
                 f"{name} has layout {tensor.layout}: expected a dense tensor; for nested tensors "
@@ -153,7 +171,8 @@ def check_qkv_kind(q: Tensor, k: Tensor, v: Tensor) -> None:
                 f"{name} has dtype {tensor.dtype}: expected torch.float16 or torch.bfloat16; "
                 "convert with .to(torch.bfloat16) or run under torch.autocast"
             )
-    for name, tensor in (("k", k), ("v", v)):
+    q = tensors["q"]
+    for name, tensor in tensors.items():
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name} has dtype {tensor.dtype} but q has {q.dtype}: they must agree")
         if tensor.device != q.device:
@@ -162,7 +181,9 @@ def check_qkv_kind(q: Tensor, k: Tensor, v: Tensor) -> None:
             )
 
 
-class _Heads(NamedTuple):
+class Heads(NamedTuple):
+    """Head counts and head dims of one call."""
+
     num_heads_q: int
     num_heads_k: int
     num_heads_v: int
@@ -170,7 +191,7 @@ class _Heads(NamedTuple):
     head_dim_v: int
 
 
-def _check_qkv_shapes(call: ForwardCall) -> _Heads:
+def _check_qkv_shapes(call: ForwardCall) -> Heads:
     q, k, v = call.q, call.k, call.v
     layouts = (
         ("q", q, call.cu_seqlens_q, "cu_seqlens_q"),
@@ -178,41 +199,44 @@ def _check_qkv_shapes(call: ForwardCall) -> _Heads:
         ("v", v, call.cu_seqlens_k, "cu_seqlens_k"),
     )
     for name, tensor, cu_seqlens, cu_name in layouts:
-        if cu_seqlens is None and tensor.ndim != 4:
+        if call.page_table is not None and name != "q":
+            check_paged.check_pages(name, tensor, cu_seqlens)
+        elif cu_seqlens is None and tensor.ndim != 4:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}: expected "
                 "(batch, seqlen, num_heads, head_dim); packed sequences go to "
                 "flash_attn_varlen_func with cu_seqlens"
             )
-        if cu_seqlens is not None and tensor.ndim != 3:
+        elif cu_seqlens is not None and tensor.ndim != 3:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}: expected (total, num_heads, head_dim) "
                 f"because {cu_name} is given"
             )
+    return check_heads(q, k, v, "k", "v")
+
+
+def check_heads(q: Tensor, k: Tensor, v: Tensor, name_k: str, name_v: str) -> Heads:
+    """Of tensors (..., num_heads, head_dim) whose number of dims is right."""
     if v.shape[:-2] != k.shape[:-2]:
         raise ValueError(
-            f"v has shape {tuple(v.shape)} and k {tuple(k.shape)}: all but the last two sizes "
-            "(num_heads, head_dim) must agree"
+            f"{name_v} has shape {tuple(v.shape)} and {name_k} {tuple(k.shape)}: all but the last "
+            "two sizes (num_heads, head_dim) must agree"
         )
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(
-            f"k has head_dim {k.shape[-1]} but q has {q.shape[-1]}: they must agree (v's is free)"
+            f"{name_k} has head_dim {k.shape[-1]} but q has {q.shape[-1]}: they must agree "
+            f"({name_v}'s is free)"
         )
-    heads = _Heads(q.shape[-2], k.shape[-2], v.shape[-2], q.shape[-1], v.shape[-1])
-    for name, count in (("k", heads.num_heads_k), ("v", heads.num_heads_v)):
+    heads = Heads(q.shape[-2], k.shape[-2], v.shape[-2], q.shape[-1], v.shape[-1])
+    for name, count in ((name_k, heads.num_heads_k), (name_v, heads.num_heads_v)):
         if count == 0 or heads.num_heads_q % count:
             raise ValueError(
                 f"{name} has {count} heads and q has {heads.num_heads_q}: "
                 f"the heads of q must be a multiple of those of {name}"
             )
-    for name, head_dim in (("q and k", heads.head_dim_qk), ("v", heads.head_dim_v)):
-        if head_dim < 1:
-            raise ValueError(f"{name}: head_dim is {head_dim}, expected 1 to {MAX_HEAD_DIM}")
-        if head_dim > MAX_HEAD_DIM:
-            raise NotImplementedError(
-                f"{name}: head_dim is {head_dim}, at most {MAX_HEAD_DIM} is supported; "
-                "torch.nn.functional.scaled_dot_product_attention takes any"
-            )
+    wide_v = heads.head_dim_qk <= check_values.MAX_HEAD_DIM_QK_OF_WIDE_V
+    check_values.head_dim(f"q and {name_k}", heads.head_dim_qk)
+    check_values.head_dim(name_v, heads.head_dim_v, wide_v)
     return heads
 
 
@@ -242,9 +266,7 @@ def _check_batch(call: ForwardCall) -> int:
     return batches[0]
 
 
-def _check_int32_vector(
-    name: str, tensor: Tensor | None, length: int, device: torch.device
-) -> None:
+def check_int32_vector(name: str, tensor: Tensor | None, length: int, device: torch.device) -> None:
     if tensor is None:
         return
     if not isinstance(tensor, Tensor):
@@ -263,7 +285,7 @@ def _check_int32_vector(
         )
 
 
-def _check_alibi_slopes(
+def check_alibi_slopes(
     slopes: Tensor | None, batch: int, num_heads_q: int, device: torch.device
 ) -> bool:
     """Whether there is one row of slopes per sequence."""
@@ -291,6 +313,8 @@ def _check_alibi_slopes(
 
 def check_lengths(call: ForwardCall, problem: Problem) -> None:
     """Read the lengths, which must be in CPU memory, and reject those that point outside."""
+    if call.page_table is not None or call.leftpad_k is not None:
+        check_paged.check_paged_values(call, problem)
     sides = (
         ("q", call.cu_seqlens_q, call.seqused_q, problem.seqlen_q, problem.total_q),
         ("k", call.cu_seqlens_k, call.seqused_k, problem.seqlen_k, problem.total_k),
@@ -302,7 +326,7 @@ def check_lengths(call: ForwardCall, problem: Problem) -> None:
             slots = [end - start for start, end in zip(ends, ends[1:], strict=False)]
             if ends[0] != 0 or min(slots) < 0 or ends[-1] > total:
                 raise ValueError(
-                    f"cu_seqlens_{side} is {_shorten(ends)}: must start at 0, never decrease and "
+                    f"cu_seqlens_{side} is {shorten(ends)}: must start at 0, never decrease and "
                     f"end at most at the {total} rows of {side}"
                 )
         used = slots
@@ -310,8 +334,8 @@ def check_lengths(call: ForwardCall, problem: Problem) -> None:
             used = seqused.tolist()
             if any(not 0 <= n <= slot for n, slot in zip(used, slots, strict=True)):
                 raise ValueError(
-                    f"seqused_{side} is {_shorten(used)}: each must lie between 0 and the length "
-                    f"of its sequence, {_shorten(slots)}"
+                    f"seqused_{side} is {shorten(used)}: each must lie between 0 and the length "
+                    f"of its sequence, {shorten(slots)}"
                 )
         if cu_seqlens is not None and max(used) > longest:
             raise ValueError(
@@ -336,7 +360,7 @@ def host_max_seqlen(max_seqlen: Any, packed: Tensor) -> Any:
     return operator.index(max_seqlen) if max_seqlen.device.type == "cpu" else packed.shape[0]
 
 
-def _seqlen_bound(side: str, max_seqlen: Any, packed: Tensor) -> int:
+def seqlen_bound(side: str, max_seqlen: Any, packed: Tensor) -> int:
     if max_seqlen is None:
         raise ValueError(
             f"max_seqlen_{side} is None: pass the longest sequence of cu_seqlens_{side}, an int"
@@ -344,7 +368,7 @@ def _seqlen_bound(side: str, max_seqlen: Any, packed: Tensor) -> int:
     return check_values.non_negative(f"max_seqlen_{side}", host_max_seqlen(max_seqlen, packed))
 
 
-def _strides(tensor: Tensor, packed: bool) -> Strides:
+def strides_of(tensor: Tensor, packed: bool) -> Strides:
     """(batch, row, head); 0 where the index is always 0, so that equal problems compare equal."""
     sizes, steps = tensor.shape, tensor.stride()
     row, head = (
@@ -353,7 +377,7 @@ def _strides(tensor: Tensor, packed: bool) -> Strides:
     return (0 if packed or sizes[0] <= 1 else steps[0], row, head)
 
 
-def _vector_bytes(tensors: tuple[Tensor, ...], strides: tuple[Strides, ...]) -> int:
+def common_vector_bytes(tensors: tuple[Tensor, ...], strides: tuple[Strides, ...]) -> int:
     """Largest access aligned everywhere: in bytes, what divides all pointers and strides."""
     bits = _MAX_VECTOR_BYTES
     for tensor, steps in zip(tensors, strides, strict=True):
@@ -363,6 +387,6 @@ def _vector_bytes(tensors: tuple[Tensor, ...], strides: tuple[Strides, ...]) -> 
     return bits & -bits
 
 
-def _shorten(values: list[int]) -> str:
+def shorten(values: list[int]) -> str:
     shown = ", ".join(str(value) for value in values[:8])
     return f"[{shown}, ... {len(values)} in all]" if len(values) > 8 else f"[{shown}]"

@@ -23,6 +23,7 @@ class Target:
     arch: str  # "sm_80", "sm_90a": what the kernels are compiled for
     device_index: int  # CUDA ordinal; 0 when simulated
     simulated: bool = False  # CPU tensors under `simulate(arch)`
+    gpu: str = ""  # model, for its table of tuned tiles; "" if simulated or unknown
 
     def describe(self) -> str:
         """One line for people."""
@@ -78,7 +79,17 @@ class Problem:
     vector_bytes: int = (
         16  # 16 | 8 | 4 | 2: divides every pointer and stride of q, k and v, in bytes
     )
-    page_size: int = 0  # 0: keys and values are contiguous, not paged
+    # Keys and values in a cache: k and v are (cache_slots, rows, heads, head_dim), where a slot
+    # holds one sequence or one page, and the batch strides step over slots. seqlen_k is then the
+    # capacity of a sequence, and lengths (seqused_k; of pages also cu_seqlens_k, by its
+    # differences) count from its first row.
+    page_size: int = 0  # rows of a page; 0: not paged
+    cache_batch_idx: bool = False  # a sequence's slot, or row of the page table, is given by index
+    leftpad_k: bool = False  # first key of each sequence given; masks count from there
+    cache_slots: int = 0  # 0: no cache
+    # Hints, without influence on the result.
+    sm_margin: int = 0  # SMs to leave to others
+    pack_gqa: bool | None = None  # rows of heads that share K and V in one tile; None: if it pays
 
     @property
     def local(self) -> bool:
@@ -94,12 +105,27 @@ class Problem:
         return self.varlen_q or self.varlen_k
 
     @property
+    def empty(self) -> bool:
+        """No query, or no key: a page table without pages has none, whatever the cache holds."""
+        no_room = self.page_size > 0 and self.seqlen_k == 0
+        return self.total_q == 0 or self.total_k == 0 or no_room
+
+    @property
     def qhead_per_khead(self) -> int:
         return self.num_heads_q // self.num_heads_k
 
     @property
     def qhead_per_vhead(self) -> int:
         return self.num_heads_q // self.num_heads_v
+
+    def refuses_backward(self) -> str | None:
+        """Why no gradients can be had, whatever the backend; None if they can."""
+        if self.page_size or self.cache_batch_idx or self.leftpad_k:
+            return (
+                "gradients reach contiguous keys only: gather pages, or keys behind left padding, "
+                "into packed k and v with index_select, which is differentiable"
+            )
+        return None
 
     def features(self) -> tuple[str, ...]:
         """Names of everything that is switched on, in a fixed order."""
@@ -113,6 +139,8 @@ class Problem:
             "varlen": self.varlen,
             "seqused": self.has_seqused_q or self.has_seqused_k,
             f"page_size={self.page_size}": self.page_size > 0,
+            "cache_batch_idx": self.cache_batch_idx,
+            "leftpad": self.leftpad_k,
             "lse": self.return_lse,
             "softmax": self.return_softmax,
         }

@@ -6,8 +6,11 @@ Called by `flash_attn_interface/dispatch.py`.
 from __future__ import annotations
 
 from .._common.backward_problem import BackwardProblem
+from .._common.cache_problem import CacheProblem
 from .._common.problem import Problem, Target
+from .._common.tuning import Tunable
 from .bwd import BackwardPlan
+from .cache import CachePlan
 from .fwd import ForwardPlan
 
 MAX_HEAD_DIM = 256
@@ -24,21 +27,37 @@ class Flash2Backend:
         """Why this problem cannot be served on this target; None if it can."""
         if max(problem.head_dim_qk, problem.head_dim_v) > MAX_HEAD_DIM:
             return f"head dims are limited to {MAX_HEAD_DIM}"
-        if max(problem.seqlen_q, problem.seqlen_k, problem.total_q, problem.total_k) >= MAX_SEQLEN:
+        packed_k = 0 if problem.cache_slots else problem.total_k
+        if max(problem.seqlen_q, problem.seqlen_k, problem.total_q, packed_k) >= MAX_SEQLEN:
             return f"sequences and packed buffers are limited to {MAX_SEQLEN - 1} tokens"
-        if problem.page_size:
-            return "paged keys and values are not supported yet"
+        if problem.page_size and problem.return_softmax:
+            return "S_dmask, a debugging output, is not written for paged keys"
         return None
 
     def plan_forward(self, problem: Problem, target: Target) -> ForwardPlan:
         return ForwardPlan(problem, target)
 
     def refuses_backward(self, problem: BackwardProblem, target: Target) -> str | None:
-        """As refuses_forward; what the forward serves, the backward does."""
-        return self.refuses_forward(problem.forward, target)
+        """As refuses_forward; what the forward serves, the backward does, but for caches."""
+        return problem.forward.refuses_backward() or self.refuses_forward(problem.forward, target)
 
     def plan_backward(self, problem: BackwardProblem, target: Target) -> BackwardPlan:
         return BackwardPlan(problem, target)
+
+    def refuses_cache(self, problem: CacheProblem, target: Target) -> str | None:
+        """As refuses_forward, of attention over a key and value cache."""
+        if problem.qv:
+            return "qv, a second query for the values, is not supported"
+        return self.refuses_forward(problem.forward, target)
+
+    def plan_cache(self, problem: CacheProblem, target: Target) -> CachePlan:
+        return CachePlan(problem, target)
+
+    def tunables(self) -> tuple[Tunable, ...]:
+        """The kernels that the autotuner can find tiles for."""
+        from .tuning import TUNABLES
+
+        return TUNABLES
 
 
 BACKEND = Flash2Backend()

@@ -7,6 +7,7 @@
 
 #include "common/device/dropout.cuh"
 #include "common/device/gemm.cuh"
+#include "common/device/kv_source.cuh"
 #include "common/device/mask.cuh"
 #include "common/device/params.cuh"
 #include "common/device/score.cuh"
@@ -38,12 +39,15 @@ constexpr i32 kNTilesS = Cfg::kBlockN / 8;
 constexpr i32 kNTilesO = LayoutO::kCols / 8;
 constexpr i32 kDepthQk = LayoutQ::kCols;
 static_assert(Cfg::kNumThreads == 32 * Cfg::kNumWarps && kWarpRows % 16 == 0 &&
-              Cfg::kBlockN % (Cfg::kDropout ? 32 : 16) == 0);
+              Cfg::kBlockN % (Cfg::kDropout ? 32 : 16) == 0 &&
+              (!Cfg::kOneBarrier || Cfg::kNumStages == 2));
 
 using RowStride = Select<Cfg::kWideRowStrides, i64, i32>;
 using CopyQ = TileCopy<LayoutQ, Cfg::kHeadDimQk, Cfg::kNumThreads, Cfg::kVectorBytes, RowStride>;
-using CopyK = TileCopy<LayoutK, Cfg::kHeadDimQk, Cfg::kNumThreads, Cfg::kVectorBytes, RowStride>;
-using CopyV = TileCopy<LayoutV, Cfg::kHeadDimV, Cfg::kNumThreads, Cfg::kVectorBytes, RowStride>;
+using RowsK = TileCopy<LayoutK, Cfg::kHeadDimQk, Cfg::kNumThreads, Cfg::kVectorBytes, RowStride>;
+using RowsV = TileCopy<LayoutV, Cfg::kHeadDimV, Cfg::kNumThreads, Cfg::kVectorBytes, RowStride>;
+using CopyK = Select<Cfg::kPaged, PagedCopy<RowsK>, RowsK>;
+using CopyV = Select<Cfg::kPaged, PagedCopy<RowsV>, RowsV>;
 
 // What a warp carries from tile to tile.
 struct WarpState {
@@ -200,7 +204,7 @@ DEVICE void store_output(WarpState& state, const FwdParams& p, const Work& work,
 
 // The walk over key tiles, from the last to the first: step 0 is tile tiles.end - 1. Loads are
 // cp.async groups committed in the order K0 V0 K1 V1 ... (Q joins K0), also past the end, so that
-// the number in flight is a constant.
+// the number in flight is a constant. With Cfg::kOneBarrier K and V of a step are one group.
 struct Pipeline {
   CopyK copy_k;
   CopyV copy_v;
@@ -231,9 +235,10 @@ struct Pipeline {
   }
   // K[step] (first wait of a step) or V[step] (second) has landed for the whole CTA, and the whole
   // CTA is done with what it read before. By the order of commits both leave the same number of
-  // groups in flight.
+  // groups in flight. With Cfg::kOneBarrier K[step] and V[step] have landed, and the whole CTA is
+  // done with the step before.
   DEVICE void wait() const {
-    cp_async_wait_group<2 * (Cfg::kNumStages - 1)>();
+    cp_async_wait_group<Cfg::kOneBarrier ? 0 : 2 * (Cfg::kNumStages - 1)>();
     cta_sync();
   }
 };
@@ -255,11 +260,17 @@ DEVICE void compute_scores(f32 (&rS)[kMTiles][kNTilesS][4], const WarpState& sta
           load_a<LayoutQ>(rA, sQ_lane, m, k);
         }
       },
-      [&](i32 k) { pipeline.load_v<kDepthQk / 16>(step_idx + Cfg::kNumStages - 1, k); });
+      [&](i32 k) {
+        if constexpr (Cfg::kOneBarrier) {
+          pipeline.load_k<kDepthQk / 16>(step_idx + 1, k);
+        }
+        pipeline.load_v<kDepthQk / 16>(step_idx + Cfg::kNumStages - 1, k);
+      });
 }
 
 // One key tile. Each product carries the copy of the tile that takes the place of what the product
-// before it read.
+// before it read; with Cfg::kOneBarrier the first carries both, in place of what the step before
+// read.
 template <bool kMasked>
 DEVICE void step(WarpState& state, const Pipeline& pipeline, const FwdParams& p, const Work& work,
                  const Score<Cfg>& score, const Lane& lane, i32 step_idx) {
@@ -269,7 +280,9 @@ DEVICE void step(WarpState& state, const Pipeline& pipeline, const FwdParams& p,
   compute_scores(rS, state, pipeline, lane, step_idx);
   cp_async_commit_group();
   finish_scores<kMasked>(rS, p, work, score, lane, first_col);
-  pipeline.wait();
+  if constexpr (!Cfg::kOneBarrier) {
+    pipeline.wait();
+  }
   state.softmax.update(rS, state.rO, score.to_log2());
   if constexpr (Cfg::kDropout) {
     apply_dropout(rS, p, work, lane, first_col);
@@ -277,7 +290,11 @@ DEVICE void step(WarpState& state, const Pipeline& pipeline, const FwdParams& p,
   gemm_ab<Cfg::kBf16, LayoutV, Cfg::kBlockN>(
       state.rO, pipeline.sV(step_idx) + lane_offset_b_trans<LayoutV>(lane.lane_idx),
       [&](u32(&rA)[4], i32 m, i32 k) { accumulator_as_a<Cfg::kBf16>(rA, rS, m, k); },
-      [&](i32 k) { pipeline.load_k<Cfg::kBlockN / 16>(step_idx + Cfg::kNumStages, k); });
+      [&](i32 k) {
+        if constexpr (!Cfg::kOneBarrier) {
+          pipeline.load_k<Cfg::kBlockN / 16>(step_idx + Cfg::kNumStages, k);
+        }
+      });
   cp_async_commit_group();
 }
 
@@ -286,23 +303,35 @@ DEVICE const void* head_base(const void* base, i64 offset) {
   return static_cast<const char*>(base) + offset * kElemBytes;
 }
 
+// The copy of one head of one sequence's keys or values.
+template <class Copy>
+DEVICE Copy key_copy(const FwdParams& p, const SeqlenInfo& seq, i64 b, i64 head, const void* base,
+                     i64 batch_stride, i64 row_stride, i64 head_stride, i32 thread_idx) {
+  if constexpr (Cfg::kPaged) {
+    return Copy(head_base(base, head * head_stride), batch_stride, row_stride,
+                PageTable(p, b, seq.k_row), thread_idx);
+  } else {
+    return Copy(head_base(base, b * batch_stride + head * head_stride + seq.k_row * row_stride),
+                row_stride, thread_idx);
+  }
+}
+
 KERNEL(Cfg::kNumThreads, Cfg::kMinCtasPerSm) flash2_fwd(GRID_CONSTANT FwdParams p) {
   const Lane lane;
-  const Work work = this_work<Cfg>(p, lane.lane_idx);
+  Work work = this_work<Cfg>(p, lane.lane_idx);
   const SeqlenInfo& seq = work.seq;
   if (work.first_row >= seq.slot_q) {
     return;  // a tile past the end of a packed buffer
   }
-  const i64 b = work.batch_idx, head_k = work.head_idx / p.qhead_per_khead,
-            head_v = work.head_idx / p.qhead_per_vhead;
+  enter_cache<Cfg>(work.seq, p, work.batch_idx);
+  const i64 b = work.batch_idx, b_k = cache_row<Cfg>(p, work.batch_idx),
+            head_k = work.head_idx / p.qhead_per_khead, head_v = work.head_idx / p.qhead_per_vhead;
   const u32 smem = smem_base();
   const TileRange tiles = key_tiles<Cfg>(p, seq, work.first_row, Cfg::kBlockM);
-  const Pipeline pipeline{CopyK(head_base(p.k, b * p.k_batch_stride + head_k * p.k_head_stride +
-                                                   seq.k_row * p.k_row_stride),
-                                p.k_row_stride, lane.thread_idx),
-                          CopyV(head_base(p.v, b * p.v_batch_stride + head_v * p.v_head_stride +
-                                                   seq.k_row * p.v_row_stride),
-                                p.v_row_stride, lane.thread_idx),
+  const Pipeline pipeline{key_copy<CopyK>(p, seq, b_k, head_k, p.k, p.k_batch_stride,
+                                          p.k_row_stride, p.k_head_stride, lane.thread_idx),
+                          key_copy<CopyV>(p, seq, b_k, head_v, p.v, p.v_batch_stride,
+                                          p.v_row_stride, p.v_head_stride, lane.thread_idx),
                           tiles, seq.seqlen_k, smem};
 
   if (tiles.begin < tiles.end) {
@@ -313,12 +342,17 @@ KERNEL(Cfg::kNumThreads, Cfg::kMinCtasPerSm) flash2_fwd(GRID_CONSTANT FwdParams 
   }
   pipeline.load_k<1>(0, 0);
   cp_async_commit_group();
+  if constexpr (Cfg::kOneBarrier) {
+    pipeline.load_v<1>(0, 0);
+    cp_async_commit_group();
+  } else {
 #pragma unroll
-  for (i32 i = 1; i < Cfg::kNumStages; ++i) {
-    pipeline.load_v<1>(i - 1, 0);
-    cp_async_commit_group();
-    pipeline.load_k<1>(i, 0);
-    cp_async_commit_group();
+    for (i32 i = 1; i < Cfg::kNumStages; ++i) {
+      pipeline.load_v<1>(i - 1, 0);
+      cp_async_commit_group();
+      pipeline.load_k<1>(i, 0);
+      cp_async_commit_group();
+    }
   }
 
   WarpState state;

@@ -27,6 +27,7 @@ MAX_WINDOW = 2**29
 # Tensor arguments of `run` that a problem may lack, in its order: fields of FwdParams.
 _OPTIONAL = (
     "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "alibi_slopes", "rng_state",
+    "page_table", "cache_batch_idx", "leftpad_k",
 )  # fmt: skip
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -39,10 +40,13 @@ class ForwardPlan:
     allocates the outputs, patches the pointers and launches on torch's current stream.
     """
 
-    def __init__(self, problem: Problem, target: Target) -> None:
+    def __init__(
+        self, problem: Problem, target: Target, tile: tiles.ForwardTile | None = None
+    ) -> None:
+        """tile: instead of the tables' choice."""
         self.problem = problem
         self.target = target
-        self.spec = tiles.forward_spec(problem, target.arch)
+        self.spec = tiles.forward_spec(problem, target.arch, tile, target.gpu)
         self.tiles_per_unit, self.num_units = _work(problem, int(self.spec["block_m"]))
         self.grid = self.tiles_per_unit * self.num_units
         if self.grid >= 2**31:
@@ -54,8 +58,11 @@ class ForwardPlan:
         )
         p = problem
         self._has_optional = any(
-            (p.varlen_q, p.varlen_k, p.has_seqused_q, p.has_seqused_k, p.alibi, p.dropout)
-        )
+            (
+                p.varlen_q, p.varlen_k, p.has_seqused_q, p.has_seqused_k, p.alibi, p.dropout,
+                p.page_size, p.cache_batch_idx, p.leftpad_k,
+            )
+        )  # fmt: skip
         self._kernel: kernels.Kernel | None = None  # loaded, maybe compiled, by the first run
 
     def _prepare(self) -> kernels.Kernel:
@@ -70,6 +77,8 @@ class ForwardPlan:
         self._q, self._k, self._v, self._out = slot("q"), slot("k"), slot("v"), slot("out")
         self._lse, self._dmask = slot("softmax_lse"), slot("s_dmask")
         self._optional = tuple(slot(name) for name in _OPTIONAL)
+        self._page_table_stride = self._block.scalar_slot("page_table_stride")
+        self._last_table_row = self._block.scalar_slot("last_table_row")
         self._kernel = kernel
         return kernel
 
@@ -84,8 +93,14 @@ class ForwardPlan:
         seqused_k: Tensor | None = None,
         alibi_slopes: Tensor | None = None,
         rng_state: Tensor | None = None,
+        page_table: Tensor | None = None,
+        cache_batch_idx: Tensor | None = None,
+        leftpad_k: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(out, softmax_lse or None, s_dmask or None) of tensors that fit the problem."""
+        """(out, softmax_lse or None, s_dmask or None) of tensors that fit the problem.
+
+        page_table: (batch, or more with cache_batch_idx; seqlen_k / page_size).
+        """
         kernel = self._kernel or self._prepare()
         out = torch.empty_like(self._out_like, memory_format=torch.contiguous_format)
         self._q.value = q.data_ptr()
@@ -99,7 +114,13 @@ class ForwardPlan:
         if self.problem.return_softmax:
             dmask = torch.zeros(self._dmask_shape(), dtype=out.dtype, device=self.device)
             self._dmask.value = dmask.data_ptr()
-        optional = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, rng_state)
+        optional = (
+            cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, rng_state, page_table,
+            cache_batch_idx, leftpad_k,
+        )  # fmt: skip
+        if page_table is not None:
+            self._page_table_stride.value = page_table.stride(0)
+            self._last_table_row.value = page_table.shape[0] - 1
         if self._has_optional:
             for slot, tensor in zip(self._optional, optional, strict=True):
                 if tensor is not None:
@@ -178,6 +199,10 @@ class ForwardPlan:
         if p.dropout:
             values["keep_threshold"] = floor((1.0 - p.dropout_p) * 255.0)
             values["keep_scale"] = 1.0 / (1.0 - p.dropout_p)
+        values["last_slot"] = p.cache_slots - 1
+        if p.page_size:
+            values["page_size"] = p.page_size
+            values["page_magic"], values["page_shift"] = tiles.page_division(p.page_size)
         if p.return_softmax:
             values["dmask_rows"], values["dmask_cols"] = self._dmask_shape()[2:]
         return values

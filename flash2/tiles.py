@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import gcd
 
 from .._common import arch as arch_table
+from .._common import tuned_tiles
 from .._common.problem import Problem
 from .._common.spec import KernelSpec
 
@@ -30,6 +31,7 @@ class ForwardTile:
     num_stages: int = 1  # K and V tiles in flight, each
     q_in_registers: bool = False
     min_ctas_per_sm: int = 1
+    one_barrier: bool = False  # a key tile, instead of two; needs two stages
 
     def smem_bytes(self, head_dim_qk: int, head_dim_v: int) -> int:
         """Shared memory of `Smem` in fwd.cu."""
@@ -50,12 +52,17 @@ def _candidates(problem: Problem) -> Iterator[ForwardTile]:
     traffic of 16 rows, but holds 32 x head_dim_v of O in registers: 128 registers a thread at 128.
     So 4 warps of 32 rows, two CTAs on an SM, up to head_dim_v 128; beyond that, and where dropout's
     random numbers need registers too, 8 warps of 16 rows. Two stages let a product carry the next
-    tile's copy without waiting for it. Measured on an H100 (sm_90) over head dims (32,64) to
-    (256,256), docs/performance/. Other archs: the same order, by what fits.
+    tile's copy without waiting for it. With one barrier a tile the warps drift apart, so one's
+    softmax runs beside another's products; but Q K^T then carries all copies, which costs 2 to 6 %
+    where shared memory is the limit (16 rows a warp). 64 keys a tile spill a few registers at
+    head_dim_v 128 and are 5 % faster than 32 all the same. Measured on an H100 (sm_90) over head
+    dims (32,64) to (256,256), docs/performance/. Other archs: the same order, by what fits.
     """
     qk, v = problem.head_dim_qk, problem.head_dim_v
+    if v <= 128 and not problem.dropout:
+        in_registers = qk <= 64 and v <= 64
+        yield ForwardTile(128, 64, 4, 2, in_registers, min_ctas_per_sm=2, one_barrier=True)
     if v <= 64 and not problem.dropout:
-        yield ForwardTile(128, 64, 4, num_stages=2, q_in_registers=qk <= 64, min_ctas_per_sm=2)
         yield ForwardTile(128, 64, 4, min_ctas_per_sm=2)
     elif v <= 128 and not (problem.dropout and v > 64):
         yield ForwardTile(128, 32, 4, num_stages=2, min_ctas_per_sm=2)
@@ -82,9 +89,40 @@ def forward_tile(problem: Problem, arch: str) -> ForwardTile:
     )
 
 
-def forward_spec(problem: Problem, arch: str, tile: ForwardTile | None = None) -> KernelSpec:
-    """The kernel for a problem on an arch, with the tile of the table or a given one."""
-    tile = tile or forward_tile(problem, arch)
+def refuses_tile(tile: ForwardTile, problem: Problem, arch: str) -> str | None:
+    """Why `fwd.cu` cannot be built so, or not be launched on the arch; None if it can."""
+    if tile.num_warps not in (1, 2, 4, 8, 16) or tile.block_m not in (
+        16 * tile.num_warps,
+        32 * tile.num_warps,
+    ):
+        return f"block_m={tile.block_m} is not 16 or 32 rows for each of {tile.num_warps} warps"
+    multiple = 32 if problem.dropout else 16
+    if tile.block_n < multiple or tile.block_n % multiple:
+        return f"block_n={tile.block_n} is not a multiple of {multiple}"
+    if not 1 <= tile.num_stages <= 4:
+        return f"num_stages={tile.num_stages} is not 1 to 4"
+    if tile.one_barrier and tile.num_stages != 2:
+        return "one_barrier needs num_stages=2"
+    smem = tile.smem_bytes(problem.head_dim_qk, problem.head_dim_v)
+    fitting = arch_table.limits(arch).max_ctas_per_sm(smem, 32 * tile.num_warps)
+    if not 1 <= tile.min_ctas_per_sm <= fitting:
+        return f"min_ctas_per_sm={tile.min_ctas_per_sm}, but {fitting} fit ({smem} bytes each)"
+    return None
+
+
+def tuned_tile(problem: Problem, arch: str, gpu: str = "") -> ForwardTile | None:
+    """What a table of the autotuner holds for the problem, if any does."""
+    key = tuned_tiles.key("flash2", "fwd", problem)
+    return tuned_tiles.tile(ForwardTile, key, arch, gpu, lambda t: refuses_tile(t, problem, arch))
+
+
+def forward_spec(
+    problem: Problem, arch: str, tile: ForwardTile | None = None, gpu: str = ""
+) -> KernelSpec:
+    """The kernel for a problem on an arch, with a given tile or else the tuned one, or else
+    `forward_tile`. gpu: the device's model, as `Target.gpu`.
+    """
+    tile = tile or tuned_tile(problem, arch, gpu) or forward_tile(problem, arch)
     return KernelSpec.make(
         "flash2/fwd.cu",
         "flash2_fwd",
@@ -100,6 +138,7 @@ def forward_spec(problem: Problem, arch: str, tile: ForwardTile | None = None) -
         num_stages=tile.num_stages,
         q_in_registers=tile.q_in_registers,
         min_ctas_per_sm=tile.min_ctas_per_sm,
+        one_barrier=tile.one_barrier,
         smem_bytes=tile.smem_bytes(problem.head_dim_qk, problem.head_dim_v),
         vector_bytes=problem.vector_bytes,
         out_vector_bytes=gcd(problem.head_dim_v * ELEM_BYTES, 16),
@@ -114,7 +153,19 @@ def forward_spec(problem: Problem, arch: str, tile: ForwardTile | None = None) -
         return_softmax=problem.return_softmax,
         varlen_q=problem.varlen_q,
         varlen_k=problem.varlen_k,
+        paged=problem.page_size > 0,
+        cache_batch_idx=problem.cache_batch_idx,
+        leftpad_k=problem.leftpad_k,
     )
+
+
+def page_division(page_size: int) -> tuple[int, int]:
+    """(magic, shift) with 2 * n * magic >> 32 >> shift == n // page_size for 0 <= n < 2**31.
+
+    The kernels look pages up by it; magic fits 32 bits.
+    """
+    shift = (page_size - 1).bit_length()
+    return 2 ** (31 + shift) // page_size + 1, shift
 
 
 def _wide_row_strides(problem: Problem) -> bool:

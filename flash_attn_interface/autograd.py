@@ -46,6 +46,8 @@ def attention(
     deterministic: bool = False,
     packing: Packing | None = None,
     backward_backend: str | None = None,
+    sm_margin: int = 0,
+    pack_gqa: bool | None = None,
 ) -> ForwardResult:
     """(out, softmax_lse, s_dmask) of one call, any layout. Arguments as in `checks.ForwardCall`.
 
@@ -68,7 +70,7 @@ def attention(
             options = Options(
                 max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, attention_chunk,
                 softcap, dropout_p, return_lse, return_softmax, deterministic, packing,
-                backward_backend,
+                backward_backend, sm_margin, pack_gqa,
             )  # fmt: skip
             tensors: tuple[Tensor | None, ...] = (
                 q,
@@ -89,7 +91,7 @@ def attention(
     out, softmax_lse, s_dmask, _ = run(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k,
         softmax_scale, causal, window_size, attention_chunk, softcap, alibi_slopes, dropout_p,
-        return_lse, return_softmax,
+        return_lse, return_softmax, sm_margin=sm_margin, pack_gqa=pack_gqa,
     )  # fmt: skip
     return out, softmax_lse, s_dmask
 
@@ -110,6 +112,8 @@ class Options(NamedTuple):
     deterministic: bool
     packing: Packing | None
     backward_backend: str | None
+    sm_margin: int
+    pack_gqa: bool | None
 
 
 class _Attention(torch.autograd.Function):
@@ -135,6 +139,7 @@ class _Attention(torch.autograd.Function):
             *unpack(q, k, v, o.packing), cu_seqlens_q, cu_seqlens_k, o.max_seqlen_q,
             o.max_seqlen_k, seqused_q, seqused_k, o.softmax_scale, o.causal, o.window_size,
             o.attention_chunk, o.softcap, alibi_slopes, o.dropout_p, True, o.return_softmax,
+            sm_margin=o.sm_margin, pack_gqa=o.pack_gqa,
         )  # fmt: skip
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(

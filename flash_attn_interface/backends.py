@@ -16,8 +16,11 @@ import torch
 from torch import Tensor
 
 from ._common.backward_problem import BackwardProblem
+from ._common.cache_problem import CacheProblem
 from ._common.problem import Problem, Target
 from ._common.spec import KernelSpec
+from ._common.tuning import Tunable
+from .cache_plans import CachePlan, ReferenceCachePlan
 from .version import RELEASE
 
 ENTRY_POINT_GROUP = "flash_attn_interface.backends"
@@ -40,8 +43,15 @@ class Plan(Protocol):
         seqused_k: Tensor | None,
         alibi_slopes: Tensor | None,
         rng_state: Tensor | None,
+        page_table: Tensor | None = None,
+        cache_batch_idx: Tensor | None = None,
+        leftpad_k: Tensor | None = None,
     ) -> ForwardResult:
-        """Allocate and compute the results, on torch's current stream of the device."""
+        """Allocate and compute the results, on torch's current stream of the device.
+
+        page_table: int32 (batch, seqlen_k / page_size), last dim contiguous; entries of unused
+            pages may be anything. cache_batch_idx, leftpad_k: int32 (batch,). See `Problem`.
+        """
 
     def describe(self) -> str:
         """What run() does, for people."""
@@ -109,6 +119,15 @@ class Backend(Protocol):
     def plan_backward(self, problem: BackwardProblem, target: Target) -> BackwardPlan:
         """As plan_forward."""
 
+    def refuses_cache(self, problem: CacheProblem, target: Target) -> str | None:
+        """As refuses_forward, of attention over a key and value cache."""
+
+    def plan_cache(self, problem: CacheProblem, target: Target) -> CachePlan:
+        """As plan_forward."""
+
+    def tunables(self) -> tuple[Tunable, ...]:
+        """The kernels that the autotuner can find tiles for."""
+
 
 class ReferenceBackend:
     """PyTorch's own operations: serves CPU tensors, and any device when forced. Slow and exact."""
@@ -116,16 +135,25 @@ class ReferenceBackend:
     name = "reference"
 
     def refuses_forward(self, problem: Problem, target: Target | None) -> str | None:
-        return "it does not read paged keys and values" if problem.page_size else None
+        return None
 
     def plan_forward(self, problem: Problem, target: Target | None) -> Plan:
         return _ReferencePlan(problem)
 
     def refuses_backward(self, problem: BackwardProblem, target: Target | None) -> str | None:
-        return self.refuses_forward(problem.forward, target)
+        return problem.forward.refuses_backward()
 
     def plan_backward(self, problem: BackwardProblem, target: Target | None) -> BackwardPlan:
         return _ReferenceBackwardPlan(problem.forward)
+
+    def refuses_cache(self, problem: CacheProblem, target: Target | None) -> str | None:
+        return None
+
+    def plan_cache(self, problem: CacheProblem, target: Target | None) -> CachePlan:
+        return ReferenceCachePlan(problem)
+
+    def tunables(self) -> tuple[Tunable, ...]:
+        return ()
 
 
 class _ReferencePlan:
@@ -143,10 +171,19 @@ class _ReferencePlan:
         seqused_k: Tensor | None,
         alibi_slopes: Tensor | None,
         rng_state: Tensor | None,
+        page_table: Tensor | None = None,
+        cache_batch_idx: Tensor | None = None,
+        leftpad_k: Tensor | None = None,
     ) -> ForwardResult:
+        from .gathered import gathered
         from .reference import attention_reference
 
         problem = self._problem
+        if problem.page_size or problem.cache_batch_idx or problem.leftpad_k:
+            k, v, cu_seqlens_k = gathered(
+                problem, k, v, cu_seqlens_k, seqused_k, page_table, cache_batch_idx, leftpad_k
+            )
+            seqused_k = None
         return attention_reference(
             q,
             k,
@@ -226,6 +263,9 @@ class EmptyPlan:
         seqused_k: Tensor | None,
         alibi_slopes: Tensor | None,
         rng_state: Tensor | None,
+        page_table: Tensor | None = None,
+        cache_batch_idx: Tensor | None = None,
+        leftpad_k: Tensor | None = None,
     ) -> ForwardResult:
         """out = 0 and softmax_lse = -inf, of which there may be no rows."""
         problem = self._problem

@@ -26,7 +26,8 @@ def custom_op(
     options: dict[str, Any] = {}
     if random and _HAS_TAGS:
         options["tags"] = (torch.Tag.nondeterministic_seeded,)
-    mutated = [part.split()[1] for part in schema.split(", ") if "!)" in part]
+    arguments = schema.split(" -> ")[0].strip("()").split(", ")
+    mutated = [part.split()[1].split("=")[0] for part in arguments if "!)" in part]
     decorator: Callable[[Callable[..., Any]], CustomOpDef] = torch.library.custom_op(
         name, mutates_args=mutated, schema=schema, **options
     )

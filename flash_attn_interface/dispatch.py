@@ -38,7 +38,7 @@ def make_plan(problem: Problem, decision: Decision) -> Plan:
     """The plan of the chosen backend, or the one that launches nothing."""
     if decision.target is None:
         return backends.REFERENCE.plan_forward(problem, None)
-    if min(problem.total_q, problem.total_k) == 0:
+    if problem.empty:
         return backends.EmptyPlan(problem)
     return decision.backend.plan_forward(problem, decision.target)
 
@@ -58,9 +58,17 @@ class _Plans(threading.local):
     def __init__(self) -> None:
         self.by_key: dict[Hashable, Plan] = {}
         self.backward_by_key: dict[Hashable, BackwardPlan] = {}
+        self.cache_by_key: dict[Hashable, Any] = {}  # of kvcache_dispatch.py
 
 
 _plans = _Plans()
+
+
+def remember(plans: dict[Hashable, Any], key: Hashable, plan: Any) -> None:
+    """Forgets the others where there are too many."""
+    if len(plans) >= _MAX_PLANS:
+        plans.clear()
+    plans[key] = plan
 
 
 def forget_plans() -> None:
@@ -88,8 +96,15 @@ def forward(
     dropout_p: float,
     return_lse: bool,
     return_softmax: bool,
+    page_table: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    sm_margin: int = 0,
+    pack_gqa: bool | None = None,
 ) -> ForwardState:
-    """Attention forward without autograd. Arguments as in `ForwardCall`; q, k, v are tensors."""
+    """Attention forward without autograd. Arguments as in `ForwardCall`; q, k, v are tensors.
+
+    page_table, leftpad_k: only with cu_seqlens.
+    """
     q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
     if q_strides[-1:] != (1,) or k_strides[-1:] != (1,) or v_strides[-1:] != (1,):
         q, k, v = (checks.last_dim_contiguous(tensor) for tensor in (q, k, v))
@@ -100,7 +115,11 @@ def forward(
     if cu_seqlens_q is not None or cu_seqlens_k is not None:
         max_seqlen_q = checks.host_max_seqlen(max_seqlen_q, q)
         max_seqlen_k = checks.host_max_seqlen(max_seqlen_k, k)
-        ragged = (max_seqlen_q, max_seqlen_k, _layout(cu_seqlens_q), _layout(cu_seqlens_k))
+        ragged = (
+            max_seqlen_q, max_seqlen_k, _layout(cu_seqlens_q), _layout(cu_seqlens_k),
+            None if page_table is None else _layout(page_table),
+            None if leftpad_k is None else _layout(leftpad_k),
+        )  # fmt: skip
 
     key = plan = None
     if q.is_cuda:
@@ -109,7 +128,7 @@ def forward(
             q.get_device(), k.get_device(), v.get_device(),
             (q.data_ptr() | k.data_ptr() | v.data_ptr()) & _ADDRESS_BITS,
             softmax_scale, causal, window_size, attention_chunk, softcap, dropout_p,
-            return_lse, return_softmax, ragged,
+            return_lse, return_softmax, ragged, sm_margin, pack_gqa,
             None if seqused_q is None else _layout(seqused_q),
             None if seqused_k is None else _layout(seqused_k),
             None if alibi_slopes is None else _layout(alibi_slopes),
@@ -122,7 +141,7 @@ def forward(
         call = ForwardCall(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k,
             softmax_scale, causal, window_size, attention_chunk, softcap, alibi_slopes, dropout_p,
-            return_lse, return_softmax,
+            return_lse, return_softmax, page_table, leftpad_k, sm_margin, pack_gqa,
         )  # fmt: skip
         plan = _plan_for(call, key)
 
@@ -130,8 +149,9 @@ def forward(
     if dropout_p > 0.0:  # drawn on the device: CUDA graphs replay it, torch.manual_seed repeats it
         rng_state = torch.randint(0, 2**62, (2,), dtype=torch.int64, device=q.device)
     out, softmax_lse, s_dmask = plan.run(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, rng_state
-    )
+        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, rng_state,
+        page_table, None, leftpad_k,
+    )  # fmt: skip
     return out, softmax_lse, s_dmask, rng_state
 
 
@@ -158,9 +178,7 @@ def _plan_for(call: ForwardCall, key: Hashable | None) -> Plan:
     plan = plans.get(key)
     if plan is None:
         plan = make_plan(problem, decision)
-        if len(plans) >= _MAX_PLANS:
-            plans.clear()
-        plans[key] = plan
+        remember(plans, key, plan)
     return plan
 
 
@@ -278,7 +296,5 @@ def _backward_plan_for(
     plan = plans.get(key)
     if plan is None:
         plan = make_backward_plan(problem, decision)
-        if len(plans) >= _MAX_PLANS:
-            plans.clear()
-        plans[key] = plan
+        remember(plans, key, plan)
     return plan

@@ -31,7 +31,7 @@ TensorOrShape = Tensor | Sequence[int]
 class Backward:
     """Who would serve the backward of the call, with which kernels."""
 
-    problem: BackwardProblem
+    problem: BackwardProblem | None  # None: no backend can have one
     decision: Decision | None
     plan: str  # in its own words
     error: str = ""  # why, if nobody serves it
@@ -160,6 +160,7 @@ def explain(
     dtype: torch.dtype = torch.bfloat16,
     arch: str | None = None,
     deterministic: bool = False,
+    block_table: TensorOrShape | None = None,
 ) -> Explanation:
     """Which backend and kernel a call would use, and why. Nothing is compiled or launched.
 
@@ -173,6 +174,7 @@ def explain(
         alibi_slopes, dropout_p: as in `flash_attn.flash_attn_func`.
         softmax_scale, causal, window_size, attention_chunk, softcap, cu_seqlens_q, cu_seqlens_k,
             max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, return_attn_probs: as in the call.
+        block_table: as in `flash_attn.flash_attn_varlen_func`.
         dtype: of q, k and v where shapes are given.
         arch: the architecture to explain for, such as "sm_80", GPU or not. None means the device of
             q; for shapes and meta tensors the current GPU, or a CPU if there is none.
@@ -205,6 +207,7 @@ def explain(
             dropout_p=dropout_p,
             return_lse=return_attn_probs,
             return_softmax=return_attn_probs,
+            page_table=_stand_in(block_table, torch.int32),
         )
     )
     problem = checks.check_forward(call)
@@ -237,6 +240,9 @@ def _explain_backward(
 ) -> Backward:
     """Of a dense dout, without launching anything."""
     q, k, v = call.q, call.k, call.v
+    refusal = problem.refuses_backward()
+    if refusal is not None:  # its gradients have no shapes either
+        return Backward(None, None, "", refusal)
     out = q.new_empty((*q.shape[:-1], problem.head_dim_v), device="meta")
     dq, dk, dv = (torch.empty_like(tensor, device="meta") for tensor in (q, k, v))
     backward_problem = BackwardProblem.of(problem, out, q, k, v, out, dq, dk, dv, deterministic)
@@ -288,9 +294,10 @@ def _cache_state(spec: KernelSpec, target: Target) -> tuple[Path | None, str]:
         default_kernels,
     )  # reads the kernel's sources and asks NVRTC's version
 
+    image = default_kernels().find(spec)
+    if image is not None and image.folder is not None:
+        return image.folder, "prebuilt" if image.origin == "prebuilt" else "compiled earlier"
     folder = default_kernels().folder(spec)
     if folder is None:
         return None, "kept in memory only, compiled at the first call of each process"
-    if not folder.is_dir():
-        return folder, "not compiled yet; the first call does it and keeps it here"
-    return folder, "prebuilt" if folder.parent.name == "_prebuilt" else "compiled earlier"
+    return folder, "not compiled yet; the first call does it and keeps it here"

@@ -55,7 +55,7 @@ def flash_attn_f3b2_func(
     out, softmax_lse, _ = attention(
         q, k, v, None, None, None, None, None, None, softmax_scale, causal, window_size,
         attention_chunk, softcap, None, 0.0, return_attn_probs, False, deterministic,
-        backward_backend=_BACKWARD,
+        backward_backend=_BACKWARD, sm_margin=sm_margin, pack_gqa=pack_gqa,
     )  # fmt: skip
     return _result(out, softmax_lse)
 
@@ -103,6 +103,7 @@ def flash_attn_f3b2_varlen_func(
     out, softmax_lse, _ = attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k,
         softmax_scale, causal, window_size, attention_chunk, softcap, None, 0.0,
-        return_attn_probs, False, deterministic, backward_backend=_BACKWARD,
+        return_attn_probs, False, deterministic, backward_backend=_BACKWARD, sm_margin=sm_margin,
+        pack_gqa=pack_gqa,
     )  # fmt: skip
     return _result(out, softmax_lse)

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .autograd import attention
+from .fa2_kvcache import flash_attn_with_kvcache as flash_attn_with_kvcache
 from .packing import Packing
+from .paged import paged_attention
 
 WindowSize = Sequence[int] | Tensor
 OutLseSoftmax = tuple[Tensor, Tensor, Tensor]
@@ -173,7 +175,11 @@ def flash_attn_varlen_func(
             not read: the total takes its place.
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
             return_attn_probs: as in `flash_attn_func`.
-        block_table: must be None; see Raises.
+        block_table: int32 (batch, max_pages), last dim contiguous. k and v are then pages,
+            (num_pages, page_size, num_heads, head_dim) with any page_size >= 1, and key j of
+            sequence b is row j % page_size of page block_table[b, j // page_size]. cu_seqlens_k
+            gives the lengths by its differences; entries of pages that no key lies in may be
+            anything. Forward only; with return_attn_probs no dropout.
 
     Returns:
         out, (total_q, num_heads_q, head_dim_v); rows past cu_seqlens_q[-1] are zero. With
@@ -182,14 +188,18 @@ def flash_attn_varlen_func(
 
     Raises:
         TypeError, ValueError, NotImplementedError: as `flash_attn_func`, and NotImplementedError
-            for block_table. For CPU tensors the values of cu_seqlens are checked, for CUDA tensors
-            they are trusted.
+            for block_table where gradients are asked for. For CPU tensors the values of cu_seqlens
+            and block_table are checked. For CUDA tensors cu_seqlens are trusted; pages out of range
+            are clamped, so that nothing outside of k and v is read.
     """
     if block_table is not None:
-        raise NotImplementedError(
-            "block_table is not supported: the kernels do not read paged keys and values yet. "
-            "Gather the pages into contiguous k and v, and pass None."
-        )
+        return _result(
+            *paged_attention(
+                q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale,
+                causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs,
+                block_table,
+            )
+        )  # fmt: skip
     return _varlen(
         q, k, v, None, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
         softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
@@ -268,41 +278,6 @@ def flash_attn_varlen_qkvpacked_func(
         max_seqlen, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
         deterministic, return_attn_probs,
     )  # fmt: skip
-
-
-def flash_attn_with_kvcache(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor | None = None,
-    v: Tensor | None = None,
-    rotary_cos: Tensor | None = None,
-    rotary_sin: Tensor | None = None,
-    cache_seqlens: int | Tensor | None = None,
-    cache_batch_idx: Tensor | None = None,
-    cache_leftpad: Tensor | None = None,
-    block_table: Tensor | None = None,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: WindowSize = (-1, -1),
-    softcap: float = 0.0,
-    rotary_interleaved: bool = True,
-    alibi_slopes: Tensor | None = None,
-    num_splits: int = 0,
-    return_softmax_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention over a key and value cache. Not available yet; the name exists for clients'
-    imports.
-
-    Raises:
-        NotImplementedError: always.
-    """
-    raise NotImplementedError(
-        "flash_attn_with_kvcache is not supported yet: there is no decode kernel. Append to the "
-        "cache with torch, then call flash_attn_func(q, k_cache[:, :n], v_cache[:, :n], "
-        "causal=True). For differing lengths, flash_attn_interface.flash_attn_varlen_func takes "
-        "seqused_k."
-    )
 
 
 def _dense(

@@ -47,7 +47,8 @@ def flash_attn_func(
             last dim that is not contiguous is copied.
         k: (batch, seqlen_k, num_heads_k, head_dim_qk); num_heads_q is a multiple of num_heads_k.
         v: (batch, seqlen_k, num_heads_v, head_dim_v); num_heads_q is a multiple of num_heads_v.
-            num_heads_v and head_dim_v need not equal k's. Head dims: any from 1 to 256.
+            num_heads_v and head_dim_v need not equal k's. Head dims: any from 1 to 256; with
+            head_dim_qk up to 64 the Hopper kernels take a head_dim_v up to 512, forward only.
         softmax_scale: None means head_dim_qk ** -0.5. This is the fourth positional parameter here,
             whereas in `flash_attn.flash_attn_func` it is dropout_p.
         causal: query i sees key j when j <= i + seqlen_k - seqlen_q (bottom-right alignment).
@@ -58,8 +59,10 @@ def flash_attn_func(
         attention_chunk: C > 0 restricts a query to the keys of its own chunk of C positions:
             floor((i + seqlen_k - seqlen_q) / C) == floor(j / C). 0 is off.
         softcap: c > 0 replaces the scaled scores s by c * tanh(s / c).
-        num_splits, pack_gqa, sm_margin: scheduling hints of FlashAttention-3, accepted and without
-            influence on the result.
+        num_splits, pack_gqa, sm_margin: scheduling hints of FlashAttention-3, without influence on
+            the result. The Hopper kernels leave sm_margin SMs to others, and put the rows of query
+            heads that share K and V into one tile if pack_gqa is True, never if it is False, and
+            if few query rows make it pay where it is None. The Ampere kernels use no hint.
         deterministic: make dq bitwise reproducible too. out, dk and dv always are.
         return_attn_probs: also return softmax_lse, which is differentiable. The name is upstream's.
 
@@ -79,6 +82,7 @@ def flash_attn_func(
     out, softmax_lse, _ = attention(
         q, k, v, None, None, None, None, None, None, softmax_scale, causal, window_size,
         attention_chunk, softcap, None, 0.0, return_attn_probs, False, deterministic,
+        sm_margin=sm_margin, pack_gqa=pack_gqa,
     )  # fmt: skip
     return _result(out, softmax_lse)
 
@@ -143,7 +147,7 @@ def flash_attn_varlen_func(
     out, softmax_lse, _ = attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k,
         softmax_scale, causal, window_size, attention_chunk, softcap, None, 0.0,
-        return_attn_probs, False, deterministic,
+        return_attn_probs, False, deterministic, sm_margin=sm_margin, pack_gqa=pack_gqa,
     )  # fmt: skip
     return _result(out, softmax_lse)
 
@@ -184,6 +188,7 @@ def flash_attn_qkvpacked_func(
     out, softmax_lse, _ = attention(
         qkv, None, None, None, None, None, None, None, None, softmax_scale, causal, window_size,
         attention_chunk, softcap, None, 0.0, return_attn_probs, False, deterministic, packing,
+        sm_margin=sm_margin,
     )  # fmt: skip
     return _result(out, softmax_lse)
 

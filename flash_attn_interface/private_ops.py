@@ -20,6 +20,7 @@ from . import dispatch
 from .custom_op import custom_op
 from .gradients import empty_gradient
 from .ops import attention_backward, complete, fake_results
+from .paged import refuse_gradients
 
 
 @custom_op(
@@ -107,20 +108,15 @@ def _flash_attn_varlen_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `_flash_attn_forward`, with `flash_attn_varlen_func`'s arguments.
 
-    seqused_k: int32 (batch,), keys of each sequence that take part. zero_tensors: rows that belong
-    to no sequence are zero (softmax_lse: -inf) in any case. num_splits: a hint without influence.
+    seqused_k: int32 (batch,), keys of each sequence that take part. leftpad_k: int32 (batch,),
+    first key of each sequence; masks count from there. zero_tensors: rows that belong to no
+    sequence are zero (softmax_lse: -inf) in any case. num_splits: a hint without influence.
     """
-    for name, value in (("block_table", block_table), ("leftpad_k", leftpad_k)):
-        if value is not None:
-            raise NotImplementedError(
-                f"{name} is not supported: no kernel reads paged or left-padded keys yet. Gather "
-                "them into packed k and v, and pass None."
-            )
     return complete(
         dispatch.forward(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, seqused_k,
             softmax_scale, causal, (window_size_left, window_size_right), 0, softcap, alibi_slopes,
-            dropout_p, True, return_softmax,
+            dropout_p, True, return_softmax, page_table=block_table, leftpad_k=leftpad_k,
         )
     )  # fmt: skip
 
@@ -313,7 +309,8 @@ def _save_dense(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 def _save_varlen(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *others = inputs
-    shared, (_, _, _, seqused_k, *_) = others[:7], others[7:]
+    shared, (_, block_table, leftpad_k, seqused_k, *_) = others[:7], others[7:]
+    refuse_gradients(block_table, leftpad_k)
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k)
     _save(ctx, tensors, (max_seqlen_q, max_seqlen_k), shared, output)
     ctx.num_inputs = len(inputs)

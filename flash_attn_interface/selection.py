@@ -1,5 +1,5 @@
-"""Which backend serves a problem, and why. `decide` and `decide_backward` are pure; `select` and
-`select_backward` ask them with what is installed here and the environment.
+"""Which backend serves a problem, and why. `decide` and its kin are pure; `select` and its kin ask
+them with what is installed here and the environment.
 
 Called by `dispatch.py` once per new kind of call, and by `explain.py`, which shows the same
 decisions.
@@ -17,6 +17,7 @@ from . import backends
 from ._common import env
 from ._common.arch import arch_of
 from ._common.backward_problem import BackwardProblem
+from ._common.cache_problem import CacheProblem
 from ._common.problem import Problem, Target
 from .backends import Backend
 from .simulation import capability_of, simulated_arch
@@ -31,6 +32,7 @@ class Device:
     capability: tuple[int, int] | None
     index: int = 0
     simulated: bool = False
+    gpu: str = ""  # model, as the driver names it; "" if simulated or unknown
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,23 @@ def decide_backward(
         problem.describe(),
         lambda backend, target: backend.refuses_backward(problem, target),
         lambda: backends.REFERENCE.refuses_backward(problem, None),
+        device,
+        installed,
+        forced,
+    )
+
+
+def decide_cache(
+    problem: CacheProblem,
+    device: Device,
+    installed: Sequence[Backend],
+    forced: str | None = None,
+) -> Decision:
+    """Choose the backend of attention over a cache. Else as `decide`."""
+    return _decide(
+        problem.describe(),
+        lambda backend, target: backend.refuses_cache(problem, target),
+        lambda: backends.REFERENCE.refuses_cache(problem, None),
         device,
         installed,
         forced,
@@ -134,7 +153,7 @@ def target_for(backend_name: str, device: Device) -> Target:
     arch = arch_of(device.capability)
     if backend_name == "hopper" and device.capability == _HOPPER_CAPABILITY:
         arch += "a"  # wgmma and setmaxnreg exist only in sm_90a code
-    return Target(arch, device.index, device.simulated)
+    return Target(arch, device.index, device.simulated, device.gpu)
 
 
 def device_of(tensor: Tensor) -> Device:
@@ -145,7 +164,9 @@ def device_of(tensor: Tensor) -> Device:
             raise NotImplementedError(
                 "AMD GPUs are not supported: the kernels are NVIDIA machine code"
             )
-        return Device(torch.cuda.get_device_capability(tensor.device), tensor.get_device())
+        capability = torch.cuda.get_device_capability(tensor.device)
+        name = torch.cuda.get_device_name(tensor.device)
+        return Device(capability, tensor.get_device(), gpu=name)
     if kind == "cpu":
         arch = simulated_arch()
         return Device(capability_of(arch), simulated=True) if arch else Device(None)
@@ -178,3 +199,9 @@ def select_backward(
     if backend is not None and device.capability is not None and forced != "reference":
         forced = backend
     return decide_backward(problem, device, installed_backends(device, forced), forced)
+
+
+def select_cache(problem: CacheProblem, device: Device) -> Decision:
+    """`decide_cache` with what is installed and the environment."""
+    forced = env.FORCE_BACKEND.get()
+    return decide_cache(problem, device, installed_backends(device, forced), forced)

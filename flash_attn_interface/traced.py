@@ -37,8 +37,13 @@ def forward(
     dropout_p: float,
     return_lse: bool,
     return_softmax: bool,
+    sm_margin: int = 0,
+    pack_gqa: bool | None = None,
 ) -> ForwardState:
-    """FlashAttention-2's operations wherever they do, since checkpointing policies list them."""
+    """FlashAttention-2's operations wherever they do, since checkpointing policies list them.
+
+    sm_margin, pack_gqa: hints, which the operations do not take.
+    """
     left, right = window_pair(window_size)
     return_softmax = return_softmax and dropout_p > 0.0
     common = (causal, left, right, softcap, alibi_slopes, return_softmax)

@@ -18,9 +18,16 @@ import flash_attn_interface
 
 
 def forward(
-    runner: Runner, case: Case, inputs: Inputs, return_attn_probs: bool = True
+    runner: Runner,
+    case: Case,
+    inputs: Inputs,
+    return_attn_probs: bool = True,
+    **hints: Any,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(out, softmax_lse, s_dmask); what the call does not return is None."""
+    """(out, softmax_lse, s_dmask); what the call does not return is None.
+
+    hints: further arguments of FlashAttention-3's functions.
+    """
     qkv = (inputs.q, inputs.k, inputs.v)
     options: dict[str, Any] = {
         "softmax_scale": case.softmax_scale,
@@ -42,7 +49,7 @@ def forward(
         options |= {"alibi_slopes": inputs.alibi_slopes, "dropout_p": case.dropout_p}
         function = flash_attn.flash_attn_varlen_func if case.varlen else flash_attn.flash_attn_func
     else:
-        options |= {"attention_chunk": case.attention_chunk}
+        options |= {"attention_chunk": case.attention_chunk, **hints}
         if case.varlen:
             lengths |= {"seqused_q": inputs.seqused_q, "seqused_k": inputs.seqused_k}
         module = flash_attn_interface

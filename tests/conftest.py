@@ -156,3 +156,14 @@ def runner(request: pytest.FixtureRequest) -> Runner:
 def gpu() -> Runner:
     """For tests that make sense on a GPU only; mark them `gpu` as well."""
     return _runner("gpu")
+
+
+@pytest.fixture
+def ampere_tree(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """All calls go to flash2, where another tree would serve some: for bitwise comparisons."""
+    from flash_attn_interface import dispatch
+
+    monkeypatch.setenv("FLASH_ATTN_INTERFACE_FORCE_BACKEND", "flash2")
+    dispatch.forget_plans()
+    yield
+    dispatch.forget_plans()

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from flash_attn_interface import backends
 from flash_attn_interface._common.backward_problem import BackwardProblem
+from flash_attn_interface._common.cache_problem import CacheProblem
 from flash_attn_interface._common.problem import Problem, Target
 from flash_attn_interface._common.spec import KernelSpec
+from flash_attn_interface.cache_plans import CacheResult
 
 
 @dataclass
@@ -59,6 +61,24 @@ class FakeBackwardPlan:
 
 
 @dataclass
+class FakeCachePlan:
+    """Likewise."""
+
+    problem: CacheProblem
+    target: Target
+    runs: list[tuple[Any, ...]] = field(default_factory=list)
+
+    def run(self, *tensors: Tensor | None) -> CacheResult:
+        self.runs.append(tensors)
+        plain = [t.as_subclass(Tensor) if isinstance(t, PretendCudaTensor) else t for t in tensors]
+        plan: Any = backends.REFERENCE.plan_cache(self.problem, None)
+        return plan.run(*plain)
+
+    def describe(self) -> str:
+        return "append, attend, combine"
+
+
+@dataclass
 class FakeBackend:
     """A kernel tree that remembers what it planned; refusal: its reason to refuse everything."""
 
@@ -67,6 +87,7 @@ class FakeBackend:
     release: str = "0"
     plans: list[FakePlan] = field(default_factory=list)
     backward_plans: list[FakeBackwardPlan] = field(default_factory=list)
+    cache_plans: list[FakeCachePlan] = field(default_factory=list)
 
     def refuses_forward(self, problem: Problem, target: Target) -> str | None:
         return self.refusal
@@ -81,6 +102,13 @@ class FakeBackend:
     def plan_backward(self, problem: BackwardProblem, target: Target) -> FakeBackwardPlan:
         self.backward_plans.append(FakeBackwardPlan(problem, target))
         return self.backward_plans[-1]
+
+    def refuses_cache(self, problem: CacheProblem, target: Target) -> str | None:
+        return self.refusal
+
+    def plan_cache(self, problem: CacheProblem, target: Target) -> FakeCachePlan:
+        self.cache_plans.append(FakeCachePlan(problem, target))
+        return self.cache_plans[-1]
 
 
 class PretendCudaTensor(Tensor):

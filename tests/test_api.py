@@ -53,6 +53,22 @@ FA3_SIGNATURES = {
         "attention_chunk=0, softcap=0.0, deterministic=False, num_heads_q=None, sm_margin=0, "
         "return_attn_probs=False"
     ),
+    "flash_attn_with_kvcache": (
+        "q, k_cache, v_cache, k=None, v=None, qv=None, rotary_cos=None, rotary_sin=None, "
+        "cache_seqlens=None, cache_batch_idx=None, cache_leftpad=None, page_table=None, "
+        "cu_seqlens_q=None, cu_seqlens_k_new=None, max_seqlen_q=None, rotary_seqlens=None, "
+        f"{FA3_DESCALE}, softmax_scale=None, causal=False, window_size=(-1, -1), "
+        "attention_chunk=0, softcap=0.0, rotary_interleaved=True, scheduler_metadata=None, "
+        "num_splits=0, pack_gqa=None, sm_margin=0, return_softmax_lse=False"
+    ),
+    "flash_attn_combine": "out_partial, lse_partial, out=None, out_dtype=None",
+    "get_scheduler_metadata": (
+        "batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, "
+        "cache_seqlens, qkv_dtype=torch.bfloat16, headdim_v=None, cu_seqlens_q=None, "
+        "cu_seqlens_k_new=None, cache_leftpad=None, page_size=None, max_seqlen_k_new=0, "
+        "causal=False, window_size=(-1, -1), attention_chunk=0, has_softcap=False, num_splits=0, "
+        "pack_gqa=None, sm_margin=0"
+    ),
 }
 
 
@@ -224,7 +240,7 @@ def seen(monkeypatch) -> list[tuple[Any, ...]]:
     """(q, k, v) of every `attention` call, which is not run."""
     calls: list[tuple[Any, ...]] = []
 
-    def record(*arguments):
+    def record(*arguments, **hints):
         calls.append(unpack(*arguments[:3], arguments[19]))
         return arguments[0], None, None
 
@@ -306,12 +322,3 @@ def test_scheduling_hints_do_not_change_the_result():
     for hints in ({"num_splits": -1}, {"sm_margin": -1}):
         with pytest.raises(ValueError, match=next(iter(hints))):
             flash_attn_interface.flash_attn_func(q, k, v, **hints)
-
-
-def test_paged_keys_and_caches_are_refused():
-    table = torch.zeros(2, 1, dtype=torch.int32)
-    with pytest.raises(NotImplementedError, match="block_table"):
-        flash_attn.flash_attn_varlen_func(**ragged_qkv(), block_table=table)
-    q, k, v = qkv()
-    with pytest.raises(NotImplementedError, match="flash_attn_with_kvcache"):
-        flash_attn.flash_attn_with_kvcache(q, k, v)

@@ -12,10 +12,12 @@ from cases import EQUAL_PAIRS, NAMED_PAIRS, ODD_PAIRS
 
 from flash_attn_interface._common import arch as arch_table
 from flash_attn_interface._common import compiler, sass, sources
+from flash_attn_interface._common.cache_problem import CacheProblem
 from flash_attn_interface._common.compiler import Compiled
 from flash_attn_interface._common.problem import Problem
 from flash_attn_interface._common.spec import KernelSpec
 from flash_attn_interface._flash2 import tiles
+from flash_attn_interface._flash2.append import append_spec
 
 ARCHS = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
 
@@ -27,6 +29,14 @@ FEATURES: dict[str, dict[str, object]] = {
     "softcap": {"softcap": 30.0, "causal": True, "window_right": 0},
     "alibi": {"alibi": True},
     "varlen": {"varlen_q": True, "varlen_k": True, "causal": True, "window_right": 0},
+    "paged": {"page_size": 16, "cache_slots": 999, "has_seqused_k": True},
+    "cache": {
+        "cache_batch_idx": True, "leftpad_k": True, "cache_slots": 99, "has_seqused_k": True,
+    },
+    "paged_varlen": {
+        "page_size": 16, "cache_slots": 999, "leftpad_k": True, "cache_batch_idx": True,
+        "varlen_q": True, "varlen_k": True, "causal": True, "window_right": 0,
+    },
     "dropout": {"dropout_p": 0.1},
     "dmask": {"dropout_p": 0.1, "return_softmax": True},
     "everything": {
@@ -39,7 +49,7 @@ FEATURES: dict[str, dict[str, object]] = {
         "varlen_k": True,
         "dropout_p": 0.1,
     },
-}
+}  # fmt: skip
 
 
 def max_spill_bytes(dims: tuple[int, int], feature: str, vector_bytes: int = 16) -> int:
@@ -50,6 +60,8 @@ def max_spill_bytes(dims: tuple[int, int], feature: str, vector_bytes: int = 16)
         return 256  # O alone takes half of the registers
     if feature in ("dropout", "everything"):
         return 128  # Philox lives beside the accumulators
+    if 64 < dims[1] <= 128:
+        return 128  # 64 keys a tile: faster than 32 keys that do not spill
     return 64 if vector_bytes < 16 else 0
 
 
@@ -117,6 +129,8 @@ SAMPLE = [
     *params(["sm_80"], [(192, 128)], ["everything"], ["fp16"]),
     *params(["sm_86"], [(128, 256)], ["causal"], ["bf16"]),
     *params(["sm_90"], [(96, 192)], ["varlen"], ["bf16"]),
+    *params(["sm_80"], [(64, 128)], ["paged", "cache"], ["bf16"]),
+    *params(["sm_90"], [(192, 128)], ["paged_varlen"], ["bf16"]),
     *params(["sm_89", "sm_100", "sm_120"], [(128, 128)], ["causal"], ["fp16"]),
 ]
 
@@ -152,6 +166,18 @@ def test_features(arch: str, dims: tuple[int, int], feature: str, dtype: str):
 def test_odd_dims_and_narrow_vectors(arch: str, dims: tuple[int, int], vector_bytes: int):
     spec = tiles.forward_spec(problem(dims, "causal", "bf16", vector_bytes), arch)
     check(spec, max_spill_bytes(dims, "causal", vector_bytes))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("vector_bytes", [16, 2])
+def test_append(arch: str, interleaved: bool, vector_bytes: int):
+    forward = problem((128, 256), "paged", "bf16")
+    appended = CacheProblem(forward, seqlen_new=1, rotary_dim=64, rotary_interleaved=interleaved)
+    spec = append_spec(appended, arch, vector_bytes)
+    used = compile_spec(spec).resources
+    assert used.spill_store_bytes == used.stack_bytes == 0
+    assert used.registers <= 64  # memory latency is hidden by many warps
 
 
 def test_same_problem_same_spec():

@@ -56,6 +56,7 @@ MISTAKES = {
     13: r"global reduction of 4 bytes out of bounds",
     14: r"global atomic add of 4 bytes out of bounds",
     15: r"global read of 4 bytes out of bounds, address 0x0;",
+    16: r"global atomic increment of 4 bytes out of bounds",
     20: r"warp_sync needs all lanes|while lanes 0-15 of its warp wait in warp_sync",
     21: r"different operations: this one at vote_any, lanes 0-15 at shfl_xor",
     22: r"mma_m16n8k16_f16 needs all lanes|while lanes 0-2 of its warp wait in mma_m16n8k16_f16",

@@ -181,6 +181,35 @@ def test_memory_round_trips_and_atomics(runner: Runner) -> None:
     assert torch.equal(aux[2:].sort().values.cpu(), 3 * torch.arange(count, dtype=torch.int32))
 
 
+def test_four_float_reduction(runner: Runner) -> None:
+    if runner.name == "gpu" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("red.global.add.v4.f32 needs compute capability 9.0")
+    grid, threads = 5, 96
+    data = torch.randn(grid * threads, 4).to(runner.device)
+    start = torch.randn(32, 4).to(runner.device)
+    out = start.clone()
+    probes.run(runner, "probe_red_v4", data, out, grid=grid, num_threads=threads)
+    terms = torch.cat([start[None], data.view(-1, 32, 4)]).double()
+    assert ((out - terms.sum(0)).abs() <= 2.0**-20 * terms.abs().sum(0)).all()
+
+
+def test_last_cta_sees_what_all_have_written(runner: Runner) -> None:
+    """And leaves the counter as it found it: the launch is repeated."""
+    grid, threads = 150, 64
+    aux = torch.zeros(2 + threads, dtype=torch.int32, device=runner.device)
+    for _ in range(3):
+        data = random_words(runner, grid, threads)
+        out = random_words(runner, grid, threads)
+        probes.run(
+            runner, "probe_last_cta", data, out, aux,
+            grid=grid, num_threads=threads, smem_bytes=4,
+        )  # fmt: skip
+        assert torch.equal(out, data)
+        assert torch.equal(aux[2:], data.sum(0, dtype=torch.int32))
+        assert aux[0] == 0
+        assert 0 <= aux[1] < grid
+
+
 def test_shuffles_and_votes(runner: Runner) -> None:
     warps = 6
     data = random_words(runner, warps, 32, 2)

@@ -1,5 +1,5 @@
 // Which sequence of a packed buffer a tile belongs to, found on the device from cu_seqlens. Used by
-// bwd_work.cuh.
+// bwd_work.cuh and decode_work.cuh.
 #pragma once
 #include "common/device/elem.cuh"
 #include "common/ptx/memory.cuh"
@@ -13,15 +13,18 @@ struct PackedTile {
 
 // Owner of tile `tile` when each sequence is cut into tiles of kRows rows, one sequence after the
 // other. A buffer of `total` rows has at most ceil(total / kRows) + batch such tiles, tail
-// included. All lanes of a warp call it together.
+// included. All lanes of a warp call it together. rows_per_token: a token may stand for more rows
+// than one.
 template <i32 kRows>
-DEVICE PackedTile find_packed_tile(const i32* cu_seqlens, i32 batch, i32 tile, i32 lane_idx) {
+DEVICE PackedTile find_packed_tile(const i32* cu_seqlens, i32 batch, i32 tile, i32 lane_idx,
+                                   i32 rows_per_token = 1) {
   i32 first = 0;  // tiles of the sequences before this round's 32
   for (i32 base = 0; base < batch; base += 32) {
     const i32 b = base + lane_idx;
     i32 tiles = 0;
     if (b < batch) {
-      tiles = ceil_div(ld_global_i32(cu_seqlens + b + 1) - ld_global_i32(cu_seqlens + b), kRows);
+      const i32 tokens = ld_global_i32(cu_seqlens + b + 1) - ld_global_i32(cu_seqlens + b);
+      tiles = ceil_div(tokens * rows_per_token, kRows);
     }
     i32 end = tiles;  // inclusive prefix sum
 #pragma unroll

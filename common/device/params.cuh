@@ -51,6 +51,17 @@ struct FwdParams {
   const i64* rng_state;  // Cfg::kDropout; (2,) = seed, offset
   u32 keep_threshold;    // an element is kept when its random byte is <= this
   f32 keep_scale;        // 1 / (1 - dropout_p)
+
+  // kv_source.cuh: keys and values in a cache. k and v are then (last_slot + 1, rows, heads,
+  // head_dim): a slot holds a sequence or, paged, one page. seqlen_k is what a sequence has room
+  // for.
+  const i32* page_table;       // Cfg::kPaged; (last_table_row + 1, page_table_stride) slots
+  const i32* cache_batch_idx;  // Cfg::kCacheBatchIdx; (batch,): slots or rows of page_table
+  const i32* leftpad_k;        // Cfg::kLeftpadK; (batch,): first keys
+  i64 page_table_stride;
+  i32 last_table_row, last_slot;
+  i32 page_size, page_shift;  // with page_magic: division by page_size, see PageTable
+  u32 page_magic;
 };
 
 // Attention backward: one block for its three kernels, flash2/bwd_preprocess.cu, bwd.cu and
@@ -122,17 +133,17 @@ struct BwdParams {
   f32 keep_probability;  // 1 - dropout_p = 1 / keep_scale
 };
 
-// Attention forward on Hopper (hopper/fwd.cu). Tensors are known by their maps, whose dims are
-// (column, row, head, first row, batch): see map_row in fwd.cu.
+// Attention forward on Hopper (hopper/fwd.cu). Tensors are known by their maps, whose dims
+// row_coords in hopper/fwd_layout.cuh names.
 struct HopperFwdParams {
   TensorMap q_map;    // boxes of 64 rows
   TensorMap k_map;    // boxes of Cfg::kBlockN rows
   TensorMap v_map;    // boxes of Cfg::kBlockN rows
   TensorMap out_map;  // boxes of 64 rows
-  i32 q_map_rows;     // rows that the second dim of q_map and out_map has
-  i32 k_map_rows;     // the same of k_map and v_map
-  f32* softmax_lse;   // nullable; (batch, num_heads_q, seqlen_q) or (num_heads_q, total_q), natural
-                      // log
+  i32 k_batch_rows;   // Cfg::kRaggedK: rows from one sequence of k to the next; 0 if packed
+  i32 v_batch_rows;
+  f32* softmax_lse;  // nullable; (batch, num_heads_q, seqlen_q) or (num_heads_q, total_q), natural
+                     // log
   i64 lse_batch_stride, lse_head_stride;
 
   // seqlen.cuh: as in FwdParams.
@@ -160,4 +171,121 @@ struct HopperFwdParams {
   const i64* rng_state;
   u32 keep_threshold;
   f32 keep_scale;
+
+  // Cfg::kGqaGroup > 1: out by address instead of out_map. As in FwdParams.
+  void* out;
+  i64 out_batch_stride, out_row_stride, out_head_stride;
+};
+
+// Attention of few query rows over a cache (flash2/decode.cu). The keys of a sequence are divided
+// into splits, which CTAs work on independently.
+struct DecodeParams {
+  const void* q;  // (batch, seqlen_q, num_heads_q, head_dim_qk) or (total_q, ...)
+  const void* k;  // (last_slot + 1, rows, num_heads_k, head_dim_qk): a slot is a sequence or a page
+  const void* v;  // (last_slot + 1, rows, num_heads_v, head_dim_v)
+  void* out;  // (batch, seqlen_q, num_heads_q, head_dim_v) or (total_q, ...); Cfg::kSplit: fp32,
+              // one such tensor per split, each normalised by itself, undefined where the split
+              // has no key
+  f32* softmax_lse;  // nullable unless Cfg::kSplit; (batch, num_heads_q, seqlen_q) or (num_heads_q,
+                     // total_q), natural log; Cfg::kSplit: one per split
+  i64 q_batch_stride, q_row_stride, q_head_stride;
+  i64 k_batch_stride, k_row_stride, k_head_stride;
+  i64 v_batch_stride, v_row_stride, v_head_stride;
+  i64 out_split_stride, out_batch_stride, out_row_stride, out_head_stride;
+  i64 lse_split_stride, lse_batch_stride, lse_head_stride;
+
+  // decode_work.cuh: what a CTA works on.
+  i32 num_units, heads_per_unit;  // heads_per_unit query heads share one K head and one V head
+  i32 num_tiles;                  // of all sequences of a unit
+  i32 tiles_per_sequence;         // of kBlockM packed rows; not with Cfg::kVarlenQ
+  i32 num_splits;
+
+  // Cfg::kSplit: what the last CTA of a tile merges the splits into.
+  u32*
+      split_counters;  // nullable: the splits are merged by another launch; (num_tiles, num_units),
+                       // CTAs of the tile that have finished, 0 before and after the launch
+  void* merged_out;    // as out without Cfg::kSplit
+  f32* merged_lse;     // nullable; as softmax_lse without Cfg::kSplit, strides as above
+  i64 merged_batch_stride, merged_row_stride, merged_head_stride;  // of merged_out
+
+  // seqlen.cuh, kv_source.cuh: as in FwdParams.
+  const i32* cu_seqlens_q;
+  const i32* seqused_q;
+  const i32* seqused_k;
+  const i32* page_table;
+  const i32* cache_batch_idx;
+  const i32* leftpad_k;
+  i64 page_table_stride;
+  i32 last_table_row, last_slot;
+  i32 page_size, page_shift;
+  u32 page_magic;
+  i32 batch, seqlen_q, seqlen_k, total_q;
+  i32 qhead_per_khead, qhead_per_vhead;
+
+  // mask.cuh, score.cuh: as in FwdParams.
+  i32 window_left, window_right;
+  i32 attention_chunk;
+  f32 softmax_scale_log2;
+  f32 softcap_in, softcap_out;
+  const f32* alibi_slopes;
+  i64 alibi_batch_stride;
+};
+
+// Merge of splits (flash2/combine.cu): attention over disjoint sets of keys into that over all.
+struct CombineParams {
+  const f32*
+      out_partial;  // (num_splits, batch, seqlen, num_heads, head_dim_v), last dim contiguous
+  const f32* lse_partial;  // (num_splits, batch, seqlen, num_heads), seqlen contiguous; a split
+                           // with -inf has no part in the row, and its out_partial is not read
+  void* out;               // (batch, seqlen, num_heads, head_dim_v), of Cfg's type
+  f32* softmax_lse;        // nullable; (batch, seqlen, num_heads), seqlen contiguous
+  i64 partial_split_stride, partial_batch_stride, partial_row_stride, partial_head_stride;
+  i64 lse_partial_split_stride, lse_partial_batch_stride, lse_partial_head_stride;
+  i64 out_batch_stride, out_row_stride, out_head_stride;
+  i64 lse_batch_stride, lse_head_stride;
+  i64 num_rows;  // batch * seqlen * num_heads
+  i32 seqlen, num_heads, num_splits;
+};
+
+// New keys and values into a cache, and queries rotated (flash2/append.cu).
+struct AppendParams {
+  // New rows, (batch, seqlen_new, heads, head_dim) or (total_new, ...), and the caches that take
+  // them, (last_slot + 1, rows, heads, head_dim). Last dims are contiguous.
+  const void* k_new;
+  const void* v_new;
+  void* k_cache;
+  void* v_cache;
+  i64 k_new_batch_stride, k_new_row_stride, k_new_head_stride;
+  i64 v_new_batch_stride, v_new_row_stride, v_new_head_stride;
+  i64 k_batch_stride, k_row_stride, k_head_stride;
+  i64 v_batch_stride, v_row_stride, v_head_stride;
+  const i32* cu_seqlens_k_new;  // nullable; (batch + 1,)
+  i32 seqlen_new, new_rows;     // new_rows: of k_new in memory
+  i32 num_heads_k, num_heads_v;
+  i32 head_dim_qk, head_dim_v;
+
+  // Cfg::kRotary: queries, copied to q_rotated, contiguous of the same shape.
+  const void* q;  // (batch, seqlen_q, num_heads_q, head_dim_qk) or (total_q, ...)
+  void* q_rotated;
+  i64 q_batch_stride, q_row_stride, q_head_stride;
+  const i32* cu_seqlens_q;  // nullable; (batch + 1,)
+  i32 seqlen_q, q_rows, num_heads_q;
+  i32 rotary_dim, rotary_rows;
+  i32 rotary_per_row;      // 0: all rows of q turn by the first one's position
+  const void* rotary_cos;  // (rotary_rows, rotary_dim / 2)
+  const void* rotary_sin;
+  const i32* rotary_seqlens;  // nullable: cache_seqlens; (batch,), positions of the first rows
+
+  // Lengths and places in the cache, as in FwdParams.
+  const i32* cache_seqlens;    // nullable: cached_keys; (batch,), keys before the append
+  i32* seqused_k;              // result: (batch,), keys after it
+  const i32* page_table;       // nullable
+  const i32* cache_batch_idx;  // nullable
+  i64 page_table_stride;
+  i32 last_table_row, last_slot;
+  i32 page_size, page_shift;
+  u32 page_magic;
+  i32 batch, seqlen_k, cached_keys;
+
+  i32 k_ctas, v_ctas;  // order of the CTAs: rows of K, of V, of Q
 };

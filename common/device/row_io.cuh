@@ -23,6 +23,20 @@ DEVICE void load_vector(u32 (&words)[kVectorWords<kVectorBytes>], const void* sr
   }
 }
 
+// The inverse.
+template <i32 kVectorBytes>
+DEVICE void store_words(void* dst, const u32 (&words)[kVectorWords<kVectorBytes>]) {
+  if constexpr (kVectorBytes == 16) {
+    st_global_v4(dst, words);
+  } else if constexpr (kVectorBytes == 8) {
+    st_global_u64(dst, u64(words[1]) << 32 | words[0]);
+  } else if constexpr (kVectorBytes == 4) {
+    st_global_u32(dst, words[0]);
+  } else {
+    st_global_u16(dst, u16(words[0]));
+  }
+}
+
 // Stores eight elements (four words) at dst in vectors of kVectorBytes, those of them that begin
 // below `valid` elements.
 template <i32 kVectorBytes>

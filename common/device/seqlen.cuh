@@ -1,6 +1,7 @@
 // Where one sequence lies and how long it is: the one answer for dense, packed (cu_seqlens) and
 // partly used (seqused) inputs.
 #pragma once
+#include "common/device/elem.cuh"
 #include "common/device/params.cuh"
 #include "common/ptx/memory.cuh"
 

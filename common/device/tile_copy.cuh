@@ -24,6 +24,7 @@ struct TileLayout {
 // holds any stride below 2^30 elements, i64 holds all.
 template <class Layout, i32 kHeadDim, i32 kThreads, i32 kVectorBytes, class RowStride>
 struct TileCopy {
+  static constexpr i32 kRows = Layout::kRows;
   static constexpr i32 kVectorsPerRow = Layout::kCols * kElemBytes / kVectorBytes;
   DEVICE static constexpr i32 threads_per_row() {
     i32 threads =
@@ -65,16 +66,26 @@ struct TileCopy {
   DEVICE void load_part(u32 s_tile, i32 first_row, i32 num_rows, i32 part) const {
     const i32 thread_row = first_row + row;
     const char* g = g_column + i64(thread_row) * row_stride_bytes;
+    load_rows<kParts>(s_tile, thread_row, num_rows, part,
+                      [&](i32 pass) { return g + pass * i64(kRowsPerPass * row_stride_bytes); });
+  }
+
+ protected:
+  // The same with rows anywhere: address(pass) is this thread's first vector of row thread_row +
+  // pass * kRowsPerPass.
+  template <i32 kParts, class Address>
+  DEVICE void load_rows(u32 s_tile, i32 thread_row, i32 num_rows, i32 part, Address address) const {
     const u32 s = s_tile + s_offset;
 #pragma unroll
     for (i32 pass = 0; pass < kPasses; ++pass) {
       if (pass * kParts / kPasses == part &&
           (Layout::kRows % kRowsPerPass == 0 || row + pass * kRowsPerPass < Layout::kRows)) {
+        const char* g = address(pass);
 #pragma unroll
         for (i32 i = 0; i < kVectorsPerRow / kThreadsPerRow; ++i) {
           copy_vector(
               s + pass * kRowsPerPass * Layout::kRowBytes + i * kThreadsPerRow * kVectorBytes,
-              g + pass * i64(kRowsPerPass * row_stride_bytes) + i * kThreadsPerRow * kVectorBytes,
+              g + i * kThreadsPerRow * kVectorBytes,
               thread_row + pass * kRowsPerPass < num_rows ? valid_bytes(i) : 0);
         }
       }

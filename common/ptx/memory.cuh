@@ -151,9 +151,28 @@ DEVICE void red_global_add_f32(f32* dst, f32 value) {
   asm volatile("red.global.add.f32 [%0], %1;" ::"l"(dst), "f"(value) : "memory");
 }
 
+// Adds to four neighbours, each atomically, as above. PTX: red.global.add.v4.f32 (sm_90+).
+DEVICE void red_global_add_v4_f32(f32* dst, const f32 (&value)[4]) {
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(dst), "f"(value[0]),
+               "f"(value[1]), "f"(value[2]), "f"(value[3])
+               : "memory");
+}
+
 // Adds and returns the old value. PTX: atom.global.add.u32.
 DEVICE u32 atomic_add_global_u32(u32* dst, u32 value) {
   u32 old;
   asm volatile("atom.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(dst), "r"(value) : "memory");
+  return old;
+}
+
+// Counts from 0 to `last` and then from 0 again; returns the old value. What the CTA stored before
+// a barrier ahead of this is seen by whoever reads the count, or a later one, here and then passes
+// a barrier. PTX: atom.acq_rel.gpu.global.inc.u32.
+DEVICE u32 atomic_inc_acq_rel_global_u32(u32* dst, u32 last) {
+  u32 old;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(old)
+               : "l"(dst), "r"(last)
+               : "memory");
   return old;
 }

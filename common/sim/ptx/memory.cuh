@@ -114,6 +114,14 @@ DEVICE void red_global_add_f32(f32* dst, f32 value, SITE) {
   flash_sim::add_global_f32(dst, value, site);
 }
 
+DEVICE void red_global_add_v4_f32(f32* dst, const f32 (&value)[4], SITE) {
+  flash_sim::add_global_v4_f32(dst, value, site);
+}
+
 DEVICE u32 atomic_add_global_u32(u32* dst, u32 value, SITE) {
   return flash_sim::add_global_u32(dst, value, site);
+}
+
+DEVICE u32 atomic_inc_acq_rel_global_u32(u32* dst, u32 last, SITE) {
+  return flash_sim::inc_global_u32(dst, last, site);
 }

@@ -30,7 +30,9 @@ i32 grid_dim();
 void load_global(void* value, const void* src, u32 bytes, Site site);
 void store_global(void* dst, const void* value, u32 bytes, Site site);
 void add_global_f32(f32* dst, f32 value, Site site);
+void add_global_v4_f32(f32* dst, const f32 (&value)[4], Site site);
 u32 add_global_u32(u32* dst, u32 value, Site site);
+u32 inc_global_u32(u32* dst, u32 last, Site site);
 void load_shared(void* value, u32 src, u32 bytes, Site site);
 void store_shared(u32 dst, const void* value, u32 bytes, Site site);
 

@@ -174,9 +174,27 @@ void add_global_f32(f32* dst, f32 value, Site site) {
   std::atomic_ref<f32>(*dst).fetch_add(value, std::memory_order_relaxed);
 }
 
+void add_global_v4_f32(f32* dst, const f32 (&value)[4], Site site) {
+  aligned_global(dst, sizeof value, "reduction", site);
+  for (i32 i = 0; i < 4; ++i) {
+    std::atomic_ref<f32>(dst[i]).fetch_add(value[i], std::memory_order_relaxed);
+  }
+}
+
 u32 add_global_u32(u32* dst, u32 value, Site site) {
   aligned_global(dst, sizeof(u32), "atomic add", site);
   return std::atomic_ref<u32>(*dst).fetch_add(value, std::memory_order_relaxed);
+}
+
+// Acquires and releases for the whole CTA, whose fibers are one OS thread.
+u32 inc_global_u32(u32* dst, u32 last, Site site) {
+  aligned_global(dst, sizeof(u32), "atomic increment", site);
+  const std::atomic_ref<u32> count(*dst);
+  u32 old = count.load(std::memory_order_relaxed);
+  while (!count.compare_exchange_weak(old, old >= last ? 0 : old + 1, std::memory_order_acq_rel,
+                                      std::memory_order_relaxed)) {
+  }
+  return old;
 }
 
 void load_shared(void* value, u32 src, u32 bytes, Site site) {

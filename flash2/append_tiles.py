@@ -1,0 +1,34 @@
+"""CacheProblem -> KernelSpec of append.cu. Pure, and without torch, as every choice of kernels."""
+
+from __future__ import annotations
+
+from .._common.cache_problem import CacheProblem
+from .._common.spec import KernelSpec
+from .tiles import ELEM_BYTES
+
+NUM_THREADS = 256
+
+
+def append_spec(problem: CacheProblem, arch: str, vector_bytes: int) -> KernelSpec:
+    """The kernel that copies in pieces of vector_bytes. Sizes are parameters: it only moves rows.
+
+    A row belongs to as many threads as it has vectors, up to a warp.
+    """
+    row_bytes = max(problem.forward.head_dim_qk, problem.forward.head_dim_v) * ELEM_BYTES
+    threads_per_row = 1
+    while threads_per_row < 32 and threads_per_row * vector_bytes < row_bytes:
+        threads_per_row *= 2
+    return KernelSpec.make(
+        "flash2/append.cu",
+        "flash2_append",
+        "AppendParams",
+        arch,
+        bf16=problem.forward.dtype == "bf16",
+        vector_bytes=vector_bytes,
+        threads_per_row=threads_per_row,
+        rotary=problem.rotary,
+        rotary_interleaved=problem.rotary and problem.rotary_interleaved,
+        num_threads=NUM_THREADS,
+        min_ctas_per_sm=1,
+        smem_bytes=0,
+    )

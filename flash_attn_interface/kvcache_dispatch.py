@@ -1,0 +1,192 @@
+"""From the arguments of flash_attn_with_kvcache to a running plan, and the memory of earlier plans.
+
+Called by `kvcache.py`, `fa2_kvcache.py` and the custom operations of `kvcache_ops.py`; for the
+plain forward, `dispatch.py` does the same. `attend` is the hot path of decoding: a warm call on a
+GPU builds one flat key, finds its plan and runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from . import backends, dispatch
+from ._common import env
+from ._common.cache_problem import CacheProblem
+from ._common.check_cache import (
+    CacheCall,
+    check_cache,
+    check_cache_length,
+    check_cache_tensors,
+)
+from ._common.check_cache_values import check_cache_values
+from ._common.check_values import window_pair
+from ._common.checks import host_max_seqlen, last_dim_contiguous
+from .cache_plans import CachePlan, CacheResult, EmptyCachePlan
+from .selection import Decision, device_of, select_cache
+
+_ADDRESS_BITS = 15  # an address matters up to 16-byte alignment
+
+
+class _Planned(NamedTuple):
+    """A plan, and what is needed to use it again."""
+
+    plan: CachePlan
+    problem: CacheProblem
+    reads_values: bool  # lengths, indices and tables are read and checked in every call
+
+
+def make_cache_plan(problem: CacheProblem, decision: Decision) -> CachePlan:
+    """The plan of the chosen backend, or the one that launches nothing."""
+    if decision.target is None:
+        return backends.REFERENCE.plan_cache(problem, None)
+    if problem.forward.empty and not problem.appends:
+        return EmptyCachePlan(problem)
+    return decision.backend.plan_cache(problem, decision.target)
+
+
+def attend(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    qv: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    cache_seqlens: int | Tensor | None,
+    cache_batch_idx: Tensor | None,
+    cache_leftpad: Tensor | None,
+    page_table: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k_new: Tensor | None,
+    max_seqlen_q: int | Tensor | None,
+    rotary_seqlens: Tensor | None,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: Any,
+    attention_chunk: int,
+    softcap: float,
+    rotary_interleaved: bool,
+    alibi_slopes: Tensor | None,
+    num_splits: int,
+    sm_margin: int,
+    return_lse: bool,
+) -> CacheResult:
+    """Append and attend, without autograd. Arguments as in `CacheCall`."""
+    check_cache_tensors(q, k_cache, v_cache)
+    q_layout = q.is_contiguous() or q.stride()  # reading strides takes longer
+    if q_layout is not True and q_layout[-1] != 1:
+        q = last_dim_contiguous(q)
+        q_layout = q.stride()
+    if type(window_size) is not tuple or window_size != (-1, -1):
+        window_size = window_pair(window_size)
+    new: Hashable = None
+    rotary: Hashable = None
+    ragged = second_query = None
+    if isinstance(k, Tensor) and isinstance(v, Tensor):
+        k_layout = k.is_contiguous() or k.stride()
+        v_layout = v.is_contiguous() or v.stride()
+        if k_layout is not True and k_layout[-1] != 1:
+            k = last_dim_contiguous(k)
+            k_layout = k.stride()
+        if v_layout is not True and v_layout[-1] != 1:
+            v = last_dim_contiguous(v)
+            v_layout = v.stride()
+        new = (
+            k.shape, v.shape, k_layout, v_layout, k.dtype, v.dtype, k.get_device(),
+            v.get_device(), (k.data_ptr() | v.data_ptr()) & _ADDRESS_BITS,
+            None if cu_seqlens_k_new is None else _layout(cu_seqlens_k_new),
+        )  # fmt: skip
+    elif k is not None or v is not None:  # an error, which the checks will name
+        new = (type(k), type(v))
+    if cu_seqlens_q is not None:
+        max_seqlen_q = host_max_seqlen(max_seqlen_q, q)
+        ragged = (max_seqlen_q, _layout(cu_seqlens_q))
+    if isinstance(rotary_cos, Tensor) and isinstance(rotary_sin, Tensor):
+        rotary = (
+            rotary_interleaved, rotary_cos.shape, rotary_sin.shape, rotary_cos.dtype,
+            rotary_sin.dtype, rotary_cos.get_device(), rotary_sin.get_device(),
+            rotary_cos.is_contiguous() and rotary_sin.is_contiguous(),
+            None if rotary_seqlens is None else _layout(rotary_seqlens),
+        )  # fmt: skip
+    elif rotary_cos is not None or rotary_sin is not None or rotary_seqlens is not None:
+        rotary = (_layout(rotary_cos), _layout(rotary_sin), _layout(rotary_seqlens))
+    if qv is not None:
+        qv = last_dim_contiguous(qv) if isinstance(qv, Tensor) else qv
+        second_query = _layout(qv)
+
+    key = planned = None
+    device = q.get_device()
+    if device >= 0:
+        key = (
+            q.shape, k_cache.shape, v_cache.shape, q_layout,
+            k_cache.is_contiguous() or k_cache.stride(),
+            v_cache.is_contiguous() or v_cache.stride(),
+            q.dtype, k_cache.dtype, v_cache.dtype, device, k_cache.get_device(),
+            v_cache.get_device(),
+            (q.data_ptr() | k_cache.data_ptr() | v_cache.data_ptr()) & _ADDRESS_BITS,
+            softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, sm_margin,
+            return_lse, new, ragged, rotary, second_query,
+            None if cache_seqlens is None else _layout(cache_seqlens),
+            None if page_table is None else _layout(page_table),
+            None if cache_batch_idx is None else _layout(cache_batch_idx),
+            None if cache_leftpad is None else _layout(cache_leftpad),
+            None if alibi_slopes is None else _layout(alibi_slopes),
+        )  # fmt: skip
+        try:
+            planned = dispatch._plans.cache_by_key.get(key)
+        except TypeError:  # an unhashable argument, a list say: the checks will name it
+            key = None
+    if planned is None or planned.reads_values:
+        call = CacheCall(
+            q, k_cache, v_cache, k, v, qv, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx,
+            cache_leftpad, page_table, cu_seqlens_q, cu_seqlens_k_new, max_seqlen_q,
+            rotary_seqlens, softmax_scale, causal, window_size, attention_chunk, softcap,
+            rotary_interleaved, alibi_slopes, num_splits, sm_margin, return_lse,
+        )  # fmt: skip
+        if planned is None:
+            planned = _plan_for(call, key)
+        if planned.reads_values:
+            check_cache_values(call, planned.problem)
+    if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
+        room = planned.problem.forward.seqlen_k - planned.problem.seqlen_new
+        cache_seqlens = check_cache_length(cache_seqlens, room)
+    return planned.plan.run(
+        q, k_cache, v_cache, k, v, qv, cache_seqlens, cache_batch_idx, cache_leftpad, page_table,
+        cu_seqlens_q, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens, alibi_slopes,
+    )  # fmt: skip
+
+
+def _plan_for(call: CacheCall, key: Hashable | None) -> _Planned:
+    """Check the call, choose a backend, plan, and remember the plan.
+
+    key: None to remember it by problem, as for CPU tensors, which are checked in every call.
+    """
+    problem = check_cache(call)
+    decision = select_cache(problem, device_of(call.q))
+    if key is None:
+        key = (problem, decision.target)
+    plans = dispatch._plans.cache_by_key
+    planned: _Planned | None = plans.get(key)
+    if planned is None:
+        on_host = call.q.device.type == "cpu" or decision.target is None
+        planned = _Planned(
+            make_cache_plan(problem, decision), problem, on_host or env.CHECK_CACHE.get()
+        )
+        dispatch.remember(plans, key, planned)
+    return planned
+
+
+def _layout(tensor: Any) -> Hashable:
+    """All that a check or a plan may depend on; of anything but a tensor, its type.
+
+    Of contiguous tensors all strides that matter are known; reading them takes longer.
+    """
+    if not isinstance(tensor, Tensor):
+        return type(tensor).__name__
+    return (
+        tensor.shape, tensor.is_contiguous() or tensor.stride(), tensor.dtype, tensor.get_device(),
+    )  # fmt: skip

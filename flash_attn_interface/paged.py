@@ -1,0 +1,79 @@
+"""Attention of packed queries over paged keys, `flash_attn_varlen_func(block_table=...)`.
+
+Inference only: called by `fa2.py` in place of `autograd.attention`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from . import dispatch
+from ._common.check_values import window_pair
+from ._common.checks import check_tensors
+from .backends import ForwardResult
+
+
+def paged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: Any,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    dropout_p: float,
+    return_attn_probs: bool,
+    block_table: Tensor,
+) -> ForwardResult:
+    """(out, softmax_lse, s_dmask). Arguments as in `flash_attn_varlen_func`."""
+    check_tensors(q, k, v)
+    for name, given in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if given is None:
+            raise TypeError(f"{name} is None: expected an int32 tensor of shape (batch + 1,)")
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        refuse_gradients(block_table)
+    if not is_compiling():
+        out, softmax_lse, s_dmask, _ = dispatch.forward(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, None,
+            softmax_scale, causal, window_size, 0, softcap, alibi_slopes, dropout_p,
+            return_attn_probs, return_attn_probs, page_table=block_table,
+        )  # fmt: skip
+        return out, softmax_lse, s_dmask
+    from .private_ops import _flash_attn_varlen_forward
+
+    longest = [
+        rows.shape[0] if isinstance(given, Tensor) else given  # reading it would break the graph
+        for given, rows in ((max_seqlen_q, q), (max_seqlen_k, k))
+    ]
+    out, softmax_lse, s_dmask, _ = _flash_attn_varlen_forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, *longest, dropout_p,
+        int(q.shape[-1]) ** -0.5 if softmax_scale is None else softmax_scale, causal,
+        *window_pair(window_size), softcap, alibi_slopes, return_attn_probs and dropout_p > 0.0,
+        block_table,
+    )  # fmt: skip
+    if not return_attn_probs:
+        return out, None, None
+    return out, softmax_lse, s_dmask if dropout_p > 0.0 else None
+
+
+def refuse_gradients(block_table: Tensor | None, leftpad_k: Tensor | None = None) -> None:
+    """NotImplementedError if either is given, for calls that autograd would have to record."""
+    for name, given, what in (
+        ("block_table", block_table, "pages"),
+        ("leftpad_k", leftpad_k, "keys behind left padding"),
+    ):
+        if given is not None:
+            raise NotImplementedError(
+                f"{name} with q, k or v that require gradients: the backward reads contiguous keys "
+                f"only. Call it under torch.no_grad(), or gather the {what} into packed k and v "
+                "with index_select, which is differentiable."
+            )
