@@ -5,19 +5,33 @@ GPUs.
 installation.
 """
 
+from .combine import flash_attn_combine
 from .explain import explain
+from .explain_cache import explain_with_kvcache
 from .f3b2 import flash_attn_f3b2_func, flash_attn_f3b2_varlen_func
+from .fa3_library import register_where_hopper_is_installed
+from .fa3_private_ops import _flash_attn_backward, _flash_attn_forward
 from .functions import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
+from .kvcache import flash_attn_with_kvcache, get_scheduler_metadata
 from .simulation import simulate
 from .version import __version__
 
 __all__ = [
     "__version__",
+    "_flash_attn_backward",
+    "_flash_attn_forward",
     "explain",
+    "explain_with_kvcache",
+    "flash_attn_combine",
     "flash_attn_f3b2_func",
     "flash_attn_f3b2_varlen_func",
     "flash_attn_func",
     "flash_attn_qkvpacked_func",
     "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
+    "get_scheduler_metadata",
     "simulate",
 ]
+
+# PyTorch imports this package and then looks for torch.ops.flash_attn_3.fwd.
+register_where_hopper_is_installed()

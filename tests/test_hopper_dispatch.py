@@ -70,7 +70,7 @@ def test_cpu_tensors_go_to_the_reference(installed):
         ({"head_dim_v": 100}, "head_dim_v % 8"),
         ({"head_dim_qk": 128, "head_dim_v": 512}, "head dims are limited"),
         ({"dropout_p": 0.1, "return_softmax": True}, "S_dmask"),
-        ({"page_size": 256}, "paged"),
+        ({"page_size": 256}, "without pages"),
         ({"total_k": 2**29}, "limited to"),
         ({"k_strides": (0, 512, 64)}, "k is expanded along its batch axis"),
         ({"q_strides": (262144, 512, 0)}, "q is expanded along its head axis"),
@@ -128,12 +128,19 @@ def test_groups_divide_the_units(num_units):
     assert plan.units_per_group * 16384 * 192 * 2 <= TREE.fwd.L2_BUDGET_BYTES
 
 
-def test_expanded_maps_are_moved_back_by_their_rows():
-    plan = TREE.tensor_maps.plan_map(
-        "k_map", "bf16", 64, (1, 100, 8), (0, 512, 64), ragged=True, box_rows=64, swizzle_bytes=128
-    )
-    assert plan.dims == (64, 100, 8, 101, 1) and plan.back_bytes == 100 * 1024
-    assert plan.strides_bytes == (1024, 128, 1024, 128)
+def test_ragged_maps_come_back_to_the_sequence():
+    """Addresses are computed modulo 2**64; coordinates stay below the extents."""
+    maps = TREE.tensor_maps
+    plan = maps.plan_map(
+        "k_map", "bf16", 64, (1, 100, 8), (0, 512, 64),
+        ragged_rows=100, box_rows=64, swizzle_bytes=128,
+    )  # fmt: skip
+    first, length, row = 60, 40, 39
+    at = (maps.RAGGED_ROWS - length + row, 3, first + length, maps.RAGGED_ROWS)
+    assert all(c < extent for c, extent in zip(at, plan.dims[1:], strict=True))
+    offset = sum(c * stride for c, stride in zip(at, plan.strides_bytes, strict=True))
+    assert offset % 2**64 == (first + row) * 1024 + 3 * 128
+    assert plan.dims[1] == at[0] + 1  # the next row is behind the sequence
 
 
 # ---- flash_attn_f3b2_func ----------------------------------------------------------------------
@@ -226,10 +233,10 @@ def test_wheel(tmp_path: Path):
         names = set(archive.namelist())
         info = "flash_attn_3-3.0.0.dist-info/"
         assert archive.read(f"{info}top_level.txt").split() == [
-            b"flash_attn_3", b"flash_attn_interface",
+            b"flash_attn_3", b"flash_attn_config", b"flash_attn_interface",
         ]  # fmt: skip
         assert b"hopper = flash_attn_3:BACKEND" in archive.read(f"{info}entry_points.txt")
     shipped = {name.removeprefix("flash_attn_3/") for name in names if not name.startswith(info)}
     kinds = (".py", ".cu", ".cuh", "py.typed")
     tree = {p.name for p in hopper_tree.FOLDER.iterdir() if p.name.endswith(kinds)} - {"setup.py"}
-    assert shipped == tree
+    assert shipped == tree | {"flash_attn_interface/__init__.py"}  # the folder interface/

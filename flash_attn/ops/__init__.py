@@ -1,1 +1,1 @@
-"""FlashAttention-2's subpackage of this name; we have its `triton.rotary` only."""
+"""FlashAttention-2's subpackage of this name; we have its `triton` subpackage only."""

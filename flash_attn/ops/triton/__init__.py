@@ -1,1 +1,1 @@
-"""FlashAttention-2's subpackage of this name; we have its `rotary` only, and need no Triton."""
+"""FlashAttention-2's subpackage of this name; we have three of its modules, without Triton."""

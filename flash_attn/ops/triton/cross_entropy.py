@@ -1,0 +1,5 @@
+"""FlashAttention-2's module of this name: a re-export of `flash_attn_interface.cross_entropy`."""
+
+from flash_attn_interface.cross_entropy import cross_entropy_loss
+
+__all__ = ["cross_entropy_loss"]

@@ -1,0 +1,261 @@
+"""The functions of FlashAttention-2's C++ extension, which the module `flash_attn_2_cuda`
+re-exports.
+
+xformers and others call them as `flash_attn.flash_attn_interface.flash_attn_gpu.fwd`, by position;
+the order is that of flash-attn 2.8.3, with its successor's num_splits at the end of varlen_fwd.
+They know no autograd. As in the original, head dims are multiples of 8; that k's and v's may differ
+is ours. Arguments of these names mean what they mean in `private_ops.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .fa2_kvcache import flash_attn_with_kvcache
+from .gradients import empty_gradient
+from .ops import complete
+from .out_argument import write_out
+from .private_ops import _flash_attn_varlen_forward
+
+Forward = list[Tensor]
+"""[out, softmax_lse, S_dmask, rng_state]"""
+
+Backward = list[Tensor]
+"""[dq, dk, dv, softmax_d]"""
+
+
+@torch.no_grad()
+def fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor | None,
+    alibi_slopes: Tensor | None,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    return_softmax: bool,
+    generator: None,
+    /,
+) -> Forward:
+    """Attention of sequences of equal length.
+
+    Args:
+        out: receives the result and is returned; None to allocate it.
+        return_softmax: also S_dmask, which needs dropout_p > 0.
+        generator: must be None: random numbers come from torch's default generator of the device.
+    """
+    _check(q, v, generator, return_softmax, dropout_p)
+    result, *others = complete(
+        dispatch.forward(
+            q, k, v, None, None, None, None, None, None, softmax_scale, causal,
+            (window_size_left, window_size_right), 0, softcap, alibi_slopes, dropout_p, True,
+            return_softmax,
+        )
+    )  # fmt: skip
+    return [_returned(out, result), *others]
+
+
+@torch.no_grad()
+def varlen_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    seqused_k: Tensor | None,
+    leftpad_k: Tensor | None,
+    block_table: Tensor | None,
+    alibi_slopes: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float,
+    zero_tensors: bool,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    return_softmax: bool,
+    generator: None,
+    num_splits: int = 0,
+    /,
+) -> Forward:
+    """Attention of packed sequences. Arguments as in `fwd` and `_flash_attn_varlen_forward`."""
+    _check(q, v, generator, return_softmax, dropout_p)
+    result, *others = _flash_attn_varlen_forward._init_fn(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
+        causal, window_size_left, window_size_right, softcap, alibi_slopes, return_softmax,
+        block_table, leftpad_k, seqused_k, zero_tensors, num_splits,
+    )  # fmt: skip
+    return [_returned(out, result), *others]
+
+
+@torch.no_grad()
+def bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    alibi_slopes: Tensor | None,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    deterministic: bool,
+    generator: None,
+    rng_state: Tensor | None,
+    /,
+) -> Backward:
+    """Gradients of `fwd`. dq, dk, dv: written and returned, any strides; None to allocate."""
+    return _backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, None, None, None, None, alibi_slopes,
+        dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap,
+        deterministic, generator, rng_state,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def varlen_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    alibi_slopes: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float,
+    zero_tensors: bool,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    deterministic: bool,
+    generator: None,
+    rng_state: Tensor | None,
+    /,
+) -> Backward:
+    """Gradients of `varlen_fwd`. Rows that belong to no sequence become zero in any case."""
+    return _backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+        max_seqlen_k, alibi_slopes, dropout_p, softmax_scale, causal, window_size_left,
+        window_size_right, softcap, deterministic, generator, rng_state,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def fwd_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    cache_seqlens: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    cache_batch_idx: Tensor | None,
+    cache_leftpad: Tensor | None,
+    block_table: Tensor | None,
+    alibi_slopes: Tensor | None,
+    out: Tensor | None,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    rotary_interleaved: bool,
+    num_splits: int,
+    /,
+) -> list[Tensor]:
+    """[out, softmax_lse] of `flash_attn_with_kvcache`, which see for the arguments."""
+    result, softmax_lse = flash_attn_with_kvcache(
+        q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx,
+        cache_leftpad, block_table, softmax_scale, causal, (window_size_left, window_size_right),
+        softcap, rotary_interleaved, alibi_slopes, num_splits, return_softmax_lse=True,
+    )  # fmt: skip
+    return [_returned(out, result), softmax_lse]
+
+
+def _backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    alibi_slopes: Tensor | None,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    deterministic: bool,
+    generator: None,
+    rng_state: Tensor | None,
+) -> Backward:
+    _check(q, v, generator)
+    dq = empty_gradient(q) if dq is None else dq
+    dk = empty_gradient(k) if dk is None else dk
+    dv = empty_gradient(v) if dv is None else dv
+    softmax_d = dispatch.backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+        max_seqlen_k, None, None, softmax_scale, causal, (window_size_left, window_size_right), 0,
+        softcap, alibi_slopes, dropout_p, rng_state if dropout_p > 0.0 else None, deterministic,
+    )  # fmt: skip
+    return [dq, dk, dv, softmax_d]
+
+
+def _check(
+    q: Tensor,
+    v: Tensor,
+    generator: object,
+    return_softmax: bool = False,
+    dropout_p: float = 0.0,
+) -> None:
+    """What the original's public functions see to before they call the extension."""
+    for name, tensor in (("q and k", q), ("v", v)):
+        if tensor.shape[-1] % 8:
+            raise ValueError(
+                f"{name}: head_dim is {tensor.shape[-1]}, which the functions of flash_attn_2_cuda "
+                "take in multiples of 8 only; flash_attn.flash_attn_func takes any"
+            )
+    if generator is not None:
+        raise NotImplementedError(
+            "generator must be None: dropout follows the device's default generator "
+            "(torch.manual_seed)"
+        )
+    if return_softmax and dropout_p <= 0.0:
+        raise ValueError(f"return_softmax needs dropout: dropout_p is {dropout_p}, expected > 0")
+
+
+def _returned(out: Tensor | None, result: Tensor) -> Tensor:
+    return result if out is None else write_out("out", out, result)
