@@ -9,7 +9,7 @@ BENCH_ARGS ?=
 
 VENV := .venv
 RUN := $(VENV)/bin/python
-PYTHON_CODE := .ci benchmarks common examples flash2 flash_attn flash_attn_interface tests setup.py
+PYTHON_CODE := .ci benchmarks common examples flash2 flash_attn flash_attn_2_cuda.py flash_attn_interface hopper tests setup.py
 DEVICE_CODE = $(shell find common flash2 -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h')
 # What decides whether .venv is up to date. Sources do not: the installation is editable.
 SETUP_INPUTS := setup.py pyproject.toml .ci/setup_venv.py
@@ -18,7 +18,7 @@ export TORCH
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test compile-check lint typecheck format bench bench-backward bench-host clean
+.PHONY: help demo test compile-check lint typecheck format bench bench-backward bench-decode bench-host clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -46,7 +46,8 @@ typecheck: $(VENV)/.ready-lint  ## mypy, strict
 	@ln -s "$(CURDIR)/common" build/site/flash_attn_interface/_common
 	@ln -s "$(CURDIR)/flash2" build/site/flash_attn_interface/_flash2
 	@ln -s "$(CURDIR)/flash_attn" build/site/flash_attn
-	cd build && $(CURDIR)/$(RUN) -m mypy --config-file ../pyproject.toml -p flash_attn_interface -p flash_attn
+	@ln -s "$(CURDIR)/flash_attn_2_cuda.py" build/site/
+	cd build && $(CURDIR)/$(RUN) -m mypy --config-file ../pyproject.toml -p flash_attn_interface -p flash_attn -m flash_attn_2_cuda
 
 format: $(VENV)/.ready-lint  ## rewrite the sources as `make lint` wants them
 	$(RUN) -m ruff check --fix $(PYTHON_CODE)
@@ -59,11 +60,14 @@ bench: $(VENV)/.ready-bench  ## forward benchmark beside its peers; needs a GPU
 bench-backward: $(VENV)/.ready-bench  ## backward benchmark beside its peers; needs a GPU
 	$(RUN) benchmarks/bench_backward.py $(BENCH_ARGS)
 
+bench-decode: $(VENV)/.ready-bench  ## decoding benchmark beside its peers; needs a GPU
+	$(RUN) benchmarks/bench_decode.py $(BENCH_ARGS)
+
 bench-host: $(VENV)/.ready  ## host time per call, compile and start-up time; needs a GPU
 	$(RUN) benchmarks/bench_host_overhead.py $(BENCH_ARGS)
 
 clean:  ## remove .venv, build results and tool caches; the per-user kernel cache is left alone
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info hopper/build hopper/*.egg-info */_prebuilt .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.ready: $(SETUP_INPUTS)

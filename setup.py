@@ -1,6 +1,10 @@
-"""Builds the distribution `flash-attn`: Python, and CUDA C++ sources compiled at run time.
+"""Builds the distribution `flash-attn`: Python, CUDA C++ sources, and the kernels of headdim.json.
 
-Nothing is compiled here, so neither torch, nor a GPU, nor a CUDA toolkit is needed to install.
+All other kernels are compiled from the sources at run time; these here in the same way, ahead of
+it, into `flash_attn_interface/_prebuilt` (docs/prebuild.md). NVRTC does that, which is a wheel:
+neither torch, nor a GPU, nor a CUDA toolkit is needed. FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE leaves
+it out, which installs in seconds.
+
 The metadata stands here, not in pyproject.toml, because setuptools releases from 65 on disagree
 about how pyproject.toml spells a licence, and all of them must build this project.
 
@@ -10,11 +14,17 @@ tests/test_packaging.py compares PACKAGES and DATA with the tree.
 """
 
 import ast
+import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "common"))
+from bare_packages import load_prebuild  # noqa: E402
+
+sys.path.pop(0)
 
 
 def version() -> str:
@@ -30,6 +40,7 @@ def version() -> str:
 PACKAGES = {
     "flash_attn": "flash_attn",
     "flash_attn.layers": "flash_attn/layers",
+    "flash_attn.losses": "flash_attn/losses",
     "flash_attn.ops": "flash_attn/ops",
     "flash_attn.ops.triton": "flash_attn/ops/triton",
     "flash_attn_interface": "flash_attn_interface",
@@ -39,11 +50,14 @@ PACKAGES = {
     "flash_attn_interface._flash2": "flash2",
 }
 
+# Top-level modules that are single files of the checkout's root.
+MODULES = ["flash_attn_2_cuda"]
+
 # Files that the runtime reads: device code for NVRTC, simulator code for the host compiler.
 DATA = {
     "flash_attn": ["py.typed"],
     "flash_attn_interface": ["py.typed"],
-    "flash_attn_interface._common": ["device/*.cuh"],
+    "flash_attn_interface._common": ["device/*.cuh", "tuned/*.json"],
     "flash_attn_interface._common.ptx": ["*.cuh"],
     "flash_attn_interface._common.sim": [
         "ptx/*.cuh",
@@ -51,6 +65,43 @@ DATA = {
     ],
     "flash_attn_interface._flash2": ["*.cu", "*.cuh"],
 }
+
+# What compiling needs of them; parents first.
+KERNEL_PACKAGES = (
+    "flash_attn_interface", "flash_attn_interface._common", "flash_attn_interface._flash2",
+)  # fmt: skip
+
+
+class BuildPy(build_py):
+    """Adds the prebuilt kernels: to the build folder, or to an editable package's own."""
+
+    def run(self) -> None:
+        super().run()
+        packages = {name: ROOT / PACKAGES[name] for name in KERNEL_PACKAGES}
+        prebuild = load_prebuild(packages)
+        prebuild.install(
+            prebuild.Trees(["flash_attn_interface._flash2.prebuild"], packages),
+            listing=ROOT / "headdim.json",
+            destination=self.prebuilt_folder(),
+            store=Path(self.get_finalized_command("build").build_base, "prebuilt"),
+        )
+
+    def prebuilt_folder(self) -> Path:
+        packages = ROOT if getattr(self, "editable_mode", False) else Path(self.build_lib)
+        return packages / "flash_attn_interface" / "_prebuilt"
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        kernels = [str(path) for path in self.prebuilt_folder().rglob("*") if path.is_file()]
+        return [*super().get_outputs(include_bytecode), *kernels]
+
+
+def build_requires() -> list[str]:
+    """What an isolated build (PEP 517) has to install first; nobody else asks."""
+    if "setuptools.build_meta" not in sys.modules:
+        return []
+    prebuild = load_prebuild({name: ROOT / PACKAGES[name] for name in KERNEL_PACKAGES})
+    return prebuild.build_requires()
+
 
 # NVIDIA publishes nothing for it; the reference runs there.
 NOT_MACOS = 'platform_system != "Darwin"'
@@ -102,8 +153,11 @@ setup(
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     packages=list(PACKAGES),
+    py_modules=MODULES,
     package_dir=PACKAGES,
     package_data=DATA,
+    cmdclass={"build_py": BuildPy},
+    setup_requires=build_requires(),
     include_package_data=False,  # DATA is the whole list; MANIFEST.in is for source archives
     zip_safe=False,  # g++ and NVRTC are given real paths and real files
 )

@@ -90,3 +90,27 @@ def arch_of(capability: tuple[int, int]) -> str:
             f"{', '.join(_LIMITS)} (Ampere or newer). Run the call on such a GPU or on CPU tensors."
         )
     return best
+
+
+# Systems on a chip: compute capability says less about them than for boards. What NVIDIA promises
+# of machine code within a major version does not hold from or to them.
+_CHIPS = ("sm_87", "sm_110")
+
+
+def older_compatible(arch: str) -> tuple[str, ...]:
+    """Architectures whose machine code runs unchanged on `arch` too, the newest first.
+
+    Within a major version, machine code runs on later minor versions. Code of "sm_90a" and the like
+    runs nowhere else.
+    """
+    if arch not in _LIMITS or arch in _CHIPS:
+        return ()
+    number = int(arch[3:])
+    older = [int(name[3:]) for name in _LIMITS if name not in _CHIPS]
+    same_major = (n for n in older if n < number and n // 10 == number // 10)
+    return tuple(f"sm_{n}" for n in sorted(same_major, reverse=True))
+
+
+def newer_compatible(arch: str) -> tuple[str, ...]:
+    """Architectures besides `arch` that run its machine code."""
+    return tuple(name for name in _LIMITS if arch in older_compatible(name))

@@ -1,9 +1,13 @@
-"""Cubins by KernelSpec: memory -> prebuilt in the package -> per-user disk cache -> NVRTC.
+"""Cubins by KernelSpec: memory -> prebuilt -> per-user disk cache -> NVRTC.
 
 ``KernelCache`` computes the key of a spec (what is hashed is what is compiled) and leaves places,
 locks and faults to ``store.py``, which is not about CUDA and serves the simulator too. An entry is
 
     <root>/<label>-<16 digits>/{kernel.cubin, prelude.cuh, spec.json, compile.log}
+
+Prebuilt folders hold the same, by a key that leaves the compiler's version out: they serve machines
+with another NVRTC, or none. One is part of each installed distribution (`prebuild.py` fills it),
+another may be named by the environment. Code for an older GPU of the same major version counts too.
 
 ``driver.device_kernel`` is what plans call; ``prebuild`` is what the package's build calls.
 """
@@ -11,14 +15,23 @@ locks and faults to ``store.py``, which is not about CUDA and serves the simulat
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import compiler, sources
+from . import arch as arch_table
+from . import compiler, env, sources
 from .spec import KernelSpec
-from .store import ArtifactStore, Built, content_key, default_store
+from .store import (
+    Artifact,
+    ArtifactStore,
+    Built,
+    content_key,
+    default_store,
+    entry_name,
+    find_prebuilt,
+)
 
 __all__ = [
     "ArtifactStore",
@@ -28,13 +41,16 @@ __all__ = [
     "content_key",
     "default_kernels",
     "default_store",
+    "describe_prebuilt",
     "prebuild",
+    "prebuilt_entry",
     "source_key",
 ]
 
 # Raise when the meaning of an entry changes without a change in what is hashed.
 _FORMAT = "1"
 _CUBIN = "kernel.cubin"
+CONTENTS = "contents.txt"  # of a prebuilt folder: one line for people
 
 
 @dataclass(frozen=True)
@@ -64,53 +80,111 @@ def source_key(spec: KernelSpec, texts: Mapping[str, str]) -> str:
 
 
 class KernelCache:
-    """Cubins by spec: remembered, or fetched through an ArtifactStore."""
+    """Cubins by spec: remembered, prebuilt, or fetched through an ArtifactStore.
 
-    def __init__(self, store: ArtifactStore) -> None:
+    prebuilt: the prebuilt folders of a spec, by precedence.
+    """
+
+    def __init__(
+        self, store: ArtifactStore, prebuilt: Callable[[KernelSpec], Sequence[Path]] | None = None
+    ) -> None:
         self._store = store
+        self._prebuilt = prebuilt or (lambda spec: ())
         self._images: dict[KernelSpec, KernelImage] = {}
 
-    def image(self, spec: KernelSpec) -> KernelImage:
-        """The kernel's machine code, compiled if it is nowhere else."""
+    def image(self, spec: KernelSpec, announce: bool = True) -> KernelImage:
+        """The kernel's machine code, compiled if it is nowhere else.
+
+        announce: one line on stderr if that takes long.
+        """
         image = self._images.get(spec)
         if image is None:
-            image = self._images[spec] = self._fetch(spec)
+            texts = sources.resolve(spec.source, constants=spec.constants)
+            found = self._find_prebuilt(spec, texts) or self._own(spec, texts, announce)
+            image = self._images[spec] = _image(spec, found)
         return image
+
+    def image_made_here(self, spec: KernelSpec) -> KernelImage:
+        """As `image`, but not a prebuilt one, which the driver has turned out to refuse."""
+        image = self._images.get(spec)
+        if image is None or image.origin == "prebuilt":
+            texts = sources.resolve(spec.source, constants=spec.constants)
+            image = self._images[spec] = _image(spec, self._own(spec, texts))
+        return image
+
+    def find(self, spec: KernelSpec) -> KernelImage | None:
+        """The kernel's machine code if it is somewhere; never compiles."""
+        if spec in self._images:
+            return self._images[spec]
+        texts = sources.resolve(spec.source, constants=spec.constants)
+        found = self._find_prebuilt(spec, texts)
+        found = found or self._store.find(_disk_key(spec, texts), spec.label(), _CUBIN)
+        return None if found is None else _image(spec, found)
 
     def folder(self, spec: KernelSpec) -> Path | None:
         """Where the kernel's entry is, or will be once compiled; for ``explain``."""
-        if spec in self._images:
-            return self._images[spec].folder
-        key, prebuilt_key = _keys(spec, sources.resolve(spec.source, constants=spec.constants))
-        label = spec.label()
-        found = self._store.find(key, label, _CUBIN, prebuilt_key=prebuilt_key)
-        return found.folder if found is not None else self._store.entry_folder(key, label)
-
-    def _fetch(self, spec: KernelSpec) -> KernelImage:
+        image = self.find(spec)
+        if image is not None:
+            return image.folder
         texts = sources.resolve(spec.source, constants=spec.constants)
-        key, prebuilt_key = _keys(spec, texts)
-        label = spec.label()
+        return self._store.entry_folder(_disk_key(spec, texts), spec.label())
+
+    def _find_prebuilt(self, spec: KernelSpec, texts: Mapping[str, str]) -> Artifact | None:
+        folders = [folder for folder in self._prebuilt(spec) if folder.is_dir()]
+        if not folders:
+            return None
+        for arch in (spec.arch, *arch_table.older_compatible(spec.arch)):
+            same = replace(spec, arch=arch)
+            key = source_key(same, texts)
+            for folder in folders:
+                found = find_prebuilt(folder, key, same.label(), _CUBIN)
+                if found is not None:
+                    return found
+        return None
+
+    def _own(self, spec: KernelSpec, texts: Mapping[str, str], announce: bool = True) -> Artifact:
+        """From the disk cache, else compiled."""
+        key, label = _disk_key(spec, texts), spec.label()
 
         def build() -> Built:
             folder = self._store.entry_folder(key, label)
             where = f"; later processes load it from {folder}" if folder is not None else ""
-            return _build(spec, texts, f"first use of this kernel{where}")
+            why = f"first use of this kernel{where}" if announce else None
+            try:
+                return _build(spec, texts, why)
+            except compiler.MissingCompilerError as error:
+                raise compiler.MissingCompilerError(
+                    f"{label} is not prebuilt here and cannot be compiled: {error}\n"
+                    f"  Prebuilt: {self._describe_prebuilt(spec)}\n  Missing: {spec.describe()}"
+                ) from error
 
-        found = self._store.get_or_build(key, label, _CUBIN, build, prebuilt_key=prebuilt_key)
-        return KernelImage(spec, found.data, found.origin, found.folder, found.facts)
+        return self._store.get_or_build(key, label, _CUBIN, build)
+
+    def _describe_prebuilt(self, spec: KernelSpec) -> str:
+        return "; ".join(map(describe_prebuilt, self._prebuilt(spec))) or "nothing"
 
 
-def _keys(spec: KernelSpec, texts: Mapping[str, str]) -> tuple[str, str]:
-    """(key in the disk cache, key in the prebuilt folder)."""
-    prebuilt_key = source_key(spec, texts)
+def describe_prebuilt(folder: Path) -> str:
+    """What a prebuilt folder says about its content, in one line."""
+    try:
+        return f"{(folder / CONTENTS).read_text(encoding='utf-8').strip()} ({folder})"
+    except OSError:
+        return f"{'unknown kernels' if folder.is_dir() else 'nothing'} ({folder})"
+
+
+def _image(spec: KernelSpec, found: Artifact) -> KernelImage:
+    return KernelImage(spec, found.data, found.origin, found.folder, found.facts)
+
+
+def _disk_key(spec: KernelSpec, texts: Mapping[str, str]) -> str:
     try:
         version = compiler.compiler_version()
     except compiler.MissingCompilerError:
         version = "none"  # nothing can be compiled, yet the kernel may be prebuilt
-    return content_key([prebuilt_key, version]), prebuilt_key
+    return content_key([source_key(spec, texts), version])
 
 
-def _build(spec: KernelSpec, texts: Mapping[str, str], why: str) -> Built:
+def _build(spec: KernelSpec, texts: Mapping[str, str], why: str | None) -> Built:
     compiled = compiler.compile_cubin(spec, texts, why)
     facts = {
         "spec": spec.as_dict(),
@@ -124,6 +198,12 @@ def _build(spec: KernelSpec, texts: Mapping[str, str], why: str) -> Built:
     return Built(compiled.cubin, files, facts)
 
 
+def prebuilt_entry(spec: KernelSpec) -> str:
+    """Name of the spec's entry in a prebuilt folder."""
+    texts = sources.resolve(spec.source, constants=spec.constants)
+    return entry_name(spec.label(), source_key(spec, texts))
+
+
 def prebuild(spec: KernelSpec, folder: Path) -> Path:
     """Compiles ``spec`` into ``folder`` as an entry of a prebuilt folder; returns the entry.
 
@@ -132,17 +212,20 @@ def prebuild(spec: KernelSpec, folder: Path) -> Path:
     texts = sources.resolve(spec.source, constants=spec.constants)
     key = source_key(spec, texts)
     store = ArtifactStore(folder, trusted=True)
-    artifact = store.get_or_build(
-        key, spec.label(), _CUBIN, lambda: _build(spec, texts, "prebuilt kernel")
-    )
+    artifact = store.get_or_build(key, spec.label(), _CUBIN, lambda: _build(spec, texts, None))
     if artifact.folder is None:
         raise OSError(f"cannot write the prebuilt kernel {spec.label()} to {folder}")
     return artifact.folder
 
 
 def default_kernels() -> KernelCache:
-    """This process's KernelCache over ``default_store()``."""
-    return _kernels(default_store())
+    """This process's KernelCache over ``default_store()`` and the installed prebuilt kernels."""
+    return _kernels(default_store(), env.PREBUILT_DIR.get())
 
 
-_kernels = functools.cache(KernelCache)
+@functools.cache
+def _kernels(store: ArtifactStore, chosen: Path | None) -> KernelCache:
+    first = () if chosen is None else (chosen,)
+    return KernelCache(
+        store, lambda spec: (*first, sources.prebuilt_folder(spec.source.partition("/")[0]))
+    )

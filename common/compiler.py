@@ -7,14 +7,17 @@ Instruction counts of the result are in ``sass.py``.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib
+import importlib.util
 import re
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .sources import PRELUDE
@@ -63,10 +66,11 @@ def options(spec: KernelSpec) -> tuple[str, ...]:
     return (f"--gpu-architecture={spec.arch}", "--std=c++17", "--ptxas-options=-v")
 
 
-def compile_cubin(spec: KernelSpec, sources: Mapping[str, str], why: str = "") -> Compiled:
+def compile_cubin(spec: KernelSpec, sources: Mapping[str, str], why: str | None = "") -> Compiled:
     """Compiles ``spec.source`` from ``sources`` (of ``sources.resolve``) and the spec's prelude.
 
-    why: the reason the slow-compile line gives. Raises CompileError, MissingCompilerError.
+    why: the reason the slow-compile line gives; None: no such line. Raises CompileError,
+    MissingCompilerError.
     """
     nvrtc = load_nvrtc()
     headers = {PRELUDE: spec.prelude(), **sources}
@@ -86,7 +90,8 @@ def compile_cubin(spec: KernelSpec, sources: Mapping[str, str], why: str = "") -
             flags.append(b"--no-cache")  # a hit in NVRTC's own cache comes without the ptxas report
         what = f"compiling {spec.label()}"
         begin = time.perf_counter()
-        with announce_if_slow(f"{what}: {why}" if why else what):
+        line = announce_if_slow(f"{what}: {why}" if why else what)
+        with line if why is not None else contextlib.nullcontext():
             (status,) = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
         seconds = time.perf_counter() - begin
         log = _fetch(nvrtc, program, "ProgramLog").decode(errors="replace").strip("\0 \n")
@@ -170,12 +175,37 @@ def load_nvrtc() -> Any:
     except ImportError as error:
         raise _missing("cuda-bindings cannot be imported", error) from error
     try:
-        status = nvrtc.nvrtcVersion()[0]
-    except Exception as error:  # each version of the bindings has its own exception for this
+        try:
+            status = nvrtc.nvrtcVersion()[0]
+        except Exception:  # each version of the bindings has its own exception for this
+            if not _load_library_of_the_path():
+                raise
+            status = nvrtc.nvrtcVersion()[0]
+    except Exception as error:
         raise _missing("the NVRTC library cannot be loaded", error) from error
     if int(status) != 0:
         raise _missing("the NVRTC library does not work", status)
     return nvrtc
+
+
+def _load_library_of_the_path() -> bool:
+    """Loads NVRTC's library from its wheel anywhere on sys.path; whether there is one.
+
+    The bindings find it in site folders, but not in what pip makes for an isolated build, or under
+    `pip install --target`. They take one that is loaded already.
+    """
+    nvidia = importlib.util.find_spec("nvidia")
+    folders = (nvidia.submodule_search_locations if nvidia is not None else None) or ()
+    libraries = [path for folder in folders for path in Path(folder).glob("*/lib/libnvrtc.so.*")]
+    for path in sorted(libraries, reverse=True):
+        if re.fullmatch(r"libnvrtc\.so\.\d+", path.name):
+            try:
+                for library in (*path.parent.glob("libnvrtc-builtins.so.*"), path):
+                    ctypes.CDLL(str(library))
+            except OSError:
+                continue
+            return True
+    return False
 
 
 def _missing(what: str, error: object) -> MissingCompilerError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 import threading
+import warnings
 from typing import Any
 
 from . import cache, compiler
@@ -47,7 +48,8 @@ class DeviceKernel:
     It is never unloaded: plans and captured CUDA graphs may hold its handle.
     """
 
-    def __init__(self, spec: KernelSpec, cubin: bytes) -> None:
+    def __init__(self, spec: KernelSpec, cubin: bytes, made_by: str = "") -> None:
+        """made_by: the compiler, if it is not this installation's; for messages."""
         cuda = load_bindings()
         self.spec = spec
         self._cuda = cuda
@@ -57,7 +59,7 @@ class DeviceKernel:
         self._prepared: set[int] = set()
         self._guard = threading.Lock()
         self._call("cuInit", 0)
-        self._library = self._load(cubin)
+        self._library = self._load(cubin, made_by)
         self._kernel = self._call("cuLibraryGetKernel", self._library, spec.entry.encode())
         # A CUkernel is passed where a CUfunction is expected; converted once, not at each launch.
         self._function = cuda.CUfunction(int(self._kernel))
@@ -104,14 +106,15 @@ class DeviceKernel:
         if status:
             self._mend_or_raise(status, grid, params_address, handle)
 
-    def _load(self, cubin: bytes) -> Any:
+    def _load(self, cubin: bytes, made_by: str) -> Any:
         try:
             return self._call("cuLibraryLoadData", cubin, None, None, 0, None, None, 0)
         except DriverError as error:
             version = int(self._call("cuDriverGetVersion"))
+            made_by = made_by or compiler.compiler_version()
             raise DriverError(
                 f"{error}\n  The display driver supports CUDA {version // 1000}."
-                f"{version % 1000 // 10}, the compiler is {compiler.compiler_version()}: a driver "
+                f"{version % 1000 // 10}, the compiler is {made_by}: a driver "
                 f"loads what a compiler of its own or an older CUDA version made",
                 error.code,
             ) from error
@@ -174,9 +177,24 @@ def device_kernel(spec: KernelSpec, device_index: int) -> DeviceKernel:
         with _kernels_guard:
             kernel = _kernels.get(spec)
             if kernel is None:
-                kernel = _kernels[spec] = DeviceKernel(spec, image.cubin)
+                kernel = _kernels[spec] = _loaded(image)
     kernel.prepare(device_index)
     return kernel
+
+
+def _loaded(image: cache.KernelImage) -> DeviceKernel:
+    try:
+        return DeviceKernel(image.spec, image.cubin, str(image.facts.get("compiler", "")))
+    except DriverError as error:
+        if image.origin != "prebuilt":
+            raise
+        warnings.warn(  # the same words for every kernel, so that they are shown once
+            f"flash_attn_interface: the driver refuses (error {error.code}) prebuilt kernels made "
+            f"by {image.facts.get('compiler')}; they are compiled here instead",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return DeviceKernel(image.spec, cache.default_kernels().image_made_here(image.spec).cubin)
 
 
 def _primary_context(cuda: Any, device_index: int) -> Any:

@@ -60,8 +60,9 @@ def _backend(text: str) -> str | None:
 
 
 def _archs(text: str) -> tuple[str, ...]:
-    archs = tuple(part.strip() for part in text.replace(",", ";").split(";") if part.strip())
-    if not archs or not all(arch.rstrip("af").isdigit() for arch in archs):
+    archs = tuple(text.replace(",", " ").replace(";", " ").split())
+    numbers = [arch.removeprefix("sm_").rstrip("af").replace(".", "") for arch in archs]
+    if not numbers or not all(number.isdigit() for number in numbers):
         raise ValueError(text)
     return archs
 
@@ -95,6 +96,15 @@ DISK_CACHE: Variable[bool] = Variable(
     lambda: True,
     _boolean,
 )
+PREBUILT_DIR: Variable[Path | None] = Variable(
+    "FLASH_ATTN_INTERFACE_PREBUILT_DIR",
+    "a folder",
+    "none",
+    "A folder that `python -m flash_attn_interface.build --out` filled, maybe on another machine. "
+    "Only read, and before the kernels that the installation brings along.",
+    lambda: None,
+    _folder,
+)
 FORCE_BACKEND: Variable[str | None] = Variable(
     "FLASH_ATTN_INTERFACE_FORCE_BACKEND",
     "`flash2`, `hopper` or `reference`",
@@ -102,6 +112,15 @@ FORCE_BACKEND: Variable[str | None] = Variable(
     "Serve every call with this backend. A call it cannot serve is an error that says why.",
     lambda: None,
     _backend,
+)
+CHECK_CACHE: Variable[bool] = Variable(
+    "FLASH_ATTN_INTERFACE_CHECK_CACHE",
+    "0 or 1",
+    "0",
+    "1 makes every `flash_attn_with_kvcache` on a GPU read its lengths, indices and page table to "
+    "the host and raise ValueError for those that point outside the cache. It waits for the GPU.",
+    lambda: False,
+    _boolean,
 )
 SIM_THREADS: Variable[int] = Variable(
     "FLASH_ATTN_INTERFACE_SIM_THREADS",
@@ -111,6 +130,15 @@ SIM_THREADS: Variable[int] = Variable(
     lambda: os.cpu_count() or 1,
     _positive,
 )
+TUNED_TILES: Variable[Path | None] = Variable(
+    "FLASH_ATTN_INTERFACE_TUNED_TILES",
+    "a folder or `off`",
+    "`tuned` in the cache folder",
+    "Where `python -m flash_attn_interface.tune` keeps this user's tile tables, which come before "
+    "those of the package. `off`: no tables at all, not even the package's.",
+    lambda: None,
+    _folder,
+)
 CXX: Variable[str] = Variable(
     "CXX",
     "a command",
@@ -119,12 +147,12 @@ CXX: Variable[str] = Variable(
     lambda: "g++",
     str,
 )
-CUDA_ARCHS: Variable[tuple[str, ...]] = Variable(
+CUDA_ARCHS: Variable[tuple[str, ...] | None] = Variable(
     "FLASH_ATTN_CUDA_ARCHS",
     "a list such as `80;90a`",
     "`80;90a`",
     "Build time: architectures that `setup.py` prebuilds the pairs of `headdim.json` for.",
-    lambda: ("80", "90a"),
+    lambda: None,
     _archs,
 )
 SKIP_CUDA_BUILD: Variable[bool] = Variable(
@@ -135,12 +163,12 @@ SKIP_CUDA_BUILD: Variable[bool] = Variable(
     lambda: False,
     _boolean,
 )
-MAX_JOBS: Variable[int] = Variable(
+MAX_JOBS: Variable[int | None] = Variable(
     "MAX_JOBS",
     "an integer from 1",
-    "number of CPUs",
+    "by CPUs and free memory",
     "Build time: kernels compiled at once.",
-    lambda: os.cpu_count() or 1,
+    lambda: None,
     _positive,
 )
 
@@ -148,8 +176,11 @@ VARIABLES: tuple[Variable[object], ...] = (
     CACHE_DIR,
     XDG_CACHE_HOME,
     DISK_CACHE,
+    PREBUILT_DIR,
     FORCE_BACKEND,
+    CHECK_CACHE,
     SIM_THREADS,
+    TUNED_TILES,
     CXX,
     CUDA_ARCHS,
     SKIP_CUDA_BUILD,

@@ -36,7 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import env, sources
+from . import env
 
 _KEY_DIGITS = 16
 # A waiting process gives up on the lock after this long and builds for itself: a stopped or hung
@@ -94,15 +94,12 @@ class ArtifactStore:
     """A folder of content-addressed artifacts, safe for many threads and processes.
 
     root: the writable cache folder, or None for memory only. It is created 0700, and refused if it
-    belongs to another user or others may write to it, unless ``trusted`` (build trees, tests).
-    prebuilt: a folder of the same layout that is only ever read (part of the installed package).
+    belongs to another user or others may write to it. A ``trusted`` one (build trees, tests) is
+    taken as it is and created as the umask says. Entries are given the folder's mode.
     """
 
-    def __init__(
-        self, root: Path | None, prebuilt: Path | None = None, *, trusted: bool = False
-    ) -> None:
+    def __init__(self, root: Path | None, *, trusted: bool = False) -> None:
         self._root = root
-        self._prebuilt = prebuilt
         self._trusted = trusted
         self._root_checked = False
         self._writable = root is not None
@@ -110,25 +107,17 @@ class ArtifactStore:
         self._guard = threading.Lock()
         self._key_locks: dict[str, threading.Lock] = {}
 
-    def get_or_build(
-        self,
-        key: str,
-        label: str,
-        name: str,
-        build: Callable[[], Built],
-        *,
-        prebuilt_key: str | None = None,
-    ) -> Artifact:
+    def get_or_build(self, key: str, label: str, name: str, build: Callable[[], Built]) -> Artifact:
         """The artifact for ``key``, from the nearest place that has it, else from ``build()``.
 
-        name: file name of the artifact inside its entry. prebuilt_key: the key in the prebuilt
-        folder, where it differs. What ``build`` raises is passed on and nothing is stored.
+        name: file name of the artifact inside its entry. What ``build`` raises is passed on and
+        nothing is stored.
         """
-        found = self.find(key, label, name, prebuilt_key=prebuilt_key)
+        found = self.find(key, label, name)
         if found is not None:
             return found
         with self._thread_lock(key):
-            found = self._find_own(key, label, name)  # another thread may have been faster
+            found = self.find(key, label, name)  # another thread may have been faster
             if found is not None:
                 return found
             with self._process_lock(key) as locked:
@@ -139,24 +128,8 @@ class ArtifactStore:
                     return found
                 return self._publish(key, label, name, build())
 
-    def find(
-        self, key: str, label: str, name: str, *, prebuilt_key: str | None = None
-    ) -> Artifact | None:
-        """The artifact if it is in memory, prebuilt or on disk. Never builds, takes no lock."""
-        if key in self._memory:
-            return self._memory[key]
-        if self._prebuilt is not None:
-            wanted = prebuilt_key or key
-            try:
-                found = _read(self._prebuilt / entry_name(label, wanted), wanted, name, "prebuilt")
-            except DamagedEntryError as error:
-                _warn(f"prebuilt kernel is damaged and not used, reinstall the package: {error}")
-            else:
-                if found is not None:
-                    return found
-        return self._find_own(key, label, name)
-
-    def _find_own(self, key: str, label: str, name: str) -> Artifact | None:
+    def find(self, key: str, label: str, name: str) -> Artifact | None:
+        """The artifact if it is in memory or on disk. Never builds, takes no lock."""
         if key in self._memory:
             return self._memory[key]
         folder = self.entry_folder(key, label)
@@ -263,6 +236,39 @@ def entry_name(label: str, key: str) -> str:
     return f"{label}-{key[:_KEY_DIGITS]}"
 
 
+def find_prebuilt(folder: Path, key: str, label: str, name: str) -> Artifact | None:
+    """The entry of a folder that somebody else filled and that is only read, or None.
+
+    One that is damaged is reported and not used.
+    """
+    try:
+        return _read(folder / entry_name(label, key), key, name, "prebuilt")
+    except DamagedEntryError as error:
+        _warn(f"prebuilt kernel is damaged and not used, reinstall the package: {error}")
+        return None
+
+
+def check_entry(folder: Path) -> None:
+    """DamagedEntryError if a folder is not an entry as it was published."""
+    try:
+        record = json.loads((folder / "spec.json").read_bytes())
+        key, label, name = (str(record[part]) for part in ("key", "label", "artifact"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedEntryError(f"{folder}: {type(error).__name__}: {error}") from error
+    if folder.name != entry_name(label, key):
+        raise DamagedEntryError(f"{folder}: it was made as {entry_name(label, key)}")
+    _read(folder, key, name, "disk")
+
+
+def discard_entry(folder: Path) -> None:
+    """Removes an entry at once: a process that looks for it finds it whole or not at all."""
+    aside = tempfile.mkdtemp(prefix=".discarded-", dir=folder.parent)
+    try:
+        os.rename(folder, aside)
+    finally:
+        shutil.rmtree(aside)
+
+
 def _read(folder: Path, key: str, name: str, origin: str) -> Artifact | None:
     """The verified entry, None if there is none; DamagedEntryError says what is wrong with it."""
     if not folder.is_dir():
@@ -291,6 +297,7 @@ def _write_entry(folder: Path, key: str, label: str, name: str, built: Built) ->
     }
     temporary = tempfile.mkdtemp(prefix=f".tmp-{key[:_KEY_DIGITS]}-", dir=folder.parent)
     try:
+        os.chmod(temporary, stat.S_IMODE(folder.parent.stat().st_mode))
         for file_name, text in built.files.items():
             _write_file(Path(temporary, file_name), text.encode())
         _write_file(Path(temporary, name), built.data)
@@ -317,7 +324,7 @@ def _prepare_root(root: Path, private: bool) -> str | None:
     A loaded cubin or .so runs with our rights, so nobody else may be able to put one there.
     """
     try:
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        root.mkdir(mode=0o700 if private else 0o777, parents=True, exist_ok=True)
         status = root.stat()
     except OSError as error:
         return f"it cannot be created ({error})"
@@ -351,11 +358,8 @@ def _process_folder() -> str:
 
 
 def default_store() -> ArtifactStore:
-    """This process's store: the cache folder of the environment and the package's prebuilt one."""
+    """This process's store, over the cache folder of the environment."""
     return _store(env.cache_dir())
 
 
-@functools.cache
-def _store(root: Path | None) -> ArtifactStore:
-    prebuilt = sources.package_folder() / "_prebuilt"
-    return ArtifactStore(root, prebuilt if prebuilt.is_dir() else None)
+_store = functools.cache(ArtifactStore)

@@ -22,6 +22,8 @@ import torch
 
 from . import backends, selfcheck
 from ._common import compiler, driver, env
+from ._common.cache import describe_prebuilt
+from .cache import prebuilt_folders
 from .dispatch import Device, target_for
 from .version import RELEASE, __version__
 
@@ -49,6 +51,8 @@ def environment() -> Iterator[tuple[str, str]]:
     yield "trees", "flash2: sm_80 and newer"
     yield "", f"hopper: {_hopper()}"
     yield "cache", _cache()
+    for index, folder in enumerate(prebuilt_folders()):
+        yield ("prebuilt" if index == 0 else ""), describe_prebuilt(folder)
     for variable in env.VARIABLES:
         if os.environ.get(variable.name):
             yield "set", f"{variable.name}={os.environ[variable.name]}"

@@ -1,7 +1,7 @@
 """Builds the distribution `flash-attn-3`: the Hopper kernels, found by `flash_attn_interface`.
 
-Nothing is compiled here; see the checkout's main setup.py for that and for why the metadata stands
-here. This folder is the import package `flash_attn_3`.
+This folder is the import package `flash_attn_3`. See the checkout's main setup.py for how kernels
+are prebuilt, into `_prebuilt` here, and for why the metadata stands here.
 
 Clients believe in FlashAttention-3 if a distribution of this name and version declares
 `flash_attn_interface` among its top-level names. The files of that package belong to the main
@@ -9,16 +9,30 @@ distribution alone, so the name is declared without shipping any.
 """
 
 import os
+import sys
 from pathlib import Path
+from typing import Any
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
 from setuptools.command.egg_info import egg_info
 
 # setuptools resolves package_dir from here, whatever folder the build was started in.
-os.chdir(Path(__file__).resolve().parent)
+ROOT = Path(__file__).resolve().parent
+os.chdir(ROOT)
 
-TOP_LEVELS = ("flash_attn_3", "flash_attn_interface")
+# What compiling needs; parents first. Absent where this folder was taken out of the checkout: then
+# nothing is prebuilt.
+KERNEL_PACKAGES = {
+    "flash_attn_interface": ROOT.parent / "flash_attn_interface",
+    "flash_attn_interface._common": ROOT.parent / "common",
+    "flash_attn_interface._flash2": ROOT.parent / "flash2",
+    "flash_attn_3": ROOT,
+}
+
+TOP_LEVELS = ("flash_attn_3", "flash_attn_config", "flash_attn_interface")
+
+MODULES = ["flash_attn_config"]
 
 
 class EggInfo(egg_info):
@@ -30,17 +44,59 @@ class EggInfo(egg_info):
         self.write_file("top-level names", path, "\n".join(TOP_LEVELS) + "\n")
 
 
+def load_prebuild() -> Any:
+    """common/prebuild.py of the checkout; None without one."""
+    common = KERNEL_PACKAGES["flash_attn_interface._common"]
+    if not common.is_dir():
+        return None
+    sys.path.insert(0, str(common))
+    try:
+        import bare_packages
+    finally:
+        sys.path.pop(0)
+    return bare_packages.load_prebuild(KERNEL_PACKAGES)
+
+
 class BuildPy(build_py):
-    """Leaves this file out, which lies in the package's folder."""
+    """Leaves out this file and MODULES, which lie in the package's folder but are not of it; adds
+    the prebuilt kernels.
+    """
+
+    def run(self) -> None:
+        super().run()
+        prebuild = load_prebuild()
+        if prebuild is None:
+            print("flash-attn-3: no kernels are prebuilt, common/ is not beside this folder")
+        else:
+            prebuild.install(
+                prebuild.Trees(["flash_attn_3.prebuild"], KERNEL_PACKAGES, {"hopper": ROOT}),
+                listing=ROOT.parent / "headdim.json",
+                destination=self.prebuilt_folder(),
+                store=Path(self.get_finalized_command("build").build_base, "prebuilt"),
+            )
+
+    def prebuilt_folder(self) -> Path:
+        editable = getattr(self, "editable_mode", False)
+        return (ROOT if editable else Path(self.build_lib, "flash_attn_3")) / "_prebuilt"
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        kernels = [str(path) for path in self.prebuilt_folder().rglob("*") if path.is_file()]
+        return [*super().get_outputs(include_bytecode), *kernels]
 
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
         modules = super().find_package_modules(package, package_dir)
-        return [module for module in modules if module[1] != "setup"]
+        return [module for module in modules if module[1] not in ("setup", *MODULES)]
+
+
+def build_requires() -> list[str]:
+    """What an isolated build (PEP 517) has to install first; nobody else asks."""
+    prebuild = load_prebuild() if "setuptools.build_meta" in sys.modules else None
+    return [] if prebuild is None else prebuild.build_requires()
 
 
 setup(
     name="flash-attn-3",
-    version="3.0.0",  # FlashAttention-3's, whose interface this serves; ours is in backend.py
+    version="3.0.0",  # FlashAttention-3's, whose interface this serves; ours is in version.py
     description="Hopper (sm_90a) kernels for the distribution flash-attn: WGMMA, TMA",
     license="BSD-3-Clause",
     classifiers=[
@@ -52,11 +108,13 @@ setup(
     ],
     python_requires=">=3.10",
     install_requires=["flash-attn"],
-    packages=["flash_attn_3"],
-    package_dir={"flash_attn_3": "."},
+    packages=["flash_attn_3", "flash_attn_3.flash_attn_interface"],
+    package_dir={"flash_attn_3": ".", "flash_attn_3.flash_attn_interface": "interface"},
+    py_modules=MODULES,
     package_data={"flash_attn_3": ["*.cu", "*.cuh", "py.typed"]},
     include_package_data=False,
     entry_points={"flash_attn_interface.backends": ["hopper = flash_attn_3:BACKEND"]},
     cmdclass={"build_py": BuildPy, "egg_info": EggInfo},
+    setup_requires=build_requires(),
     zip_safe=False,  # NVRTC is given the files' texts, the simulator's compiler real files
 )

@@ -41,7 +41,7 @@ def compiles(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def key(spec: KernelSpec) -> str:
     sources.read.cache_clear()
-    return cache._keys(spec, sources.resolve(spec.source))[0]
+    return cache._disk_key(spec, sources.resolve(spec.source))
 
 
 # ---- the key ----------------------------------------------------------------------------------
@@ -141,8 +141,9 @@ def test_folder_tells_where_without_compiling(tmp_path: Path, compiles: list[str
 
 
 def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
+    specs = [tiny_spec(num_threads=threads) for threads in (32, 64, 96)]
     count, go = FORK.Value("i", 0), FORK.Event()
-    origins: Any = FORK.Queue()
+    results: Any = FORK.Queue()
     compile_cubin = compiler.compile_cubin
 
     def worker() -> None:
@@ -153,17 +154,20 @@ def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
 
         setattr(compiler, "compile_cubin", counted)  # noqa: B010
         go.wait()
-        origins.put(KernelCache(ArtifactStore(tmp_path / "cache")).image(tiny_spec()).origin)
+        kernels = KernelCache(ArtifactStore(tmp_path / "cache"))
+        results.put([(image.origin, image.cubin) for image in map(kernels.image, specs)])
 
-    processes = [FORK.Process(target=worker) for _ in range(8)]
+    processes = [FORK.Process(target=worker) for _ in range(16)]
     for process in processes:
         process.start()
     go.set()
-    found = sorted(origins.get(timeout=60) for _ in processes)
+    found = [results.get(timeout=60) for _ in processes]
     for process in processes:
         process.join()
-    assert count.value == 1
-    assert found == ["built"] + ["disk"] * 7
+    assert count.value == len(specs)
+    for images in zip(*found, strict=True):
+        assert sorted(origin for origin, _ in images) == ["built"] + ["disk"] * 15
+        assert len({cubin for _, cubin in images}) == 1
 
 
 def test_a_compile_error_is_not_cached(tiny_tree: Path, tmp_path: Path) -> None:
@@ -220,7 +224,11 @@ def test_a_warm_start_needs_no_compiler_and_little_time(
 
 
 def _fetch(tmp_path: Path, spec: KernelSpec) -> KernelImage:
-    return KernelCache(ArtifactStore(tmp_path / "cache", tmp_path / "prebuilt")).image(spec)
+    return _kernels(tmp_path).image(spec)
+
+
+def _kernels(tmp_path: Path) -> KernelCache:
+    return KernelCache(ArtifactStore(tmp_path / "cache"), lambda spec: [tmp_path / "prebuilt"])
 
 
 def test_prebuilt_kernels_serve_any_compiler_version(
@@ -246,8 +254,84 @@ def test_prebuilt_kernels_work_without_a_compiler(
     monkeypatch.setattr(compiler, "compiler_version", missing)
     monkeypatch.setattr(compiler, "load_nvrtc", missing)
     assert _fetch(tmp_path, tiny_spec()).origin == "prebuilt"
-    with pytest.raises(ImportError, match="cannot be imported"):
+    (tmp_path / "prebuilt" / cache.CONTENTS).write_text("one kernel for sm_80\n")
+    with pytest.raises(ImportError) as raised:
         _fetch(tmp_path, tiny_spec(causal=True))
+    told = str(raised.value)
+    assert "tiny-scale-causal-sm_80 is not prebuilt here and cannot be compiled" in told
+    assert "cuda-bindings cannot be imported" in told
+    assert f"Prebuilt: one kernel for sm_80 ({tmp_path / 'prebuilt'})" in told
+    assert tiny_spec(causal=True).describe() in told
+
+
+def test_prebuilt_comes_before_the_disk_and_touches_nothing(tmp_path: Path) -> None:
+    cache.prebuild(tiny_spec(), tmp_path / "prebuilt")
+    assert _fetch(tmp_path, tiny_spec()).origin == "prebuilt"
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("built_for", "runs_on", "serves"),
+    [
+        ("sm_80", "sm_86", True),
+        ("sm_80", "sm_89", True),
+        ("sm_86", "sm_89", True),
+        ("sm_86", "sm_80", False),
+        ("sm_80", "sm_87", False),
+        ("sm_80", "sm_90", False),
+        ("sm_90", "sm_90a", False),
+        ("sm_90a", "sm_90", False),
+        ("sm_120", "sm_121", True),
+    ],
+)
+def test_prebuilt_code_serves_later_gpus_of_its_major_version(
+    built_for: str, runs_on: str, serves: bool, tmp_path: Path
+) -> None:
+    cache.prebuild(tiny_spec(built_for), tmp_path / "prebuilt")
+    found = _kernels(tmp_path).find(tiny_spec(runs_on))
+    assert (found is not None) == serves
+    if found is not None:
+        assert found.spec == tiny_spec(runs_on) and found.facts["spec"]["arch"] == built_for
+    assert _kernels(tmp_path).find(tiny_spec(runs_on, causal=True)) is None
+
+
+def test_prebuilt_code_of_the_very_gpu_is_preferred(tmp_path: Path) -> None:
+    for arch in ("sm_80", "sm_86"):
+        cache.prebuild(tiny_spec(arch), tmp_path / "prebuilt")
+    assert _fetch(tmp_path, tiny_spec("sm_86")).facts["spec"]["arch"] == "sm_86"
+    assert _fetch(tmp_path, tiny_spec("sm_89")).facts["spec"]["arch"] == "sm_86"
+
+
+def test_a_prebuilt_kernel_that_does_not_load_is_compiled_here(
+    tmp_path: Path, compiles: list[str]
+) -> None:
+    cache.prebuild(tiny_spec(), tmp_path / "prebuilt")
+    kernels = _kernels(tmp_path)
+    assert kernels.image(tiny_spec()).origin == "prebuilt"
+    assert kernels.image_made_here(tiny_spec()).origin == "built"
+    assert kernels.image(tiny_spec()).origin == "built"
+    assert len(compiles) == 2
+
+
+def test_the_environment_names_a_prebuilt_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.prebuild(tiny_spec(), tmp_path / "fleet")
+    monkeypatch.setenv("FLASH_ATTN_INTERFACE_CACHE_DIR", str(tmp_path / "mine"))
+    monkeypatch.setenv("FLASH_ATTN_INTERFACE_PREBUILT_DIR", str(tmp_path / "fleet"))
+    found = cache.default_kernels().image(tiny_spec())
+    assert found.origin == "prebuilt" and found.folder is not None
+    assert found.folder.parent == tmp_path / "fleet"
+    monkeypatch.delenv("FLASH_ATTN_INTERFACE_PREBUILT_DIR")
+    assert cache.default_kernels().find(tiny_spec()) is None
+
+
+def test_a_separately_installed_tree_has_a_prebuilt_folder_of_its_own(
+    tiny_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.prebuild(tiny_spec(), tiny_tree / sources.PREBUILT)
+    monkeypatch.setenv("FLASH_ATTN_INTERFACE_CACHE_DIR", str(tmp_path / "own"))
+    assert cache.default_kernels().image(tiny_spec()).origin == "prebuilt"
 
 
 def test_prebuilt_kernels_of_other_sources_are_not_used(tiny_tree: Path, tmp_path: Path) -> None:

@@ -242,6 +242,38 @@ def test_a_cubin_for_another_gpu_is_refused_by_name(
     assert error.value.code == refused
 
 
+def test_a_prebuilt_kernel_that_the_driver_refuses_is_compiled_here(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver older than the compiler that the package was built with."""
+    loadable, made_by = b"from here", {"compiler": "nvrtc 99.0"}
+
+    def load(self: FakeCuda, code: bytes, *options: object) -> tuple[CUresult, Handle | None]:
+        self.calls.append(("cuLibraryLoadData", code))
+        if code != loadable:
+            return CUresult.CUDA_ERROR_NO_BINARY_FOR_GPU, None
+        return OK, Handle(0x77)
+
+    def image(origin: str, code: bytes) -> Any:
+        return lambda self, spec: cache.KernelImage(spec, code, origin, None, made_by)
+
+    monkeypatch.setattr(FakeCuda, "cuLibraryLoadData", load)
+    monkeypatch.setattr(driver, "_kernels", {})
+    monkeypatch.setenv("FLASH_ATTN_INTERFACE_DISK_CACHE", "0")
+    monkeypatch.setattr(KernelCache, "image", image("prebuilt", b"of the package"))
+    monkeypatch.setattr(KernelCache, "image_made_here", image("built", loadable))
+    with pytest.warns(RuntimeWarning, match="refuses .error 209. prebuilt .* by nvrtc 99.0"):
+        driver.device_kernel(tiny_spec(), 0)
+    assert [call[1] for call in cuda.calls if call[0] == "cuLibraryLoadData"] == [
+        b"of the package",
+        loadable,
+    ]
+    monkeypatch.setattr(driver, "_kernels", {})
+    monkeypatch.setattr(KernelCache, "image", image("disk", b"of the cache"))
+    with pytest.raises(DriverError):
+        driver.device_kernel(tiny_spec(), 0)
+
+
 def test_an_unknown_device_is_an_error_and_stays_unprepared(cuda: FakeCuda) -> None:
     kernel = kernel_of(cuda)
     for _ in range(2):

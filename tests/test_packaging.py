@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import email
 import importlib.util
-import os
 import shutil
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from installs import ROOT, build_wheel, copy_checkout, run
 
-ROOT = Path(__file__).resolve().parent.parent
 FOLDER_OF = {  # import folder in the wheel -> folder in the checkout; longest first
     "flash_attn_interface/_common/": "common/",
     "flash_attn_interface/_flash2/": "flash2/",
@@ -31,37 +29,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run(*command: str | Path, cwd: Path, **environment: str) -> str:
-    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTEST_CURRENT_TEST")}
-    result = subprocess.run(
-        command, cwd=cwd, env={**clean, **environment}, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
-    return result.stdout
-
-
-def not_source(folder: str, names: list[str]) -> set[str]:
-    """What a checkout holds besides the sources: environments, caches, build results."""
-    hidden = {n for n in names if n.startswith(".")} - {".ci", ".clang-format"}
-    built = {n for n in names if n.endswith(".egg-info")} | {"build", "dist", "__pycache__"}
-    return hidden | built
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the checkout: building in place would leave build/ and *.egg-info behind."""
-    copy = tmp_path_factory.mktemp("source") / "flash-attn"
-    shutil.copytree(ROOT, copy, ignore=not_source)
-    return copy
+    return copy_checkout(tmp_path_factory.mktemp("source") / "flash-attn")
 
 
 @pytest.fixture(scope="module")
 def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("wheel")
-    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    run(*pip, "--no-index", "-w", out, source, cwd=out)
-    (built,) = out.glob("*.whl")
-    return built
+    return build_wheel(source, tmp_path_factory.mktemp("wheel"))[0]
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +65,9 @@ def test_wheel_is_pure_python_and_named_as_clients_expect(wheel: Path) -> None:
 
 def test_wheel_owns_only_its_top_levels(wheel: Path, names: list[str]) -> None:
     top_levels = set(metadata(wheel, "top_level.txt").split())
-    assert top_levels == {"flash_attn", "flash_attn_interface"}
-    assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == top_levels
+    assert top_levels == {"flash_attn", "flash_attn_2_cuda", "flash_attn_interface"}
+    shipped = {n.split("/")[0].removesuffix(".py") for n in names if ".dist-info/" not in n}
+    assert shipped == top_levels
 
 
 def test_wheel_holds_every_shipped_file_of_the_tree(names: list[str]) -> None:
@@ -105,7 +81,7 @@ def test_wheel_holds_every_shipped_file_of_the_tree(names: list[str]) -> None:
         path.relative_to(ROOT).as_posix()
         for folder in FOLDER_OF.values()
         for path in (ROOT / folder).rglob("*")
-        if path.name.endswith(SHIPPED) and not {"__pycache__"} & set(path.parts)
+        if path.name.endswith(SHIPPED) and not {"__pycache__", "_prebuilt"} & set(path.parts)
     }
     assert tree - shipped == set(), "missing in the wheel: see PACKAGES and DATA in setup.py"
     assert shipped - tree == set(), "in the wheel but not of a kind that is meant to be shipped"

@@ -22,7 +22,12 @@ import filelock
 import pytest
 
 from flash_attn_interface._common import store
-from flash_attn_interface._common.store import Artifact, ArtifactStore, Built, content_key
+from flash_attn_interface._common.store import (
+    Artifact,
+    ArtifactStore,
+    Built,
+    content_key,
+)
 
 KEY = content_key(["what the artifact is made of"])
 LABEL = "thing-causal"
@@ -437,33 +442,3 @@ def test_a_write_that_the_kernel_cuts_short_leaves_nothing(tmp_path: Path) -> No
     process.join()
     assert process.exitcode == 0
     assert visible(tmp_path) == []
-
-
-# ---- prebuilt ---------------------------------------------------------------------------------
-
-
-def test_prebuilt_comes_before_the_disk_and_touches_nothing(tmp_path: Path) -> None:
-    get(ArtifactStore(tmp_path / "prebuilt"), lambda: built(b"prebuilt"))
-    root = tmp_path / "cache"
-    artifact = get(ArtifactStore(root, tmp_path / "prebuilt"), never)
-    assert (artifact.origin, artifact.data) == ("prebuilt", b"prebuilt")
-    assert not root.exists()
-
-
-def test_prebuilt_may_go_by_a_key_of_its_own(tmp_path: Path) -> None:
-    other = content_key(["without the compiler's version"])
-    get(ArtifactStore(tmp_path))
-    cache = ArtifactStore(None, tmp_path)
-    assert cache.find(other, LABEL, NAME) is None
-    found = cache.get_or_build(other, LABEL, NAME, never, prebuilt_key=KEY)
-    assert found.origin == "prebuilt"
-
-
-def test_damaged_prebuilt_is_reported_kept_and_replaced(tmp_path: Path) -> None:
-    get(ArtifactStore(tmp_path / "prebuilt"))
-    _truncate(tmp_path / "prebuilt" / ENTRY)
-    cache = ArtifactStore(tmp_path / "cache", tmp_path / "prebuilt")
-    with pytest.warns(RuntimeWarning, match="prebuilt kernel is damaged .*reinstall") as seen:
-        assert get(cache).origin == "built"
-    assert len(seen) == 1
-    assert visible(tmp_path / "prebuilt") == [ENTRY]

@@ -1,0 +1,68 @@
+"""Which kernels of this folder an installation prebuilds. Called by `common/prebuild.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from .._common import arch as arch_table
+from .._common.headdim import MAX_HEAD_DIM, Pair, Wanted
+from .._common.prebuilt_problems import (
+    backward_problems,
+    cache_problems,
+    forward_problems,
+    gpus,
+    paged_problems,
+)
+from .._common.problem import Problem, Target
+from .._common.spec import KernelSpec
+from .append_tiles import append_spec
+from .bwd_tiles import backward_specs
+from .decode_tiles import (
+    MAX_CHOSEN_SPLITS,
+    PARTIAL_COLUMN_MULTIPLE,
+    chosen_tile,
+    combine_spec,
+    decode_spec,
+)
+from .tiles import forward_spec
+
+
+def specs(pair: Pair, wanted: Wanted, arch: str) -> list[KernelSpec]:
+    """The kernels for a pair of head dims on an arch; none for a pair beyond this tree.
+
+    "sm_90a" means sm_90 here, whose kernels serve an H100 wherever the Hopper tree does not. Newer
+    GPUs that run an arch's machine code may prefer other tiles: those are compiled for it too.
+    """
+    if max(pair) > MAX_HEAD_DIM:
+        return []
+    arch = arch.rstrip("af")
+    found: dict[KernelSpec, None] = {}
+    for runs_on in (arch, *arch_table.newer_compatible(arch)):
+        for gpu in gpus(runs_on):
+            for spec in _planned(pair, wanted, runs_on, gpu):
+                found[replace(spec, arch=arch)] = None
+    for spec in found:
+        spec.validate()
+    return list(found)
+
+
+def _planned(pair: Pair, wanted: Wanted, arch: str, gpu: str) -> Iterator[KernelSpec]:
+    for problem in forward_problems(pair, wanted):
+        yield forward_spec(problem, arch, gpu=gpu)
+    for backward in backward_problems(pair, wanted):
+        yield from backward_specs(backward, arch, gpu=gpu)
+    for problem in paged_problems(pair, wanted):
+        yield forward_spec(problem, arch, gpu=gpu)
+    for cache in cache_problems(pair, wanted):
+        yield append_spec(cache, arch, cache.new_vector_bytes)
+        yield from _decode_specs(cache.forward, arch, gpu)
+
+
+def _decode_specs(problem: Problem, arch: str, gpu: str) -> Iterator[KernelSpec]:
+    tile = chosen_tile(problem, Target(arch, 0, gpu=gpu))
+    for split in (False, True):
+        yield decode_spec(problem, arch, split, tile)
+    wide = problem.head_dim_v % PARTIAL_COLUMN_MULTIPLE == 0
+    for num_splits in (2, MAX_CHOSEN_SPLITS):  # combine_spec tells few from many
+        yield combine_spec(arch, problem.dtype, problem.head_dim_v, num_splits, True, wide)

@@ -1,0 +1,139 @@
+"""`python -m flash_attn_interface.build`: compile kernels ahead of their first use.
+
+Without --out they go to this user's cache. With it, to a folder that can be copied to any machine
+with this release, or mounted there, and named in FLASH_ATTN_INTERFACE_PREBUILT_DIR: neither NVRTC
+nor a GPU of the kind is needed where it is made. docs/prebuild.md shows both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from . import backends
+from ._common import arch as arch_table
+from ._common import cache, env, headdim, prebuild, sources
+from ._common.headdim import HeadDimError, Wanted
+from ._common.prebuild import PrebuildError, Trees
+
+_PACKAGES = ("flash_attn_interface", "flash_attn_interface._common", "flash_attn_interface._flash2")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0, or 1 if something could not be compiled, or 2 for a wrong command line."""
+    options = _parser().parse_args(arguments)
+    try:
+        wanted = _wanted(options)
+        archs = _archs(options.arch, wanted)
+        trees = installed_trees()
+        specs = trees.specs(wanted, archs)
+    except (HeadDimError, NotImplementedError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    out: Path | None = options.out
+    if options.list:
+        for spec in specs:
+            state = "built  " if prebuild.is_built(spec, out) else "missing"
+            print(state, cache.prebuilt_entry(spec))
+        print(f"{len(specs)} kernels for {', '.join(archs)}; {wanted.describe()}")
+        return 0
+    try:
+        prebuild.build(specs, trees, out, options.jobs)
+    except (PrebuildError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if out is not None:
+        print(f"To use them: {env.PREBUILT_DIR.name}={out.resolve()}")
+    return 0
+
+
+def installed_trees() -> Trees:
+    """The kernel trees of this installation."""
+    names, planners, roots = list(_PACKAGES), ["flash_attn_interface._flash2.prebuild"], {}
+    if backends.hopper() is not None:
+        names.append("flash_attn_3")
+        planners.append("flash_attn_3.prebuild")
+        roots["hopper"] = sources.root_folder("hopper")
+    packages = {name: Path(importlib.import_module(name).__path__[0]) for name in names}
+    return Trees(planners, packages, roots)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m flash_attn_interface.build",
+        description="Compile kernels ahead of their first use. No GPU is needed.",
+    )
+    parser.add_argument(
+        "--dims",
+        nargs=2,
+        type=int,
+        action="append",
+        metavar=("QK", "V"),
+        help="a pair of head dims; may be repeated. Default: the pairs of headdim.json as shipped",
+    )
+    parser.add_argument("--headdim", type=Path, metavar="FILE", help="a headdim.json instead")
+    parser.add_argument(
+        "--arch",
+        nargs="+",
+        metavar="ARCH",
+        help="such as sm_80 sm_90a. Default: this machine's GPUs, else sm_80 and sm_90a",
+    )
+    parser.add_argument("--dtype", nargs="+", choices=headdim.DTYPES, help="default: both")
+    parser.add_argument(
+        "--features",
+        nargs="+",
+        choices=headdim.FEATURES,
+        metavar="FEATURE",
+        help=f"of {', '.join(headdim.FEATURES)}. Default: {', '.join(headdim.DEFAULT_FEATURES)}",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="a folder instead of the cache")
+    parser.add_argument(
+        "--jobs", type=_positive, metavar="N", help=f"compiles at once; else {_JOBS}"
+    )
+    parser.add_argument("--list", action="store_true", help="only say what there is to build")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
+_JOBS = f"{env.MAX_JOBS.name}, or by CPUs and free memory"
+
+
+def _wanted(options: argparse.Namespace) -> Wanted:
+    wanted = Wanted() if options.headdim is None else headdim.read(options.headdim)
+    record: dict[str, object] = {"pairs": options.dims or [list(pair) for pair in wanted.pairs]}
+    record["dtypes"] = options.dtype or list(wanted.dtypes)
+    record["features"] = options.features or list(wanted.features)
+    return replace(headdim.parse(record, "command line"), archs=wanted.archs)
+
+
+def _archs(chosen: Sequence[str] | None, wanted: Wanted) -> tuple[str, ...]:
+    if chosen:
+        return headdim.archs_of(chosen, "--arch")
+    if wanted.archs is None and env.CUDA_ARCHS.get() is None:
+        found = _archs_of_this_machine()
+        if found:
+            return found
+    return headdim.archs(wanted)
+
+
+def _archs_of_this_machine() -> tuple[str, ...]:
+    import torch
+
+    found = []
+    for index in range(torch.cuda.device_count()):
+        arch = arch_table.arch_of(torch.cuda.get_device_capability(index))
+        found.append("sm_90a" if arch == "sm_90" else arch)
+    return tuple(dict.fromkeys(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
