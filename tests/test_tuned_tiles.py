@@ -62,15 +62,15 @@ def test_without_tables_the_trees_list_decides(folders):
 def test_precedence(folders):
     """User before package, GPU model before architecture."""
     user, packaged = folders
-    assert BUILTIN not in (16, 48, 64, 96)
+    assert BUILTIN not in (16, 48, 80, 96)
     put(packaged, {**TILE, "block_n": 16})
     assert block_n() == 16
     put(packaged, {**TILE, "block_n": 48}, H100)
     assert block_n() == 48 and block_n("NVIDIA H200") == 16 and block_n("") == 16
-    put(user, {**TILE, "block_n": 64})
-    assert block_n() == 64
+    put(user, {**TILE, "block_n": 80})
+    assert block_n() == 80
     put(user, {**TILE, "block_n": 96}, H100)
-    assert block_n() == 96 and block_n("") == 64
+    assert block_n() == 96 and block_n("") == 80
 
 
 def test_off_means_no_tables_at_all(folders, monkeypatch):
