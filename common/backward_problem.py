@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import gcd
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from .problem import Problem, Strides
+
+if TYPE_CHECKING:  # planning a build needs no torch
+    from torch import Tensor
 
 MAX_VECTOR_BYTES = 16
 

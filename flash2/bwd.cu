@@ -6,12 +6,16 @@
 // All tiles of scores are transposed, with keys as rows:
 //   S^T = K Q^T      P^T = exp(S^T - lse)            dV += P^T dO
 //   dP^T = V dO^T    dS^T = P^T * (dP^T - D)         dK += dS^T Q      dQ += dS K
+// Every warp does all of it (Step), or half of the warps the upper line and half the lower one
+// (Cfg::kSplitRoles, RoleStep).
 // Change here: loop order, pipeline.
-// Change elsewhere: shared memory and division among warps -> bwd_warps.cuh, elementwise part ->
-// bwd_scores.cuh, mask rules -> mask.cuh, what a CTA works on -> bwd_work.cuh, tile sizes ->
-// bwd_tiles.py.
+// Change elsewhere: shared memory and division among warps -> bwd_warps.cuh, copies ->
+// bwd_loads.cuh, elementwise part -> bwd_scores.cuh, sums of gradients -> bwd_products.cuh, mask
+// rules -> mask.cuh, what a CTA works on -> bwd_work.cuh, tile sizes -> bwd_tiles.py.
 #include "prelude.cuh"  // generated for this problem: struct Cfg
 
+#include "common/device/bwd_loads.cuh"
+#include "common/device/bwd_products.cuh"
 #include "common/device/bwd_scores.cuh"
 #include "common/device/bwd_warps.cuh"
 #include "common/device/bwd_work.cuh"
@@ -19,147 +23,7 @@
 #include "common/device/mask.cuh"
 #include "common/device/params.cuh"
 #include "common/device/score.cuh"
-#include "common/device/tile_copy.cuh"
 #include "common/ptx/barrier.cuh"
-
-// First element of one head of one sequence.
-DEVICE const void* head_base(const void* base, i64 offset) {
-  return static_cast<const char*>(base) + offset * kElemBytes;
-}
-
-struct NoStep {
-  DEVICE void operator()(i32) const {}
-};
-
-// The (head, query tile) pairs of one run over the queries, in order. Each CTA starts at another
-// tile and wraps around, so that CTAs which run together add to different parts of dQ.
-struct Cursor {
-  i32 head_idx, m_block;
-  DEVICE void advance(const TileRange& tiles, i32 start) {
-    m_block = m_block + 1 == tiles.end ? tiles.begin : m_block + 1;
-    head_idx += m_block == start ? 1 : 0;
-  }
-};
-
-// Copies of Q with lse and of dO with D. `part` of kParts: spread over the steps of a product.
-struct Loader {
-  const BwdParams& p;
-  const KeyWork& work;
-  const Lane& lane;
-  u32 smem;
-
-  DEVICE u32 sQ(i32 stage) const { return smem + Smem::kQ + u32(stage * LayoutQ::kBytes); }
-  DEVICE u32 sDo(i32 stage) const { return smem + Smem::kDo + u32(stage * LayoutDo::kBytes); }
-  DEVICE u32 sLse(i32 stage) const { return smem + Smem::kLse + u32(stage) * Smem::kStatBytes; }
-  DEVICE u32 sD(i32 stage) const { return smem + Smem::kD + u32(stage) * Smem::kStatBytes; }
-
-  // num_rows: of the sequence; 0 where there is no such step, which fills the stage with zeros and
-  // needs no branch.
-  template <i32 kParts>
-  DEVICE void load_q(const Cursor& at, i32 num_rows, i32 stage, i32 part) const {
-    const i32 first_row = at.m_block * Cfg::kBlockM;
-    const Copy<LayoutQ, Cfg::kHeadDimQk> copy(
-        head_base(p.q, work.batch_idx * p.q_batch_stride + at.head_idx * p.q_head_stride +
-                           work.seq.q_row * p.q_row_stride),
-        p.q_row_stride, lane.thread_idx);
-    copy.template load_part<kParts>(sQ(stage), first_row, num_rows, part);
-    if (part == 0) {
-      load_stat(sLse(stage), p.lse_log2, at.head_idx, first_row, num_rows);
-    }
-  }
-  template <i32 kParts>
-  DEVICE void load_do(const Cursor& at, i32 num_rows, i32 stage, i32 part) const {
-    const i32 first_row = at.m_block * Cfg::kBlockM;
-    const Copy<LayoutDo, Cfg::kHeadDimV> copy(
-        head_base(p.dout, work.batch_idx * p.dout_batch_stride + at.head_idx * p.dout_head_stride +
-                              work.seq.q_row * p.dout_row_stride),
-        p.dout_row_stride, lane.thread_idx);
-    copy.template load_part<kParts>(sDo(stage), first_row, num_rows, part);
-    if (part == 0) {
-      load_stat(sD(stage), p.softmax_d, at.head_idx, first_row, num_rows);
-    }
-  }
-  // K and V that query head head_idx reads.
-  DEVICE void load_kv(i32 head_idx, i32 first_key) const {
-    const SeqlenInfo& seq = work.seq;
-    const i64 b = work.batch_idx, head_k = head_idx / p.qhead_per_khead,
-              head_v = head_idx / p.qhead_per_vhead;
-    Copy<LayoutK, Cfg::kHeadDimQk>(head_base(p.k, b * p.k_batch_stride + head_k * p.k_head_stride +
-                                                      seq.k_row * p.k_row_stride),
-                                   p.k_row_stride, lane.thread_idx)
-        .load(smem + Smem::kK, first_key, seq.seqlen_k);
-    Copy<LayoutV, Cfg::kHeadDimV>(head_base(p.v, b * p.v_batch_stride + head_v * p.v_head_stride +
-                                                     seq.k_row * p.v_row_stride),
-                                  p.v_row_stride, lane.thread_idx)
-        .load(smem + Smem::kV, first_key, seq.seqlen_k);
-  }
-
- private:
-  // One fp32 per query, padded by bwd_preprocess.cu to whole tiles.
-  DEVICE void load_stat(u32 dst, const f32* stat, i32 head_idx, i32 first_row, i32 num_rows) const {
-    if (lane.thread_idx < Cfg::kBlockM) {
-      const f32* row = stat + work.batch_idx * p.stat_batch_stride + head_idx * p.stat_head_stride +
-                       stat_row<Cfg>(work.seq, work.batch_idx) + first_row + lane.thread_idx;
-      cp_async_4(dst + u32(lane.thread_idx) * 4, row, num_rows > 0 ? 4 : 0);
-    }
-  }
-};
-
-// rD += A^T B for dK and dV: A^T = P^T or dS^T, B = rows of dO or Q from sB on.
-template <class LayoutB, i32 kDepth, i32 kNTiles>
-DEVICE void accumulate_from_registers(Fragments<kMTilesKv, kNTiles>& rD, const Packed& packed,
-                                      u32 sB, const Lane& lane) {
-  gemm_ab<Cfg::kBf16, LayoutB, kDepth>(
-      rD, sB + lane_offset_b_trans<LayoutB>(lane.lane_idx),
-      [&](u32(&rA)[4], i32 m, i32 k) {
-#pragma unroll
-        for (i32 i = 0; i < 4; ++i) {
-          rA[i] = packed[m][2 * k + i / 2][i % 2];
-        }
-      },
-      NoStep());
-}
-template <class LayoutB, i32 kNTiles>
-DEVICE void accumulate_from_shared(Fragments<kMTilesKv, kNTiles>& rD, u32 sA, u32 sB,
-                                   const Lane& lane) {
-  const u32 sA_lane =
-      sA + u32(lane.kv_key * LayoutP::kRowBytes) + lane_offset_a<LayoutP>(lane.lane_idx);
-  gemm_ab<Cfg::kBf16, LayoutB, Cfg::kBlockM>(
-      rD, sB + u32(lane.kv_part * kNTiles * 16) + lane_offset_b_trans<LayoutB>(lane.lane_idx),
-      [&](u32(&rA)[4], i32 m, i32 k) { load_a<LayoutP>(rA, sA_lane, m, k); }, NoStep());
-}
-
-// dQ of one step, added to dq_accum: dS (queries x keys) from its transpose in shared memory, times
-// K.
-DEVICE void add_dq(const BwdParams& p, const KeyWork& work, const Lane& lane, const Cursor& at,
-                   u32 smem, u32 sDs) {
-  Fragments<kMTilesDq, kNTilesDq> rDq;
-  clear(rDq);
-  const u32 sDs_lane =
-      sDs + u32(lane.dq_query * kElemBytes) + lane_offset_b<LayoutP>(lane.lane_idx);
-  const u32 sK_lane = smem + Smem::kK + u32(lane.dq_part * kNTilesDq * 16) +
-                      lane_offset_b_trans<LayoutK>(lane.lane_idx);
-  gemm_ab<Cfg::kBf16, LayoutK, Cfg::kBlockN>(
-      rDq, sK_lane, [&](u32(&rA)[4], i32 m, i32 k) { load_a_trans<LayoutP>(rA, sDs_lane, m, k); },
-      NoStep());
-
-  const i32 first_row = at.m_block * Cfg::kBlockM + lane.dq_query;
-  f32* dst = accum_rows<Cfg>(p, work.seq, work.batch_idx, at.head_idx, work.split, first_row) +
-             lane.dq_part * kNTilesDq * kFragmentFloats + lane.lane_idx;
-#pragma unroll
-  for (i32 m = 0; m < kMTilesDq; ++m) {
-    if (first_row + m * 16 < work.seq.seqlen_q) {
-#pragma unroll
-      for (i32 n = 0; n < kNTilesDq; ++n) {
-#pragma unroll
-        for (i32 e = 0; e < 4; ++e) {
-          red_global_add_f32(dst + m * 16 * LayoutQ::kCols + n * kFragmentFloats + e * 32,
-                             rDq[m][n][e]);
-        }
-      }
-    }
-  }
-}
 
 // S^T, dP^T and what follows from them for one query tile, up to dS^T in shared memory.
 struct Step {
@@ -197,9 +61,9 @@ struct Step {
       const u32 sLse = loader.sLse(stage_q) + u32(query) * 4,
                 sD = loader.sD(stage_do) + u32(query) * 4;
       if (masked) {
-        finish_scores<true>(rS, rP, p, work, score, dropout, lane, row, key, sLse);
+        finish_scores<true>(rS, rP, p, work, score, dropout, lane, row, key, sLse, NoFragment());
       } else {
-        finish_scores<false>(rS, rP, p, work, score, dropout, lane, row, key, sLse);
+        finish_scores<false>(rS, rP, p, work, score, dropout, lane, row, key, sLse, NoFragment());
       }
       const u32 sDo = loader.sDo(stage_do) + u32(query * LayoutDo::kRowBytes);
       if constexpr (kPInRegisters) {
@@ -217,7 +81,12 @@ struct Step {
             }
           });
       Packed rDs;
-      finish_ds(rDs, rS, rDp, p, lane, sD);
+      finish_ds(rDs, rDp, p, lane, sD, [&](f32(&rP)[2][4], i32 m, i32 n) {
+#pragma unroll
+        for (i32 i = 0; i < 8; ++i) {
+          rP[i / 4][i % 4] = rS[m][n + i / 4][i % 4];
+        }
+      });
       store_packed(sDs, rDs, lane, query);
       if constexpr (kPInRegisters) {
         accumulate_from_registers<LayoutQ, Cfg::kSubM>(
@@ -270,16 +139,11 @@ DEVICE void load_operands(u32 (&operands)[kMTiles][kKSteps][4], u32 sTile, const
 // before.
 DEVICE void run(Gradients& gradients, const BwdParams& p, const KeyWork& work, const Lane& lane,
                 u32 smem, i32 n_block, const TileRange& tiles, i32 head_begin, i32 head_end) {
-  const i32 first_key = n_block * Cfg::kBlockN, count = tiles.end - tiles.begin;
-  const i32 start =
-      tiles.begin + (Cfg::kRotate ? n_block * Cfg::kBlockN / Cfg::kBlockM % count : 0);
+  const i32 first_key = n_block * Cfg::kBlockN, start = first_query_tile(tiles, n_block);
   const Loader loader{p, work, lane, smem};
   Cursor at{head_begin, start};
   cta_sync();  // the run before is done with shared memory
-  loader.load_kv(head_begin, first_key);
-  loader.load_q<1>(at, work.seq.seqlen_q, 0, 0);
-  loader.load_do<1>(at, work.seq.seqlen_q, 0, 0);
-  cp_async_commit_group();
+  loader.load_first(at, first_key);
 
   Operands operands;
   if constexpr (Cfg::kKInRegisters || Cfg::kVInRegisters) {
@@ -293,7 +157,7 @@ DEVICE void run(Gradients& gradients, const BwdParams& p, const KeyWork& work, c
     }
   }
 
-  const i32 num_steps = count * (head_end - head_begin);
+  const i32 num_steps = (tiles.end - tiles.begin) * (head_end - head_begin);
   Cursor before = at;
   for (i32 step = 0; step < num_steps; ++step) {
     Cursor next_at = at;
@@ -309,7 +173,8 @@ DEVICE void run(Gradients& gradients, const BwdParams& p, const KeyWork& work, c
     cta_sync();
     if constexpr (kDelayedDq) {
       if (step > 0) {
-        add_dq(p, work, lane, before, smem, sDs + u32((step + 1) % 2 * LayoutP::kBytes));
+        compute_and_add_dq(p, work, lane, before, smem,
+                           sDs + u32((step + 1) % 2 * LayoutP::kBytes));
       }
     }
     Step{p, work, lane, operands, loader, first_key, at, stage_q, stage_do, sDs_now, masked}.scores(
@@ -326,7 +191,12 @@ DEVICE void run(Gradients& gradients, const BwdParams& p, const KeyWork& work, c
         loader.load_do<1>(next_at, next_rows, 0, 0);
       }
       if constexpr (!kPInRegisters) {
-        accumulate_from_shared<LayoutQ>(gradients.rDk, sDs, loader.sQ(stage_q), lane);
+        Fragments<kMTilesDq, kNTilesDq> rDq;
+        clear(rDq);
+        accumulate_dq(rDq, lane, smem, sDs);
+        accumulate_from_shared<LayoutQ>(gradients.rDk, sDs, loader.sQ(stage_q), lane, [&](i32 k) {
+          add_dq<Cfg::kBlockM / 16>(rDq, p, work, lane, at, work.seq.seqlen_q, k);
+        });
         if constexpr (Cfg::kStagesQ == 1) {
           cta_sync();
         }
@@ -334,7 +204,9 @@ DEVICE void run(Gradients& gradients, const BwdParams& p, const KeyWork& work, c
       if constexpr (Cfg::kStagesQ == 1) {
         loader.load_q<1>(next_at, next_rows, 0, 0);
       }
-      add_dq(p, work, lane, at, smem, sDs);
+      if constexpr (kPInRegisters) {
+        compute_and_add_dq(p, work, lane, at, smem, sDs);
+      }
     }
     cp_async_commit_group();
     before = at;
@@ -343,50 +215,190 @@ DEVICE void run(Gradients& gradients, const BwdParams& p, const KeyWork& work, c
   cp_async_wait_group<0>();  // the zeros behind the last step
   if constexpr (kDelayedDq) {
     cta_sync();
-    add_dq(p, work, lane, before, smem,
-           smem + Smem::kDs + u32((num_steps + 1) % 2 * LayoutP::kBytes));
+    compute_and_add_dq(p, work, lane, before, smem,
+                       smem + Smem::kDs + u32((num_steps + 1) % 2 * LayoutP::kBytes));
   }
 }
+enum NamedBarrier {
+  kBarHandoff = 1,    // + role_warp: P^T of a warp's part lies where dS^T will
+  kBarScores = 9,     // P^T of the whole tile is in shared memory
+  kBarGradients = 10  // dS^T is
+};
+static_assert(!Cfg::kSplitRoles || (kSubSteps == 1 && kRoleWarps <= 8 && Cfg::kStagesQ == 2 &&
+                                    Cfg::kStagesDo == 2 && Cfg::kStagesDs == 2));
 
-// Writes dK or dV, scaled and rounded. dst: row 0 of the key tile. rows: that the sequence owns
-// from there on.
-template <i32 kHeadDim, i32 kNTiles>
-DEVICE void store_gradient(const Fragments<kMTilesKv, kNTiles>& rD, void* dst, i64 row_stride,
-                           i32 rows, f32 scale, const Lane& lane) {
-#pragma unroll
-  for (i32 m = 0; m < kMTilesKv; ++m) {
-#pragma unroll
-    for (i32 half = 0; half < 2; ++half) {
-      const i32 row = lane.kv_key + lane.row(m, 2 * half);
-      if (row < rows) {
-        u16* g_row = static_cast<u16*>(dst) + row * row_stride;
-#pragma unroll
-        for (i32 n = 0; n < kNTiles; ++n) {
-          const i32 col = lane.kv_part * kNTiles * 8 + lane.col(n, 0);
-          const u32 pair =
-              pack2<Cfg::kBf16>(rD[m][n][2 * half] * scale, rD[m][n][2 * half + 1] * scale);
-          if constexpr (Cfg::kGradVectorBytes >= 4) {
-            if (col < kHeadDim) {
-              st_global_u32(g_row + col, pair);
-            }
-          } else {
-            if (col < kHeadDim) {
-              st_global_u16(g_row + col, u16(pair));
-            }
-            if (col + 1 < kHeadDim) {
-              st_global_u16(g_row + col + 1, u16(pair >> 16));
-            }
-          }
-        }
-      }
+// One step of the walk in split roles. Two warps of the same role_warp, one of each role, have the
+// same part of S^T and dP^T. They wait for each other only where P^T changes hands; so one's
+// exponentials run beside the other's products. dQ of the step before is computed by all.
+struct RoleStep {
+  const BwdParams& p;
+  const KeyWork& work;
+  const Lane& lane;
+  const Loader& loader;
+  i32 first_key;
+  Cursor before, at, next_at;
+  i32 rows_before, next_rows;  // of the sequence; 0 where there is no such step
+  i32 stage;
+  bool masked;
+
+  DEVICE u32 sDs(i32 of_stage) const {
+    return loader.smem + Smem::kDs + u32(of_stage * LayoutP::kBytes);
+  }
+
+  // S^T, P^T and dV.
+  DEVICE void scores(Fragments<kMTilesKv, kNTilesDv>& rDv) const {
+    const Score<Cfg> score(p, work.batch_idx, at.head_idx);
+    const MaybeDropout dropout(p, work.batch_idx, at.head_idx);
+    Fragments<kMTilesS, kNTilesS> rS;
+    Packed rP;
+    clear(rS);
+    product<LayoutK, LayoutQ, kDepthQk>(rS, loader.smem + Smem::kK, loader.sQ(stage),
+                                        [&](i32 k) { load_next<kDepthQk / 16>(k); });
+    const i32 query = at.m_block * Cfg::kBlockM + lane.s_query, key = first_key + lane.s_key;
+    const u32 sLse = loader.sLse(stage) + u32(lane.s_query) * 4;
+    const u32 sX_lane = sDs(stage) + u32((lane.s_key + lane.row(0, 0)) * LayoutP::kRowBytes +
+                                         (lane.s_query + lane.col(0, 0)) * kElemBytes);
+    const auto hand_over = [&](i32 m, i32 n) { store_handoff(sX_lane, rS[m][n], m, n); };
+    if (masked) {
+      finish_scores<true>(rS, rP, p, work, score, dropout, lane, query, key, sLse, hand_over);
+    } else {
+      finish_scores<false>(rS, rP, p, work, score, dropout, lane, query, key, sLse, hand_over);
+    }
+    named_barrier_arrive(kBarHandoff + lane.role_warp, 64);
+    Fragments<kMTilesDq, kNTilesDq> rDq;
+    if constexpr (kPInRegisters) {  // dV first: it frees P^T's registers
+      accumulate_from_registers<LayoutDo, Cfg::kSubM>(rDv, rP, loader.sDo(stage), lane);
+      dq_before(rDq);
+      add_part<1>(rDq, 0);
+    } else {
+      store_packed(loader.smem + Smem::kP, rP, lane, lane.s_query);
+      dq_before(rDq);
+      named_barrier_sync(kBarScores, 32 * kRoleWarps);
+      accumulate_from_shared<LayoutDo>(rDv, loader.smem + Smem::kP, loader.sDo(stage), lane,
+                                       [&](i32 k) { add_part<Cfg::kBlockM / 16>(rDq, k); });
     }
   }
+
+  // dP^T, dS^T and dK.
+  DEVICE void gradients(Fragments<kMTilesKv, kNTilesDk>& rDk) const {
+    const u32 sD = loader.sD(stage) + u32(lane.s_query) * 4;
+    Fragments<kMTilesDq, kNTilesDq> rDq;
+    Fragments<kMTilesS, kNTilesS> rDp;
+    Packed rDs;
+    if constexpr (kPInRegisters) {  // rDp is too large to keep rDq beside it
+      dq_before(rDq);
+      add_part<1>(rDq, 0);
+      start_dp(rDp, lane, sD);
+      product<LayoutV, LayoutDo, kDepthV>(rDp, loader.smem + Smem::kV, loader.sDo(stage),
+                                          [&](i32 k) { load_next<kDepthV / 16>(k); });
+    } else {
+      clear(rDq);
+      if (rows_before > 0) {
+        accumulate_dq(rDq, lane, loader.smem, sDs(1 - stage),
+                      [&](i32 k) { load_next<Cfg::kBlockN / 16>(k); });
+      } else {
+        load_next<1>(0);
+      }
+      start_dp(rDp, lane, sD);
+      product<LayoutV, LayoutDo, kDepthV>(rDp, loader.smem + Smem::kV, loader.sDo(stage),
+                                          [&](i32 k) { add_part<kDepthV / 16>(rDq, k); });
+    }
+    const u32 sX_lane = sDs(stage) +
+                        u32(lane.s_key * LayoutP::kRowBytes + lane.s_query * kElemBytes) +
+                        lane_offset_a<LayoutP>(lane.lane_idx);
+    named_barrier_sync(kBarHandoff + lane.role_warp, 64);
+    finish_ds(rDs, rDp, p, lane, sD,
+              [&](f32(&rP)[2][4], i32 m, i32 n) { load_handoff(rP, sX_lane, m, n); });
+    warp_sync();  // dS^T takes the place of P^T
+    store_packed(sDs(stage), rDs, lane, lane.s_query);
+    if constexpr (kPInRegisters) {
+      accumulate_from_registers<LayoutQ, Cfg::kSubM>(rDk, rDs, loader.sQ(stage), lane);
+    } else {
+      named_barrier_sync(kBarGradients, 32 * kRoleWarps);
+      accumulate_from_shared<LayoutQ>(rDk, sDs(stage), loader.sQ(stage), lane);
+    }
+  }
+
+ private:
+  // This warp's part of dQ of the step before.
+  DEVICE void dq_before(Fragments<kMTilesDq, kNTilesDq>& rDq) const {
+    clear(rDq);
+    if (rows_before > 0) {
+      accumulate_dq(rDq, lane, loader.smem, sDs(1 - stage));
+    }
+  }
+  template <i32 kParts>
+  DEVICE void add_part(const Fragments<kMTilesDq, kNTilesDq>& rDq, i32 part) const {
+    add_dq<kParts>(rDq, p, work, lane, before, rows_before, part);
+  }
+  template <i32 kParts>
+  DEVICE void load_next(i32 part) const {
+    loader.load_q<kParts>(next_at, next_rows, 1 - stage, part);
+    loader.load_do<kParts>(next_at, next_rows, 1 - stage, part);
+  }
+  // rD += A B^T, A = the warp's keys of K or V (sA), B = its queries of Q or dO (sB).
+  template <class LayoutA, class LayoutB, i32 kDepth, class EachStep>
+  DEVICE void product(Fragments<kMTilesS, kNTilesS>& rD, u32 sA, u32 sB, EachStep each_step) const {
+    const u32 sA_lane =
+        sA + u32(lane.s_key * LayoutA::kRowBytes) + lane_offset_a<LayoutA>(lane.lane_idx);
+    gemm_abt<Cfg::kBf16, LayoutB, kDepth>(
+        rD, sB + u32(lane.s_query * LayoutB::kRowBytes) + lane_offset_b<LayoutB>(lane.lane_idx),
+        [&](u32(&rA)[4], i32 m, i32 k) { load_a<LayoutA>(rA, sA_lane, m, k); }, each_step);
+  }
+};
+
+// run() in one of the two roles. A step begins with the same barrier, and dS^T has two stages.
+template <bool kScores, i32 kNTiles>
+DEVICE void run_role(Fragments<kMTilesKv, kNTiles>& rD, const BwdParams& p, const KeyWork& work,
+                     const Lane& lane, u32 smem, i32 n_block, const TileRange& tiles,
+                     i32 head_begin, i32 head_end) {
+  const i32 first_key = n_block * Cfg::kBlockN, start = first_query_tile(tiles, n_block);
+  const Loader loader{p, work, lane, smem};
+  Cursor at{head_begin, start};
+  cta_sync();  // the run before is done with shared memory
+  loader.load_first(at, first_key);
+
+  const i32 num_steps = (tiles.end - tiles.begin) * (head_end - head_begin);
+  Cursor before = at;
+  for (i32 step = 0; step < num_steps; ++step) {
+    Cursor next_at = at;
+    next_at.advance(tiles, start);
+    const bool masked = at.m_block < tiles.interior_begin || at.m_block >= tiles.interior_end;
+    const RoleStep now{p,
+                       work,
+                       lane,
+                       loader,
+                       first_key,
+                       before,
+                       at,
+                       next_at,
+                       step > 0 ? work.seq.seqlen_q : 0,
+                       step + 1 < num_steps ? work.seq.seqlen_q : 0,
+                       step % 2,
+                       masked};
+    cp_async_wait_group<0>();
+    cta_sync();
+    if constexpr (kScores) {
+      now.scores(rD);
+    } else {
+      now.gradients(rD);
+    }
+    cp_async_commit_group();
+    before = at;
+    at = next_at;
+  }
+  cp_async_wait_group<0>();  // the zeros behind the last step
+  cta_sync();
+  compute_and_add_dq(p, work, lane, before, smem,
+                     smem + Smem::kDs + u32((num_steps + 1) % 2 * LayoutP::kBytes));
 }
 
 // dK and dV of one key tile: sums over the query heads of each K and V head, which need not be as
-// many.
+// many. kHasDk, kHasDv: what this warp computes of them.
+template <bool kHasDk, bool kHasDv>
 DEVICE void key_tile(const BwdParams& p, const KeyWork& work, const Lane& lane, u32 smem,
                      i32 n_block) {
+  constexpr bool kStaged = Cfg::kGradVectorBytes == 16;
   const i32 first_key = n_block * Cfg::kBlockN;
   const TileRange tiles = query_tiles<Cfg>(p, work.seq, first_key, Cfg::kBlockN);
   const i64 b = work.batch_idx, g_row = work.seq.k_row + first_key;
@@ -399,24 +411,61 @@ DEVICE void key_tile(const BwdParams& p, const KeyWork& work, const Lane& lane, 
     const i32 end_k = (head_k + 1) * p.qhead_per_khead, end_v = (head_v + 1) * p.qhead_per_vhead;
     const i32 end = imin(end_k, end_v);
     if (tiles.begin < tiles.end) {
-      run(gradients, p, work, lane, smem, n_block, tiles, head, end);
+      if constexpr (kHasDk && kHasDv) {
+        run(gradients, p, work, lane, smem, n_block, tiles, head, end);
+      } else if constexpr (kHasDv) {
+        run_role<true>(gradients.rDv, p, work, lane, smem, n_block, tiles, head, end);
+      } else {
+        run_role<false>(gradients.rDk, p, work, lane, smem, n_block, tiles, head, end);
+      }
     }
-    if (end == end_k) {
-      u16* dk = static_cast<u16*>(p.dk) + b * p.dk_batch_stride + head_k * p.dk_head_stride +
-                g_row * p.dk_row_stride;
-      store_gradient<Cfg::kHeadDimQk>(gradients.rDk, dk, p.dk_row_stride, rows, p.dqk_scale, lane);
-      clear(gradients.rDk);
+    if constexpr (kStaged) {
+      cta_sync();  // all warps are done with K and V
     }
-    if (end == end_v) {
-      u16* dv = static_cast<u16*>(p.dv) + b * p.dv_batch_stride + head_v * p.dv_head_stride +
-                g_row * p.dv_row_stride;
-      store_gradient<Cfg::kHeadDimV>(gradients.rDv, dv, p.dv_row_stride, rows, p.dv_scale, lane);
-      clear(gradients.rDv);
+    if constexpr (kHasDk) {
+      if (end == end_k) {
+        u16* dk = static_cast<u16*>(p.dk) + b * p.dk_batch_stride + head_k * p.dk_head_stride +
+                  g_row * p.dk_row_stride;
+        if constexpr (kStaged) {
+          store_gradient_staged<Cfg::kHeadDimQk, LayoutK>(gradients.rDk, smem + Smem::kK, dk,
+                                                          p.dk_row_stride, rows, p.dqk_scale, lane);
+        } else {
+          store_gradient<Cfg::kHeadDimQk>(gradients.rDk, dk, p.dk_row_stride, rows, p.dqk_scale,
+                                          lane);
+        }
+        clear(gradients.rDk);
+      }
+    }
+    if constexpr (kHasDv) {
+      if (end == end_v) {
+        u16* dv = static_cast<u16*>(p.dv) + b * p.dv_batch_stride + head_v * p.dv_head_stride +
+                  g_row * p.dv_row_stride;
+        if constexpr (kStaged) {
+          store_gradient_staged<Cfg::kHeadDimV, LayoutV>(gradients.rDv, smem + Smem::kV, dv,
+                                                         p.dv_row_stride, rows, p.dv_scale, lane);
+        } else {
+          store_gradient<Cfg::kHeadDimV>(gradients.rDv, dv, p.dv_row_stride, rows, p.dv_scale,
+                                         lane);
+        }
+        clear(gradients.rDv);
+      }
     }
     if constexpr (!Cfg::kGroupedHeads) {
       break;  // one head: no loop whose invariants would take registers
     }
     head = end;
+  }
+}
+
+// A key tile by all warps of the CTA.
+DEVICE void divide_key_tile(const BwdParams& p, const KeyWork& work, const Lane& lane, u32 smem,
+                            i32 n_block) {
+  if constexpr (!Cfg::kSplitRoles) {
+    key_tile<true, true>(p, work, lane, smem, n_block);
+  } else if (lane.thread_idx < 32 * kRoleWarps) {
+    key_tile<false, true>(p, work, lane, smem, n_block);
+  } else {
+    key_tile<true, false>(p, work, lane, smem, n_block);
   }
 }
 
@@ -428,9 +477,9 @@ KERNEL(Cfg::kNumThreads, Cfg::kMinCtasPerSm) flash2_bwd(GRID_CONSTANT BwdParams 
     // dq_accum[split] belongs to this CTA for its heads, which adds to it in one order.
     for (i32 n_block = work.n_block; n_block * Cfg::kBlockN < work.slot_k;
          n_block += p.num_splits) {
-      key_tile(p, work, lane, smem, n_block);
+      divide_key_tile(p, work, lane, smem, n_block);
     }
   } else if (work.n_block * Cfg::kBlockN < work.slot_k) {
-    key_tile(p, work, lane, smem, work.n_block);
+    divide_key_tile(p, work, lane, smem, work.n_block);
   }
 }

@@ -48,10 +48,10 @@ class BackwardPlan:
     def __init__(
         self, problem: BackwardProblem, target: Target, tile: BackwardTile | None = None
     ) -> None:
-        """tile: instead of the table's choice."""
+        """tile: instead of the tables' choice."""
         self.problem = problem
         self.target = target
-        self.specs = bwd_tiles.backward_specs(problem, target.arch, tile)
+        self.specs = bwd_tiles.backward_specs(problem, target.arch, tile, target.gpu)
         self.device = (
             torch.device("cpu") if target.simulated else torch.device("cuda", target.device_index)
         )
@@ -199,6 +199,7 @@ class BackwardPlan:
         stat_rows = self._stat_shape()[-1]
         accum_head = self._accum_rows_per_head() * self._accum_columns()
         keep_probability = 1.0 - p.dropout_p
+        unshift = 2.0 ** -int(self.specs[1]["probability_shift"])
         values: dict[str, Any] = {
             "lse_batch_stride": 0 if p.varlen_q else p.num_heads_q * p.seqlen_q,
             "lse_head_stride": p.total_q if p.varlen_q else p.seqlen_q,
@@ -223,8 +224,8 @@ class BackwardPlan:
             "attention_chunk": min(p.attention_chunk, MAX_WINDOW),
             "softmax_scale_log2": p.softmax_scale * LOG2E,
             "alibi_batch_stride": p.num_heads_q if p.alibi_batched else 0,
-            "dqk_scale": p.softmax_scale / keep_probability,
-            "dv_scale": 1.0 / keep_probability,
+            "dqk_scale": p.softmax_scale / keep_probability * unshift,
+            "dv_scale": 1.0 / keep_probability * unshift,
             "keep_threshold": floor(keep_probability * 255.0),
             "keep_probability": keep_probability,
             **self._key_work(),

@@ -10,12 +10,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from .._common import arch as arch_table
+from .._common import tuned_tiles
 from .._common.backward_problem import BackwardProblem
 from .._common.problem import Problem
 from .._common.spec import KernelSpec
 from .tiles import ELEM_BYTES, ROW_PAD_BYTES
 
 STAT_BYTES = 4  # lse and D of one query, each
+# Split roles hand P^T over as fp16. Times 2^14 (undone at the end, exactly) its normal numbers
+# reach from 2^-28 to 1, so bf16 inputs with a million keys lose nothing.
+HANDOFF_SHIFT = 14
 STREAM_THREADS = (
     256  # bwd_preprocess.cu and bwd_convert.cu: enough loads in flight for the memory bandwidth
 )
@@ -28,7 +32,8 @@ class BackwardTile:
     The warps divide S^T and dP^T (keys x queries) as s_warps_n x the rest, dK and dV (keys x head
     dim) as kv_warps_n x the rest, dQ (queries x head dim) as dq_warps_m x the rest. With s_warps_n
     = kv_warps_n = num_warps, P^T and dS^T go from product to product in registers; else through
-    shared memory.
+    shared memory. With split_roles, one half of the warps has S^T, P^T and dV, the other dP^T, dS^T
+    and dK, and s_warps_n and kv_warps_n divide a half.
     """
 
     block_m: int  # queries of a step; a power of two up to 128
@@ -47,14 +52,20 @@ class BackwardTile:
         True  # CTAs begin at different query tiles, so that they add to different parts of dQ
     )
     min_ctas_per_sm: int = 1
+    split_roles: bool = False
+
+    @property
+    def role_warps(self) -> int:
+        """Warps that share one product of scores, dK or dV."""
+        return self.num_warps // 2 if self.split_roles else self.num_warps
 
     @property
     def p_in_registers(self) -> bool:
-        return self.s_warps_n == self.kv_warps_n == self.num_warps
+        return self.s_warps_n == self.kv_warps_n == self.role_warps
 
     def column_multiples(self) -> tuple[int, int]:
         """Of tiles with head_dim_qk and head_dim_v columns: warps share them, 16 at a time."""
-        kv_warps_d = self.num_warps // self.kv_warps_n
+        kv_warps_d = self.role_warps // self.kv_warps_n
         return 16 * max(kv_warps_d, self.num_warps // self.dq_warps_m), 16 * kv_warps_d
 
     def accum_columns(self, head_dim_qk: int) -> int:
@@ -89,10 +100,14 @@ def _candidates(problem: Problem) -> Iterator[BackwardTile]:
 
     dK and dV of a CTA stay in registers, block_n x (head_dim_qk + head_dim_v) fp32 values: that
     bounds block_n. Where a warp can hold 32 whole rows of them, P^T and dS^T need not be shared.
-    Else warps in 2-D grids, whose tiles of 32 x 32 and 32 x 64 keep the traffic of ldmatrix below
-    that of the tensor cores. Measured on an H100 over the named pairs: docs/performance/.
+    Else split roles: a warp then has dK or dV only, so 32 rows of it fit; it reads a fifth less
+    from shared memory, and one role's exponentials run beside the other's products (2 to 20 %
+    faster than what follows). Else warps in 2-D grids, whose tiles of 32 x 32 and 32 x 64 keep the
+    traffic of ldmatrix below that of the tensor cores. Measured on an H100 over the named pairs:
+    docs/performance/.
     """
     qk, v = problem.head_dim_qk, problem.head_dim_v
+    dq_warps_m = 2 if qk % 64 == 0 or qk < 64 else 4  # without padding of head_dim_qk
     if qk + v <= 128:
         if not problem.dropout:
             if qk <= 32:
@@ -101,10 +116,13 @@ def _candidates(problem: Problem) -> Iterator[BackwardTile]:
         # 16 rows a warp leave registers for V and for dropout's random numbers.
         half_rows = BackwardTile(64, 128, 8, 8, 8, 4, 32, k_in_registers=True, v_in_registers=True)
         yield _staged(half_rows, 2, 2, 2)
+    if 128 < qk + v and max(qk, v) <= 128 and not problem.dropout:
+        roles = BackwardTile(64, 128, 8, 4, 4, dq_warps_m, sub_m=64, split_roles=True)
+        yield _staged(roles, 2, 2, 2)
     if qk <= 64 and v <= 128 and not problem.dropout:
         yield _staged(BackwardTile(64, 64, 4, 2, 2, 2, sub_m=32), 2, 2, 1, 2)
     if qk + v <= 320 and max(qk, v) <= 192 and min(qk, v) <= 128:
-        wide = BackwardTile(64, 128, 8, 4, 4, 2 if qk % 64 == 0 or qk < 64 else 4, sub_m=32)
+        wide = BackwardTile(64, 128, 8, 4, 4, dq_warps_m, sub_m=32)
         if qk + v <= 288:
             yield _staged(wide, 2, 2)
         yield _staged(wide, 2, 1)
@@ -113,6 +131,9 @@ def _candidates(problem: Problem) -> Iterator[BackwardTile]:
         middle = BackwardTile(64, 96, 8, 2, 2, 2, sub_m=16)
         yield _staged(middle, 2, 2)
         yield _staged(middle, 2, 1)
+    if qk + v > 384 and not problem.dropout:
+        roles = BackwardTile(64, 64, 8, 2, 2, 2, sub_m=32, split_roles=True)
+        yield _staged(roles, 2, 2, 2)  # 231 KB at (256, 256): sm_90 and sm_100
     square = BackwardTile(64, 64, 8, 2, 2, 2, sub_m=16)
     yield _staged(square, 2, 2)
     yield _staged(square, 2, 1)
@@ -139,21 +160,76 @@ def backward_tile(problem: Problem, arch: str) -> BackwardTile:
     for tile in _candidates(problem):
         smem = tile.smem_bytes(problem.head_dim_qk, problem.head_dim_v)
         if limits.max_ctas_per_sm(smem, 32 * tile.num_warps) >= tile.min_ctas_per_sm:
-            return replace(
-                tile, rotate=not (problem.causal or problem.local or problem.attention_chunk)
-            )
+            return replace(tile, rotate=rotates(problem))
     raise NotImplementedError(
         f"no backward tile of head dims ({problem.head_dim_qk}, {problem.head_dim_v}) fits "
         f"{limits.name}"
     )
 
 
+def rotates(problem: Problem) -> bool:
+    """Without a mask all CTAs walk the same query tiles, so they had better begin apart."""
+    return not (problem.causal or problem.local or problem.attention_chunk)
+
+
+def refuses_tile(tile: BackwardTile, problem: Problem, arch: str) -> str | None:
+    """Why `bwd.cu` cannot be built so, or not be launched on the arch; None if it can."""
+    warps, role_warps = tile.num_warps, tile.role_warps
+    if warps not in (1, 2, 4, 8, 16):
+        return f"num_warps={warps} is not a power of two up to 16"
+    for name, count, divided in (
+        ("s_warps_n", tile.s_warps_n, role_warps),
+        ("kv_warps_n", tile.kv_warps_n, role_warps),
+        ("dq_warps_m", tile.dq_warps_m, warps),
+    ):
+        if count < 1 or divided % count:
+            return f"{name}={count} does not divide {divided} warps"
+    if tile.block_m not in (16, 32, 64, 128):
+        return f"block_m={tile.block_m} is not 16, 32, 64 or 128"
+    if tile.sub_m < 16 or tile.sub_m % 16:
+        return f"sub_m={tile.sub_m} is not a multiple of 16"
+    for size, name, part in (
+        (tile.block_n, "block_n", 16 * tile.s_warps_n),
+        (tile.block_n, "block_n", 16 * tile.kv_warps_n),
+        (tile.block_m, "block_m", role_warps // tile.s_warps_n * tile.sub_m),
+        (tile.block_m, "block_m", 16 * tile.dq_warps_m),
+    ):
+        if size < part or size % part:
+            return f"{name}={size} is not a multiple of {part}, as its warps need"
+    if not {tile.stages_q, tile.stages_do, tile.stages_ds} <= {1, 2}:
+        return "stages_q, stages_do and stages_ds are 1 or 2"
+    if tile.stages_ds == 2 and not (
+        (tile.p_in_registers or tile.split_roles) and tile.stages_q == tile.stages_do == 2
+    ):
+        return "stages_ds=2 needs P^T in registers or split roles, and two stages of Q and dO"
+    if tile.split_roles and (
+        tile.stages_ds != 2
+        or tile.k_in_registers
+        or tile.v_in_registers
+        or tile.block_m != role_warps // tile.s_warps_n * tile.sub_m
+    ):
+        return "split_roles needs stages_ds=2, no operands in registers, and all of block_m at once"
+    smem = tile.smem_bytes(problem.head_dim_qk, problem.head_dim_v)
+    fitting = arch_table.limits(arch).max_ctas_per_sm(smem, 32 * warps)
+    if not 1 <= tile.min_ctas_per_sm <= fitting:
+        return f"min_ctas_per_sm={tile.min_ctas_per_sm}, but {fitting} fit ({smem} bytes each)"
+    return None
+
+
+def tuned_tile(problem: Problem, arch: str, gpu: str = "") -> BackwardTile | None:
+    """What a table of the autotuner holds for the problem, if any does."""
+    key = tuned_tiles.key("flash2", "bwd", problem)
+    return tuned_tiles.tile(BackwardTile, key, arch, gpu, lambda t: refuses_tile(t, problem, arch))
+
+
 def backward_specs(
-    problem: BackwardProblem, arch: str, tile: BackwardTile | None = None
+    problem: BackwardProblem, arch: str, tile: BackwardTile | None = None, gpu: str = ""
 ) -> tuple[KernelSpec, KernelSpec, KernelSpec]:
-    """(preprocess, main, convert), with the tile of the table or a given one."""
+    """(preprocess, main, convert), with a given tile or else the tuned one, or else
+    `backward_tile`. gpu: the device's model, as `Target.gpu`.
+    """
     forward = problem.forward
-    tile = tile or backward_tile(forward, arch)
+    tile = tile or tuned_tile(forward, arch, gpu) or backward_tile(forward, arch)
     accum_columns = tile.accum_columns(forward.head_dim_qk)
     streaming: dict[str, bool | int] = {
         "bf16": forward.dtype == "bf16",
@@ -161,6 +237,7 @@ def backward_specs(
         "min_ctas_per_sm": 1,
         "smem_bytes": 0,
         "accum_columns": accum_columns,
+        "vector_atomics": _vector_atomics(arch),
         "varlen_q": forward.varlen_q,
         "varlen_k": forward.varlen_k,
     }
@@ -209,6 +286,9 @@ def _main_spec(
         stages_q=tile.stages_q,
         stages_do=tile.stages_do,
         stages_ds=tile.stages_ds,
+        split_roles=tile.split_roles,
+        probability_shift=HANDOFF_SHIFT if tile.split_roles and forward.dtype == "bf16" else 0,
+        vector_atomics=_vector_atomics(arch),
         k_in_registers=tile.k_in_registers,
         v_in_registers=tile.v_in_registers,
         rotate=tile.rotate,
@@ -230,6 +310,11 @@ def _main_spec(
         varlen_q=forward.varlen_q,
         varlen_k=forward.varlen_k,
     )
+
+
+def _vector_atomics(arch: str) -> bool:
+    """Whether red.global.add.v4.f32 exists."""
+    return int(arch.removeprefix("sm_").rstrip("af")) >= 90
 
 
 def _wide_row_strides(problem: BackwardProblem) -> bool:

@@ -6,6 +6,7 @@ failure here is the backward's. Inputs, dout and the memory of the gradients lie
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import cases
@@ -316,6 +317,8 @@ TILES = {
     "shared-halves": BackwardTile(64, 64, 4, 2, 2, 2, sub_m=16, stages_q=2, stages_do=2),
     "three-strips": BackwardTile(64, 96, 8, 2, 2, 2, sub_m=16, stages_q=2),
     "smallest": BackwardTile(32, 32, 4, 2, 2, 2, sub_m=16),
+    "roles": BackwardTile(64, 128, 8, 4, 4, 2, 64, 2, 2, 2, split_roles=True),
+    "roles-shared": BackwardTile(64, 64, 8, 2, 2, 4, 32, 2, 2, 2, split_roles=True),
 }
 
 
@@ -327,6 +330,30 @@ def test_tiles(runner: Runner, case: Case, tile: BackwardTile, dropout_p: float)
     call = Call(case.but(dropout_p=dropout_p), runner.device)
     grads, _ = call.run(runner, tile=tile)
     check(call, grads)
+
+
+@pytest.mark.parametrize("tile", ["own-rows-delayed", "shared", "roles"])
+@pytest.mark.sim
+def test_four_sums_at_a_time(tile: str):
+    """From sm_90 on a lane adds four values of dQ at once, which changes dq_accum's layout."""
+    runner = Runner("sim", torch.device("cpu"), arch="sm_90")
+    case = Case(causal=True, seqlen_q=150, seqlen_k=170, batch=1).with_dims(64, 64)
+    call = Call(case, "cpu")
+    grads, _ = call.run(runner, tile=TILES[tile])
+    check(call, grads)
+
+
+@on_both([Case(seqlen_q=70, seqlen_k=100, batch=1).with_dims(64, 64)])
+@pytest.mark.parametrize("tile", ["shared", "roles", "roles-shared"])
+def test_tiny_probabilities_keep_their_precision(runner: Runner, case: Case, tile: str):
+    """As among a million keys. An LSE that is larger by c makes all gradients smaller by exp(c)."""
+    call = Call(case, runner.device)
+    large, _ = call.run(runner, tile=TILES[tile])
+    call.softmax_lse += 20 * math.log(2.0)
+    small, _ = call.run(runner, tile=TILES[tile])
+    for name, want, got in zip(("dq", "dk", "dv"), large, small, strict=True):
+        error = (got.float() * 2.0**20 - want.float()).abs().max()
+        assert error <= 2.0**-7 * want.float().abs().max(), name
 
 
 @pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(0, 5), (3, 0)])

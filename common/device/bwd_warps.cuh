@@ -9,15 +9,17 @@
 // How the warps divide the three kinds of products: kSWarpsN of them along the keys of S^T and
 // dP^T, the others along the queries; kKvWarpsN along the keys of dK and dV, the others along the
 // head dims; kDqWarpsM along the queries of dQ.
-constexpr i32 kSWarpsM = Cfg::kNumWarps / Cfg::kSWarpsN;
-constexpr i32 kKvWarpsD = Cfg::kNumWarps / Cfg::kKvWarpsN;
+// Cfg::kSplitRoles: the first half of the warps has S^T, P^T and dV, the second dP^T, dS^T and dK.
+constexpr i32 kRoleWarps = Cfg::kSplitRoles ? Cfg::kNumWarps / 2 : Cfg::kNumWarps;
+constexpr i32 kSWarpsM = kRoleWarps / Cfg::kSWarpsN;
+constexpr i32 kKvWarpsD = kRoleWarps / Cfg::kKvWarpsN;
 constexpr i32 kDqWarpsD = Cfg::kNumWarps / Cfg::kDqWarpsM;
 // A warp owns the same keys in all products but dQ, so P^T and dS^T pass from accumulators to
 // operands in its registers.
 constexpr bool kPInRegisters = kSWarpsM == 1 && kKvWarpsD == 1;
 // dQ of a step is computed in the next one: a single barrier per step.
-constexpr bool kDelayedDq =
-    kPInRegisters && Cfg::kStagesDs == 2 && Cfg::kStagesQ == 2 && Cfg::kStagesDo == 2;
+constexpr bool kDelayedDq = !Cfg::kSplitRoles && kPInRegisters && Cfg::kStagesDs == 2 &&
+                            Cfg::kStagesQ == 2 && Cfg::kStagesDo == 2;
 
 using LayoutQ =
     TileLayout<Cfg::kBlockM, Cfg::kHeadDimQk, 16 * (kKvWarpsD > kDqWarpsD ? kKvWarpsD : kDqWarpsD)>;
@@ -92,15 +94,17 @@ struct Operands {
 
 struct Lane {
   i32 thread_idx, lane_idx;
+  i32 role_warp;       // among those of the same role
   i32 s_key, s_query;  // of the warp's part of S^T, within the tiles
   i32 kv_key, kv_part;
   i32 dq_query, dq_part;
   DEVICE Lane() : thread_idx(::thread_idx()), lane_idx(thread_idx % 32) {
     const i32 warp_idx = thread_idx / 32;
-    s_key = warp_idx % Cfg::kSWarpsN * (kMTilesS * 16);
-    s_query = warp_idx / Cfg::kSWarpsN * Cfg::kSubM;
-    kv_key = warp_idx % Cfg::kKvWarpsN * (kMTilesKv * 16);
-    kv_part = warp_idx / Cfg::kKvWarpsN;
+    role_warp = warp_idx % kRoleWarps;
+    s_key = role_warp % Cfg::kSWarpsN * (kMTilesS * 16);
+    s_query = role_warp / Cfg::kSWarpsN * Cfg::kSubM;
+    kv_key = role_warp % Cfg::kKvWarpsN * (kMTilesKv * 16);
+    kv_part = role_warp / Cfg::kKvWarpsN;
     dq_query = warp_idx % Cfg::kDqWarpsM * (kMTilesDq * 16);
     dq_part = warp_idx / Cfg::kDqWarpsM;
   }

@@ -23,10 +23,15 @@ DEVICE i64 accum_row(const SeqlenInfo& seq, i32 batch_idx) {
   return Cfg::kVarlenQ ? (seq.q_row / kAccumRows + batch_idx) * kAccumRows : 0;
 }
 
-// dq_accum holds 16 x 8 fragments as mma leaves them, so that one add of a warp covers 128
-// contiguous bytes: fragments of one 16-row strip follow each other, and inside a fragment element
-// e of lane l is at e * 32 + l.
+// dq_accum holds 16 x 8 fragments as mma leaves them, those of one 16-row strip one after another,
+// so that one add of a warp covers contiguous bytes: one element of each lane, or
+// (Cfg::kVectorAtomics) all four.
 constexpr i32 kFragmentFloats = 128;
+// Element `element` of lane lane_idx inside a fragment.
+template <class Cfg>
+DEVICE i32 accum_offset(i32 lane_idx, i32 element) {
+  return Cfg::kVectorAtomics ? lane_idx * 4 + element : element * 32 + lane_idx;
+}
 
 template <class Cfg>
 DEVICE f32* accum_rows(const BwdParams& p, const SeqlenInfo& seq, i32 batch_idx, i32 head_idx,

@@ -124,8 +124,8 @@ struct BwdParams {
   f32 softcap_in, softcap_out;
   const f32* alibi_slopes;
   i64 alibi_batch_stride;
-  f32 dqk_scale;  // of dQ and dK: softmax_scale, times keep_scale
-  f32 dv_scale;   // keep_scale
+  f32 dqk_scale;  // of dQ and dK: softmax_scale, times keep_scale, times 2^-kProbabilityShift
+  f32 dv_scale;   // keep_scale, times 2^-kProbabilityShift
 
   // dropout.cuh
   const i64* rng_state;
