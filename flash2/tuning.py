@@ -63,6 +63,8 @@ def _forward_space(problem: Problem, arch: str) -> Iterator[ForwardTile]:
                 if tiles.refuses_tile(tile, problem, arch) is None:
                     fitting.append(tile)
         yield from fitting[-2:]
+        if stages == 2:
+            yield from (replace(tile, one_barrier=True) for tile in fitting[-2:])
 
 
 def _forward_cost(tile: ForwardTile, problem: Problem) -> float:
@@ -76,7 +78,8 @@ def _forward_cost(tile: ForwardTile, problem: Problem) -> float:
     )
     warps = tile.num_warps * tile.min_ctas_per_sm
     softmax = 0.1 * max(0.25, WARPS_TO_HIDE_SOFTMAX / warps)
-    step = STEP_CYCLES + (COPY_CYCLES if tile.num_stages == 1 else 0)
+    step = STEP_CYCLES / (2 if tile.one_barrier else 1)
+    step += COPY_CYCLES if tile.num_stages == 1 else 0
     return products + softmax + step / (tile.block_m * tile.block_n * tile.min_ctas_per_sm)
 
 
@@ -89,8 +92,9 @@ def _backward_registers(tile: BackwardTile, problem: Problem) -> int:
         )
     )
     m_tiles_s, m_tiles_kv = (tile.block_n // n // 16 for n in (tile.s_warps_n, tile.kv_warps_n))
-    kv_parts = warps // tile.kv_warps_n
-    gradients = m_tiles_kv * (columns_qk + columns_v) // kv_parts // 2
+    kv_parts = tile.role_warps // tile.kv_warps_n
+    columns = max(columns_qk, columns_v) if tile.split_roles else columns_qk + columns_v
+    gradients = m_tiles_kv * columns // kv_parts // 2
     scores = m_tiles_s * tile.sub_m * 3 // 4  # dP^T in fp32 and P^T in 16 bits
     dq = tile.block_m // tile.dq_warps_m // 16 * columns_qk // (warps // tile.dq_warps_m) // 2
     of_k = m_tiles_s * _round_up(problem.head_dim_qk, 16) // 4 if tile.k_in_registers else 0
@@ -100,18 +104,24 @@ def _backward_registers(tile: BackwardTile, problem: Problem) -> int:
 
 def _backward_space(problem: Problem, arch: str) -> Iterator[BackwardTile]:
     rotate = bwd_tiles.rotates(problem)
-    for warps, block_m, block_n in product((4, 8), (32, 64, 128), (32, 64, 96, 128, 192)):
+    for warps, block_m, block_n, split in product(
+        (4, 8), (32, 64, 128), (32, 64, 96, 128, 192), (False, True)
+    ):
+        role_warps = warps // 2 if split else warps
         powers = [n for n in (1, 2, 4, 8) if n <= warps]
-        for s_warps, kv_warps, dq_warps, sub_m in product(powers, powers, powers, (16, 32, 64)):
+        of_role = [n for n in powers if n <= role_warps]
+        for s_warps, kv_warps, dq_warps, sub_m in product(of_role, of_role, powers, (16, 32, 64)):
             owns_keys = s_warps == kv_warps == warps
             kept = ((False, False), (True, False), (True, True)) if owns_keys else ((False, False),)
             stages = [(2, 2, 1), (2, 1, 1), (1, 1, 1)] + ([(2, 2, 2)] if owns_keys else [])
+            if split:
+                stages = [(2, 2, 2)]
             for (keep_k, keep_v), (stages_q, stages_do, stages_ds) in product(kept, stages):
                 fitting = []
                 for ctas in (1, 2, 3):
                     tile = BackwardTile(
                         block_m, block_n, warps, s_warps, kv_warps, dq_warps, sub_m, stages_q,
-                        stages_do, stages_ds, keep_k, keep_v, rotate, ctas,
+                        stages_do, stages_ds, keep_k, keep_v, rotate, ctas, split,
                     )  # fmt: skip
                     if bwd_tiles.refuses_tile(tile, problem, arch) is None:
                         budget = register_budget(arch, 32 * warps, ctas)
@@ -129,7 +139,7 @@ def _backward_cost(tile: BackwardTile, problem: Problem) -> float:
         )
     )
     s_keys = tile.block_n / tile.s_warps_n
-    kv_parts, dq_parts = (tile.num_warps // n for n in (tile.kv_warps_n, tile.dq_warps_m))
+    kv_parts, dq_parts = tile.role_warps // tile.kv_warps_n, tile.num_warps // tile.dq_warps_m
     bytes_read = 2 * (qk + v) / s_keys  # Q and dO, for S^T and dP^T
     bytes_read += (0 if tile.k_in_registers else 2 * qk / tile.sub_m) + (
         0 if tile.v_in_registers else 2 * v / tile.sub_m
