@@ -32,16 +32,11 @@ def check_backward(
 ) -> None:
     """That the tensors fit the problem of q, k and v."""
     out_shape = (*q.shape[:-1], problem.head_dim_v)
-    lse_shape = (
-        (problem.num_heads_q, problem.total_q)
-        if problem.varlen_q
-        else (problem.batch, problem.num_heads_q, problem.seqlen_q)
-    )
     expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "dout": (out_shape, q.dtype),
         "out": (out_shape, q.dtype),
-        "softmax_lse": (lse_shape, torch.float32),
-        "dlse": (lse_shape, torch.float32),
+        "softmax_lse": (problem.lse_shape, torch.float32),
+        "dlse": (problem.lse_shape, torch.float32),
         "dq": (tuple(q.shape), q.dtype),
         "dk": (tuple(k.shape), q.dtype),
         "dv": (tuple(v.shape), q.dtype),

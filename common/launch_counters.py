@@ -1,9 +1,10 @@
-"""Counters of a launch: zeroed device memory by which its CTAs learn who of them is the last.
+"""Counters of a launch: zeroed device memory by which its CTAs learn who of them is the last
+(flash2/decode.cu) or draw their tiles (hopper/tile_scheduler.cuh).
 
-A launch leaves its counters at zero (`atomic_inc_acq_rel_global_u32` of ptx/memory.cuh wraps), so
-launches that follow each other may share them, concurrent ones may not. Launches on one stream
-follow each other; launches captured into CUDA graphs may be replayed at any time, so each gets
-counters of its own.
+A launch leaves its counters at zero (`atomic_inc_acq_rel_global_u32` of ptx/memory.cuh wraps, the
+last to draw a tile stores 0), so launches that follow each other may share them, concurrent ones
+may not. Launches on one stream follow each other; launches captured into CUDA graphs may be
+replayed at any time, so each gets counters of its own.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def address(device_index: int, count: int) -> int:
     """Of `count` zeroed counters for a launch on torch's current stream of the device.
 
     count: at most MAX_COUNTERS. The answer is 0 where a capture finds none left, which `prepare`
-    makes unlikely: then let the graph allocate and zero them.
+    makes unlikely: then do without, or let the graph allocate and zero them.
     """
     if torch._C._cuda_getDevice() != device_index:
         with torch.cuda.device(device_index):

@@ -111,6 +111,17 @@ class Problem:
         return self.total_q == 0 or self.total_k == 0 or no_room
 
     @property
+    def out_shape(self) -> tuple[int, ...]:
+        rows = (self.total_q,) if self.varlen_q else (self.batch, self.seqlen_q)
+        return (*rows, self.num_heads_q, self.head_dim_v)
+
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        if self.varlen_q:
+            return self.num_heads_q, self.total_q
+        return self.batch, self.num_heads_q, self.seqlen_q
+
+    @property
     def qhead_per_khead(self) -> int:
         return self.num_heads_q // self.num_heads_k
 

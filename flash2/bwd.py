@@ -13,10 +13,10 @@ from torch import Tensor
 
 from .._common import kernels
 from .._common.backward_problem import BackwardProblem
+from .._common.plan_values import score_values
 from .._common.problem import Target
 from . import bwd_tiles
 from .bwd_tiles import BackwardTile
-from .fwd import LOG2E, MAX_WINDOW
 from .tiles import ELEM_BYTES
 
 STAT_ROWS = 128  # bwd_work.cuh: softmax_d gives each sequence whole tiles of so many rows
@@ -219,11 +219,7 @@ class BackwardPlan:
             "heads_per_cta": self._heads_per_cta,
             "q_tiles_per_unit": -(-p.seqlen_q // STAT_ROWS),
             "num_splits": self.num_splits,
-            "window_left": min(p.window_left, MAX_WINDOW),
-            "window_right": min(p.window_right, MAX_WINDOW),
-            "attention_chunk": min(p.attention_chunk, MAX_WINDOW),
-            "softmax_scale_log2": p.softmax_scale * LOG2E,
-            "alibi_batch_stride": p.num_heads_q if p.alibi_batched else 0,
+            **score_values(p),
             "dqk_scale": p.softmax_scale / keep_probability * unshift,
             "dv_scale": 1.0 / keep_probability * unshift,
             "keep_threshold": floor(keep_probability * 255.0),
@@ -243,9 +239,6 @@ class BackwardPlan:
         for name, of_tensor in strides.items():
             for axis, stride in zip(("batch", "row", "head"), of_tensor, strict=True):
                 values[f"{name}_{axis}_stride"] = stride
-        if p.softcap > 0.0:
-            values["softcap_in"] = p.softmax_scale / p.softcap
-            values["softcap_out"] = p.softcap * LOG2E
         return values
 
 

@@ -130,11 +130,8 @@ class CachePlan:
 
     def _without_queries(self, q: Tensor) -> tuple[Tensor, Tensor | None]:
         p = self.problem.forward
-        lse_shape = (p.num_heads_q, 0) if p.varlen_q else (p.batch, p.num_heads_q, 0)
-        return (
-            q.new_empty((*q.shape[:-1], p.head_dim_v)),
-            q.new_empty(lse_shape, dtype=torch.float32) if p.return_lse else None,
-        )
+        lse = q.new_empty(p.lse_shape, dtype=torch.float32) if p.return_lse else None
+        return q.new_empty(p.out_shape), lse
 
     def describe(self) -> str:
         """Several lines for people: the kernels in their order."""

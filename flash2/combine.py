@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from .._common import kernels
+from .._common.plan_values import TORCH_DTYPES
 from .._common.problem import Target
 from . import decode_tiles
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {**TORCH_DTYPES, "fp32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

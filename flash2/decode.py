@@ -7,7 +7,6 @@ Called by `cache.py`. Tile and split choices: `decode_tiles.py`. The large merge
 from __future__ import annotations
 
 from functools import cache
-from math import e, log2
 from typing import Any
 
 import torch
@@ -15,12 +14,11 @@ from torch import Tensor
 
 from .._common import kernels, launch_counters
 from .._common.cache_problem import CacheProblem
+from .._common.plan_values import TORCH_DTYPES, score_values, template
 from .._common.problem import Target
 from . import decode_tiles, tiles
-from .combine import DTYPES, CombinePlan, CombineProblem, device_of
-from .fwd import MAX_WINDOW
+from .combine import CombinePlan, CombineProblem, device_of
 
-LOG2E = log2(e)
 # What split choices assume when simulated: an A100.
 SIMULATED_SMS = 108
 
@@ -147,12 +145,9 @@ class DecodePlan:
         self._lse_offset_bytes = 4 * out_numel
         self.reserved_offset_bytes = 4 * (out_numel + lse_numel)
         scratch_numel = out_numel + lse_numel + -(-self._reserved_bytes // 4)
-        self._scratch_like = self._template((scratch_numel,), torch.float32)
-        batch = () if p.varlen_q else (p.batch,)
-        self._out_like = self._template(
-            (*batch, self.rows, p.num_heads_q, p.head_dim_v), DTYPES[p.dtype]
-        )
-        self._lse_like = self._template((*batch, p.num_heads_q, self.rows), torch.float32)
+        self._scratch_like = template((scratch_numel,), torch.float32, self.device)
+        self._out_like = template(p.out_shape, TORCH_DTYPES[p.dtype], self.device)
+        self._lse_like = template(p.lse_shape, torch.float32, self.device)
         self._block = kernel.layout.block()
         for name, value in self._values().items():
             self._block.set(name, value)
@@ -284,10 +279,6 @@ class DecodePlan:
             lines.append(self.combine.describe())
         return "\n".join(lines)
 
-    def _template(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        # empty_like of an expanded element is the cheapest allocation that torch offers.
-        return torch.empty(1, dtype=dtype, device=self.device).expand(shape)
-
     def _values(self) -> dict[str, Any]:
         """The fields of DecodeParams that the problem fixes."""
         p = self.problem
@@ -321,18 +312,11 @@ class DecodePlan:
             "qhead_per_khead": p.qhead_per_khead,
             "qhead_per_vhead": p.qhead_per_vhead,
             "last_slot": p.cache_slots - 1,
-            "window_left": min(p.window_left, MAX_WINDOW),
-            "window_right": min(p.window_right, MAX_WINDOW),
-            "attention_chunk": min(p.attention_chunk, MAX_WINDOW),
-            "softmax_scale_log2": p.softmax_scale * LOG2E,
-            "alibi_batch_stride": p.num_heads_q if p.alibi_batched else 0,
+            **score_values(p),
         }
         for name, strides in (("q", p.q_strides), ("k", p.k_strides), ("v", p.v_strides)):
             for axis, stride in zip(("batch", "row", "head"), strides, strict=True):
                 values[f"{name}_{axis}_stride"] = stride
-        if p.softcap > 0.0:
-            values["softcap_in"] = p.softmax_scale / p.softcap
-            values["softcap_out"] = p.softcap * LOG2E
         if p.page_size:
             values["page_size"] = p.page_size
             values["page_magic"], values["page_shift"] = tiles.page_division(p.page_size)

@@ -6,31 +6,26 @@ choices: `tiles.py`.
 
 from __future__ import annotations
 
-from math import e, floor, log2
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._common import kernels
+from .._common.plan_values import TORCH_DTYPES, dropout_values, score_values, template
 from .._common.problem import Problem, Target
 from . import tiles
 
-LOG2E = log2(e)
 # K and V of the units that run together should stay in L2 (A100 2 x 20 MB, H100 50 MB), with room
 # for Q and O.
 L2_BUDGET_BYTES = 16 * 2**20
 DMASK_MULTIPLE = 128
-# The kernel's 32-bit index arithmetic holds sequence length + window; see MAX_SEQLEN in backend.py.
-MAX_WINDOW = 2**29
 
 # Tensor arguments of `run` that a problem may lack, in its order: fields of FwdParams.
 _OPTIONAL = (
     "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "alibi_slopes", "rng_state",
     "page_table", "cache_batch_idx", "leftpad_k",
 )  # fmt: skip
-
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class ForwardPlan:
@@ -68,8 +63,9 @@ class ForwardPlan:
     def _prepare(self) -> kernels.Kernel:
         """Loads the kernel and makes all that runs share."""
         kernel = kernels.load(self.spec, self.target)
-        self._out_like = self._template(self._out_shape(), _DTYPES[self.problem.dtype])
-        self._lse_like = self._template(self._lse_shape(), torch.float32)
+        p, device = self.problem, self.device
+        self._out_like = template(p.out_shape, TORCH_DTYPES[p.dtype], device)
+        self._lse_like = template(p.lse_shape, torch.float32, device)
         self._block = kernel.layout.block()
         for name, value in self._values().items():
             self._block.set(name, value)
@@ -138,19 +134,6 @@ class ForwardPlan:
             f"{self._units_per_group()} units together"
         )
 
-    def _template(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        # empty_like of an expanded element is the cheapest allocation that torch offers.
-        return torch.empty(1, dtype=dtype, device=self.device).expand(shape)
-
-    def _out_shape(self) -> tuple[int, ...]:
-        p = self.problem
-        rows = (p.total_q,) if p.varlen_q else (p.batch, p.seqlen_q)
-        return (*rows, p.num_heads_q, p.head_dim_v)
-
-    def _lse_shape(self) -> tuple[int, ...]:
-        p = self.problem
-        return (p.num_heads_q, p.total_q) if p.varlen_q else (p.batch, p.num_heads_q, p.seqlen_q)
-
     def _dmask_shape(self) -> tuple[int, int, int, int]:
         p = self.problem
         rows, cols = (-(-n // DMASK_MULTIPLE) * DMASK_MULTIPLE for n in (p.seqlen_q, p.seqlen_k))
@@ -184,21 +167,12 @@ class ForwardPlan:
             "tiles_per_unit": self.tiles_per_unit,
             "num_units": self.num_units,
             "units_per_group": self._units_per_group(),
-            "window_left": min(p.window_left, MAX_WINDOW),
-            "window_right": min(p.window_right, MAX_WINDOW),
-            "attention_chunk": min(p.attention_chunk, MAX_WINDOW),
-            "softmax_scale_log2": p.softmax_scale * LOG2E,
-            "alibi_batch_stride": p.num_heads_q if p.alibi_batched else 0,
+            **score_values(p),
+            **dropout_values(p),
         }
         for name, strides in (("q", p.q_strides), ("k", p.k_strides), ("v", p.v_strides)):
             for axis, stride in zip(("batch", "row", "head"), strides, strict=True):
                 values[f"{name}_{axis}_stride"] = stride
-        if p.softcap > 0.0:
-            values["softcap_in"] = p.softmax_scale / p.softcap
-            values["softcap_out"] = p.softcap * LOG2E
-        if p.dropout:
-            values["keep_threshold"] = floor((1.0 - p.dropout_p) * 255.0)
-            values["keep_scale"] = 1.0 / (1.0 - p.dropout_p)
         values["last_slot"] = p.cache_slots - 1
         if p.page_size:
             values["page_size"] = p.page_size

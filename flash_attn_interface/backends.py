@@ -272,10 +272,7 @@ class EmptyPlan:
         out = q.new_zeros((*q.shape[:-1], problem.head_dim_v))
         lse = s_dmask = None
         if problem.return_lse:
-            packed = (problem.num_heads_q, problem.total_q)
-            dense = (problem.batch, problem.num_heads_q, problem.seqlen_q)
-            shape = packed if problem.varlen_q else dense
-            lse = q.new_full(shape, float("-inf"), dtype=torch.float32)
+            lse = q.new_full(problem.lse_shape, float("-inf"), dtype=torch.float32)
         if problem.return_softmax:
             s_dmask = q.new_zeros(s_dmask_shape(problem))
         return out, lse, s_dmask

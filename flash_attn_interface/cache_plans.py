@@ -124,9 +124,7 @@ class EmptyCachePlan:
         out = q.new_zeros((*q.shape[:-1], p.head_dim_v))
         if not p.return_lse:
             return out, None
-        dense = (p.batch, p.num_heads_q, p.seqlen_q)
-        shape = (p.num_heads_q, p.total_q) if p.varlen_q else dense
-        return out, q.new_full(shape, float("-inf"), dtype=torch.float32)
+        return out, q.new_full(p.lse_shape, float("-inf"), dtype=torch.float32)
 
     def describe(self) -> str:
         return "no query or no key: zeros without a launch"

@@ -7,24 +7,26 @@ choices: `tiles.py`. Tensor maps: `tensor_maps.py`.
 from __future__ import annotations
 
 from functools import partial
-from math import e, floor, log2
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flash_attn_interface._common import kernels, tensor_map
+from flash_attn_interface._common import kernels, launch_counters, tensor_map
+from flash_attn_interface._common.plan_values import (
+    TORCH_DTYPES,
+    dropout_values,
+    score_values,
+    template,
+)
 from flash_attn_interface._common.problem import Problem, Target
 
-from . import tensor_maps, tile_counters, tiles
+from . import tensor_maps, tiles
 from .gqa_packing import stored_heads
 from .tensor_maps import MapPlan
 
-LOG2E = log2(e)
 # K and V of the units that run together should stay in L2 (50 MB), with room for Q and O.
 L2_BUDGET_BYTES = 32 * 2**20
-# The kernel's 32-bit index arithmetic holds sequence length + window; see MAX_SEQLEN in backend.py.
-MAX_WINDOW = 2**29
 # CTAs, where no device can be asked: of an H100 SXM, and few, so that each draws several tiles.
 DEFAULT_SMS, SIMULATED_SMS = 132, 2
 
@@ -32,8 +34,6 @@ DEFAULT_SMS, SIMULATED_SMS = 132, 2
 _OPTIONAL = (
     "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "alibi_slopes", "rng_state",
 )  # fmt: skip
-
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class ForwardPlan:
@@ -71,8 +71,9 @@ class ForwardPlan:
     def _prepare(self, q: Tensor, k: Tensor, v: Tensor) -> kernels.Kernel:
         """Loads the kernel and makes all that runs share."""
         kernel = kernels.load(self.spec, self.target)
-        self._out_like = self._template(self._out_shape(), _DTYPES[self.problem.dtype])
-        self._lse_like = self._template(self._lse_shape(), torch.float32)
+        p, device = self.problem, self.device
+        self._out_like = template(p.out_shape, TORCH_DTYPES[p.dtype], device)
+        self._lse_like = template(p.lse_shape, torch.float32, device)
         self._block = kernel.layout.block()
         for name, value in self._values().items():
             self._block.set(name, value)
@@ -91,7 +92,7 @@ class ForwardPlan:
             self._own_counter = torch.zeros(1, dtype=torch.int32)
             self._counter.value = self._own_counter.data_ptr()
         else:
-            tile_counters.prepare(self.target.device_index)
+            launch_counters.prepare(self.target.device_index)
         self._kernel = kernel
         return kernel
 
@@ -127,7 +128,7 @@ class ForwardPlan:
                 if tensor is not None:
                     slot.value = tensor.data_ptr()
         if self._own_counter is None:
-            self._counter.value = tile_counters.address(self.target.device_index)
+            self._counter.value = launch_counters.address(self.target.device_index, 1)
         kernel.launch(self.grid, self._block, (q, k, v, out, lse, self._own_counter, *optional))
         return out, lse, None
 
@@ -140,19 +141,6 @@ class ForwardPlan:
             f"{self.num_units} units of {self.tiles_per_unit} tiles, "
             f"{self.units_per_group} units together"
         )
-
-    def _template(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        # empty_like of an expanded element is the cheapest allocation that torch offers.
-        return torch.empty(1, dtype=dtype, device=self.device).expand(shape)
-
-    def _out_shape(self) -> tuple[int, ...]:
-        p = self.problem
-        rows = (p.total_q,) if p.varlen_q else (p.batch, p.seqlen_q)
-        return (*rows, p.num_heads_q, p.head_dim_v)
-
-    def _lse_shape(self) -> tuple[int, ...]:
-        p = self.problem
-        return (p.num_heads_q, p.total_q) if p.varlen_q else (p.batch, p.num_heads_q, p.seqlen_q)
 
     def map_plans(self) -> tuple[MapPlan, MapPlan, MapPlan, MapPlan]:
         """Of q, k, v and out."""
@@ -215,19 +203,10 @@ class ForwardPlan:
             "tiles_per_unit": self.tiles_per_unit,
             "num_units": self.num_units,
             "units_per_group": self.units_per_group,
-            "window_left": min(p.window_left, MAX_WINDOW),
-            "window_right": min(p.window_right, MAX_WINDOW),
-            "attention_chunk": min(p.attention_chunk, MAX_WINDOW),
-            "softmax_scale_log2": p.softmax_scale * LOG2E,
-            "alibi_batch_stride": p.num_heads_q if p.alibi_batched else 0,
+            **score_values(p),
+            **dropout_values(p),
             **{f"out_{axis}_stride": stride for axis, stride in out_strides},
         }
-        if p.softcap > 0.0:
-            values["softcap_in"] = p.softmax_scale / p.softcap
-            values["softcap_out"] = p.softcap * LOG2E
-        if p.dropout:
-            values["keep_threshold"] = floor((1.0 - p.dropout_p) * 255.0)
-            values["keep_scale"] = 1.0 / (1.0 - p.dropout_p)
         return values
 
 
