@@ -7,6 +7,9 @@ against float32 before anything is timed.
     python benchmarks/bench_backward.py                      all rows
     python benchmarks/bench_backward.py --dims 32x64,64x128,128x256 --pass both
                                                              the speed-up over padding
+
+Beside the tables that every benchmark writes: speedup_over_padding.csv and .png, forward with
+backward of the pairs of unequal head dims over padded SDPA flash.
 """
 
 from __future__ import annotations
@@ -188,6 +191,51 @@ def compile_all(rows: Sequence[Row]) -> None:
     torch.cuda.synchronize()
 
 
+def speedups_over_padding(records: Sequence[Row]) -> list[Row]:
+    """Forward with backward, ours over SDPA flash; only where the head dims are unequal."""
+    fields = ("head_dim_qk", "head_dim_v", "causal", "seqlen")
+    tflops: dict[tuple[Any, ...], dict[str, float]] = {}
+    for record in records:
+        unequal = record["head_dim_qk"] != record["head_dim_v"]
+        if unequal and record["pass"] == "both" and record["tflops"] is not None:
+            row = tflops.setdefault(tuple(record[name] for name in fields), {})
+            row[record["implementation"]] = record["tflops"]
+    ours, padded = peers.OURS.key, peers.SDPA_FLASH.key
+    return [
+        dict(zip(fields, row, strict=True))
+        | {"implementation": f"({row[0]}, {row[1]})", "speedup": round(of[ours] / of[padded], 3)}
+        for row, of in tflops.items()
+        if ours in of and padded in of
+    ]
+
+
+def write_speedups(folder: Path, machine: Row, records: Sequence[Row]) -> list[Path]:
+    """Writes the figure that this family of kernels is known by, and adds it to the folder's page.
+    Nothing without unequal head dims.
+    """
+    speedups = speedups_over_padding(records)
+    if not speedups:
+        return []
+    layout = report.Layout(
+        title="Forward with backward, times faster than padded FA2",
+        formula="time of SDPA flash on q, k, v padded to the larger head dim / ours",
+        row=("causal", "seqlen"),
+        panel=("causal",),
+        x="seqlen",
+        value="speedup",
+        unit="speed-up",
+        labels={name: name for name in dict.fromkeys(s["implementation"] for s in speedups)},
+    )
+    table, picture = folder / "speedup_over_padding.csv", folder / "speedup_over_padding.png"
+    report.write_csv(table, speedups)
+    subtitle = f"{machine['gpu']}, {machine['date']}, torch {machine['torch']}"
+    drawn = report.plot(picture, speedups, layout, subtitle)
+    with (folder / "README.md").open("a", encoding="utf-8") as page:
+        page.write(f"\n## {layout.title}\n\n{layout.formula}; rows in {table.name}\n")
+        page.write(f"\n![speed-up over padding]({picture.name})\n" if drawn else "")
+    return [table, *([picture] if drawn else [])]
+
+
 def main() -> int:
     options = parse_arguments()
     harness.require_gpu()
@@ -217,7 +265,8 @@ def main() -> int:
     for note in dict.fromkeys(f"{r['implementation']}: {r['note']}" for r in records if r["note"]):
         print(f"note: {note}")
     folder = options.out or harness.default_folder("backward")
-    for path in report.write(folder, machine, records, layout):
+    paths = report.write(folder, machine, records, layout)
+    for path in [*paths, *write_speedups(folder, machine, records)]:
         print(f"wrote {path}")
     print(report.summary(records, layout))
     return 1 if any(r["implementation"] == "ours" and r["note"] for r in records) else 0

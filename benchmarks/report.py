@@ -111,7 +111,12 @@ def plot(path: Path, records: Sequence[Record], layout: Layout, subtitle: str) -
     columns = min(4, len(panels))
     lines = math.ceil(len(panels) / columns)
     figure, axes = pyplot.subplots(
-        lines, columns, figsize=(3.6 * columns, 2.7 * lines + 0.8), squeeze=False, sharex=True
+        lines,
+        columns,
+        figsize=(3.6 * columns, 2.7 * lines + 0.8),
+        squeeze=False,
+        sharex=True,
+        layout="constrained",
     )
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
@@ -135,12 +140,18 @@ def plot(path: Path, records: Sequence[Record], layout: Layout, subtitle: str) -
     for axis in axes[-1]:
         axis.set_xlabel(layout.x)
     handles = {t: h for a in axes.flat for h, t in zip(*a.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="upper right", ncols=len(handles))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
     figure.suptitle(f"{layout.title}\n{subtitle}", x=0.01, ha="left", fontsize=10)
-    figure.tight_layout(rect=(0, 0, 1, 0.99))
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     return True
+
+
+def write_csv(path: Path, records: Sequence[Record]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(records[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
 
 
 def write(
@@ -154,10 +165,7 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     table, facts = folder / "results.csv", folder / "results.json"
     page, picture = folder / "README.md", folder / "plot.png"
-    with table.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(records[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
+    write_csv(table, records)
     content = {"machine": machine, "formula": layout.formula, "records": list(records)}
     facts.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     subtitle = f"{machine['gpu']}, {machine['date']}, torch {machine['torch']}"

@@ -6,6 +6,8 @@ Needs NVRTC, no GPU. A sample runs by default; `make compile-check` runs all.
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from cases import EQUAL_PAIRS, NAMED_PAIRS
 from test_compile_flash2 import ARCHS, compile_spec, problem
@@ -13,7 +15,7 @@ from test_compile_flash2 import ARCHS, compile_spec, problem
 from flash_attn_interface._common import arch as arch_table
 from flash_attn_interface._common import sass
 from flash_attn_interface._common.backward_problem import BackwardProblem
-from flash_attn_interface._flash2 import bwd_tiles
+from flash_attn_interface._flash2 import bwd_tiles, tiles
 
 # dK and dV of a tile fill the registers: what spills are values that a step reads a few times.
 MAX_SPILL_BYTES = 256
@@ -51,3 +53,18 @@ def test_sample(arch: str, dims: tuple[int, int], feature: str):
 @pytest.mark.parametrize("feature", FEATURES)
 def test_all(arch: str, dims: tuple[int, int], feature: str):
     check(arch, dims, feature)
+
+
+@pytest.mark.parametrize("arch", ["sm_86", "sm_89"])
+@pytest.mark.parametrize("feature", ["plain", "dropout"])
+def test_every_pair_of_head_dims_fits_99_kb(arch: str, feature: str):
+    """Shared memory of the forward and of the three backward kernels; nothing is compiled."""
+    dims = range(8, 257, 8)
+    available = arch_table.limits(arch).max_smem_per_cta
+    assert available == 99 * 1024
+    for pair in itertools.product(dims, dims):
+        forward = problem(pair, feature, "bf16")
+        strides = (forward.seqlen_q * pair[1], pair[1], pair[1])
+        backward = BackwardProblem(forward, strides, strides, strides, strides, strides)
+        for spec in (tiles.forward_spec(forward, arch), *bwd_tiles.backward_specs(backward, arch)):
+            assert int(spec["smem_bytes"]) <= available, spec.describe()
