@@ -10,6 +10,7 @@
 #include "common/device/kv_source.cuh"
 #include "common/device/mask.cuh"
 #include "common/device/params.cuh"
+#include "common/device/row_io.cuh"
 #include "common/device/score.cuh"
 #include "common/device/softmax.cuh"
 #include "common/device/tile_copy.cuh"
@@ -19,16 +20,13 @@
 using LayoutQ = TileLayout<Cfg::kBlockM, Cfg::kHeadDimQk>;
 using LayoutK = TileLayout<Cfg::kBlockN, Cfg::kHeadDimQk>;
 using LayoutV = TileLayout<Cfg::kBlockN, Cfg::kHeadDimV>;
-using LayoutO = TileLayout<Cfg::kBlockM, Cfg::kHeadDimV>;
 
-// Shared memory in address order. O is staged over all of it once the last tile is done.
+// Shared memory in address order.
 struct Smem {
   static constexpr u32 kQ = 0;
   static constexpr u32 kK = kQ + LayoutQ::kBytes;
   static constexpr u32 kV = kK + Cfg::kNumStages * LayoutK::kBytes;
-  static constexpr u32 kEnd = kV + Cfg::kNumStages * LayoutV::kBytes;
-  static constexpr u32 kO = 0;
-  static constexpr u32 kBytes = kEnd > LayoutO::kBytes ? kEnd : u32(LayoutO::kBytes);
+  static constexpr u32 kBytes = kV + Cfg::kNumStages * LayoutV::kBytes;
 };
 static_assert(Smem::kBytes == Cfg::kSmemBytes,
               "flash2/tiles.py and this file agree on shared memory");
@@ -36,11 +34,16 @@ static_assert(Smem::kBytes == Cfg::kSmemBytes,
 constexpr i32 kWarpRows = Cfg::kBlockM / Cfg::kNumWarps;
 constexpr i32 kMTiles = kWarpRows / 16;
 constexpr i32 kNTilesS = Cfg::kBlockN / 8;
-constexpr i32 kNTilesO = LayoutO::kCols / 8;
+constexpr i32 kNTilesO = LayoutV::kCols / 8;
 constexpr i32 kDepthQk = LayoutQ::kCols;
+// Q and K[0] arrive in so many chunks of columns, and the first product begins with the first.
+constexpr i32 kChunks = Cfg::kPrologueChunks;
+constexpr i32 kStepsPerChunk = kDepthQk / 16 / kChunks;
 static_assert(Cfg::kNumThreads == 32 * Cfg::kNumWarps && kWarpRows % 16 == 0 &&
               Cfg::kBlockN % (Cfg::kDropout ? 32 : 16) == 0 &&
               (!Cfg::kOneBarrier || Cfg::kNumStages == 2));
+static_assert(kChunks == 1 ||
+              (Cfg::kNumStages == 1 && !Cfg::kQInRegisters && kDepthQk / 16 % kChunks == 0));
 
 using RowStride = Select<Cfg::kWideRowStrides, i64, i32>;
 using CopyQ = TileCopy<LayoutQ, Cfg::kHeadDimQk, Cfg::kNumThreads, Cfg::kVectorBytes, RowStride>;
@@ -53,6 +56,7 @@ using CopyV = Select<Cfg::kPaged, PagedCopy<RowsV>, RowsV>;
 struct WarpState {
   f32 rO[kMTiles][kNTilesO][4];
   OnlineSoftmax<kMTiles> softmax;
+  Dropout dropout;  // with Cfg::kDropout
   u32 rQ[Cfg::kQInRegisters ? kMTiles : 1][Cfg::kQInRegisters ? kDepthQk / 16 : 1][4];
 };
 
@@ -84,29 +88,59 @@ DEVICE void load_q(WarpState& state, const Lane& lane, u32 sQ) {
   }
 }
 
-// Scale, softcap, ALiBi and (kMasked) the mask. first_col: of the key tile.
-template <bool kMasked>
-DEVICE void finish_scores(f32 (&rS)[kMTiles][kNTilesS][4], const FwdParams& p, const Work& work,
-                          const Score<Cfg>& score, const Lane& lane, i32 first_col) {
+// Not beside random numbers: there are too few registers.
+constexpr bool kShortTanh = Cfg::kSoftcap && !Cfg::kDropout;
+
+// Scale, softcap and ALiBi. first_col: of the key tile.
+template <bool kSmall>
+DEVICE void transform_scores(f32 (&rS)[kMTiles][kNTilesS][4], const Work& work,
+                             const Score<Cfg>& score, const Lane& lane, i32 first_col) {
 #pragma unroll
   for (i32 m = 0; m < kMTiles; ++m) {
 #pragma unroll
     for (i32 r = 0; r < 2; ++r) {
       const i32 row = work.first_row + lane.row(m, 2 * r);
-      const KeyRange keys = kMasked ? row_keys<Cfg>(p, work.seq, row) : KeyRange{0, 0};
+      const f32 distance = f32(row + work.seq.diagonal - first_col - lane.col(0, 0));
+#pragma unroll
+      for (i32 n = 0; n < kNTilesS; ++n) {
+#pragma unroll
+        for (i32 e = 2 * r; e < 2 * r + 2; ++e) {
+          rS[m][n][e] = score.template get<kSmall>(rS[m][n][e],
+                                                   distance - f32(lane.col(n, e) - lane.col(0, 0)));
+        }
+      }
+    }
+  }
+}
+
+// From products to scores, masked or not. first_col: of the key tile.
+template <bool kMasked>
+DEVICE void finish_scores(f32 (&rS)[kMTiles][kNTilesS][4], const FwdParams& p, const Work& work,
+                          const Score<Cfg>& score, const Lane& lane, i32 first_col) {
+  if constexpr (Score<Cfg>::kPrescaled) {
+    if (kShortTanh && score.all_small(largest_of(rS))) {
+      transform_scores<true>(rS, work, score, lane, first_col);
+    } else {
+      transform_scores<false>(rS, work, score, lane, first_col);
+    }
+  }
+  if constexpr (!kMasked) {
+    return;
+  }
+#pragma unroll
+  for (i32 m = 0; m < kMTiles; ++m) {
+#pragma unroll
+    for (i32 r = 0; r < 2; ++r) {
+      const i32 row = work.first_row + lane.row(m, 2 * r);
+      const KeyRange keys = row_keys<Cfg>(p, work.seq, row);
 #pragma unroll
       for (i32 n = 0; n < kNTilesS; ++n) {
 #pragma unroll
         for (i32 e = 2 * r; e < 2 * r + 2; ++e) {
           const i32 col = first_col + lane.col(n, e);
-          if constexpr (Score<Cfg>::kPrescaled) {
-            rS[m][n][e] = score(rS[m][n][e], row + work.seq.diagonal, col);
-          }
-          if constexpr (kMasked) {
-            const bool visible =
-                col < keys.end && (!(Cfg::kLocal || Cfg::kChunk) || col >= keys.begin);
-            rS[m][n][e] = visible ? rS[m][n][e] : bits_as_f32(kNegInfBits);
-          }
+          const bool visible =
+              col < keys.end && (!(Cfg::kLocal || Cfg::kChunk) || col >= keys.begin);
+          rS[m][n][e] = visible ? rS[m][n][e] : bits_as_f32(kNegInfBits);
         }
       }
     }
@@ -116,20 +150,19 @@ DEVICE void finish_scores(f32 (&rS)[kMTiles][kNTilesS][4], const FwdParams& p, c
 // Zeroes the dropped elements of P (survivors are scaled in the epilogue); with Cfg::kReturnSoftmax
 // writes P and its signs.
 DEVICE void apply_dropout(f32 (&rP)[kMTiles][kNTilesS][4], const FwdParams& p, const Work& work,
-                          const Lane& lane, i32 first_col) {
-  const Dropout dropout(p, work.batch_idx, work.head_idx);
+                          const Dropout& dropout, const Lane& lane, i32 first_col) {
 #pragma unroll
   for (i32 m = 0; m < kMTiles; ++m) {
     const i32 patch_row = work.first_row + lane.warp_row + m * 16;
 #pragma unroll
     for (i32 n = 0; n < kNTilesS; n += 4) {
-      const Philox random = dropout.patch(patch_row, first_col + n * 8, lane.lane_idx);
+      const KeepBits kept = dropout.keep_bits(patch_row, first_col + n * 8, lane.lane_idx);
 #pragma unroll
       for (i32 i = 0; i < 4; ++i) {
 #pragma unroll
         for (i32 e = 0; e < 4; ++e) {
           f32& x = rP[m][n + i][e];
-          const bool keep = dropout.keep(random, i, e);
+          const bool keep = kept.keep(i, e);
           if constexpr (Cfg::kReturnSoftmax) {
             const i32 row = work.first_row + lane.row(m, e);
             const i32 col = first_col + lane.col(n + i, e);
@@ -148,66 +181,97 @@ DEVICE void apply_dropout(f32 (&rP)[kMTiles][kNTilesS][4], const FwdParams& p, c
   }
 }
 
-// Normalises O, stages it in shared memory and writes the rows that the tile owns; writes
-// softmax_lse if it is wanted. Rows without visible keys get zeros and -inf.
+// Normalises O and writes the rows that the tile owns; writes softmax_lse if it is wanted. Rows
+// without visible keys get zeros and -inf. Straight from registers, 64 bytes of a row at a time:
+// through shared memory it takes 1000 cycles more.
 DEVICE void store_output(WarpState& state, const FwdParams& p, const Work& work, const Lane& lane,
-                         u32 smem, f32 to_log2) {
+                         f32 to_log2) {
   state.softmax.finish();
   const i32 rows_left = work.seq.slot_q - work.first_row;
   const i32 queries_left = work.seq.seqlen_q - work.first_row;
-  const u32 sO = smem + Smem::kO;
+  bool empty[kMTiles][2], any_empty = false;
 #pragma unroll
   for (i32 m = 0; m < kMTiles; ++m) {
 #pragma unroll
     for (i32 r = 0; r < 2; ++r) {
       const i32 row = lane.row(m, 2 * r);
-      const f32 sum = state.softmax.row_sum[m][r];
-      const bool empty = row >= queries_left || !(sum > 0.0f);
-      f32 scale = empty ? 0.0f : 1.0f / sum;
-      if constexpr (Cfg::kDropout) {
-        scale *= p.keep_scale;
-      }
+      empty[m][r] = row >= queries_left || !(state.softmax.row_sum[m][r] > 0.0f);
+      any_empty = any_empty || empty[m][r];
       if (p.softmax_lse != nullptr && lane.lane_idx % 4 == 0 && row < rows_left) {
         f32* lse = p.softmax_lse + work.batch_idx * p.lse_batch_stride +
                    work.head_idx * p.lse_head_stride + work.seq.q_row;
         st_global_f32(lse + work.first_row + row,
-                      empty ? bits_as_f32(kNegInfBits) : state.softmax.lse(m, r, to_log2));
-      }
-#pragma unroll
-      for (i32 n = 0; n < kNTilesO; ++n) {
-        const f32 lo = empty ? 0.0f : state.rO[m][n][2 * r] * scale;
-        const f32 hi = empty ? 0.0f : state.rO[m][n][2 * r + 1] * scale;
-        st_shared_u32(sO + u32(row * LayoutO::kRowBytes + lane.col(n, 0) * kElemBytes),
-                      pack2<Cfg::kBf16>(lo, hi));
+                      empty[m][r] ? bits_as_f32(kNegInfBits) : state.softmax.lse(m, r, to_log2));
       }
     }
   }
-  warp_sync();  // a warp stores the rows that it wrote
+  if (vote_any(any_empty)) {  // seldom; O of such a row may be anything, NaN too
+#pragma unroll
+    for (i32 m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (i32 n = 0; n < kNTilesO; ++n) {
+#pragma unroll
+        for (i32 e = 0; e < 4; ++e) {
+          state.rO[m][n][e] = empty[m][e / 2] ? 0.0f : state.rO[m][n][e];
+        }
+      }
+    }
+  }
 
-  constexpr i32 kVectors =
-      Cfg::kHeadDimV * kElemBytes / Cfg::kOutVectorBytes;  // in a row, without the padding
-  static_assert(Cfg::kHeadDimV * kElemBytes % Cfg::kOutVectorBytes == 0);
+  const i32 quad_lane = lane.lane_idx % 4;
   char* out = static_cast<char*>(p.out) +
               (work.batch_idx * p.out_batch_stride + work.head_idx * p.out_head_stride +
-               (work.seq.q_row + work.first_row) * p.out_row_stride) *
+               (work.seq.q_row + work.first_row) * p.out_row_stride + quad_lane * 8) *
                   kElemBytes;
-#pragma unroll 4
-  for (i32 i = lane.lane_idx; i < kWarpRows * kVectors; i += 32) {
-    const i32 row = lane.warp_row + i / kVectors;
-    const i32 offset_bytes = i % kVectors * Cfg::kOutVectorBytes;
-    if (row < rows_left) {
-      store_vector<Cfg::kOutVectorBytes>(out + row * p.out_row_stride * kElemBytes + offset_bytes,
-                                         sO + u32(row * LayoutO::kRowBytes + offset_bytes));
+#pragma unroll
+  for (i32 m = 0; m < kMTiles; ++m) {
+#pragma unroll
+    for (i32 r = 0; r < 2; ++r) {
+      const i32 row = lane.row(m, 2 * r);
+      f32 scale = empty[m][r] ? 0.0f : 1.0f / state.softmax.row_sum[m][r];
+      if constexpr (Cfg::kDropout) {
+        scale *= p.keep_scale;
+      }
+      char* out_row = out + row * p.out_row_stride * kElemBytes;
+#pragma unroll
+      for (i32 n = 0; n < kNTilesO; n += 4) {
+        u32 words[4] = {};
+#pragma unroll
+        for (i32 i = 0; i < 4 && n + i < kNTilesO; ++i) {
+          const f32* rO = state.rO[m][n + i] + 2 * r;
+          words[i] = pack2<Cfg::kBf16>(rO[0] * scale, rO[1] * scale);
+        }
+        transpose_quad(words, lane.lane_idx);
+        const i32 left = Cfg::kHeadDimV - n * 8;  // columns
+        if (row < rows_left) {
+          store_eight<Cfg::kOutVectorBytes>(out_row + n * 8 * kElemBytes, words,
+                                            left >= 32 ? 8 : left - quad_lane * 8);
+        }
+      }
     }
+  }
+}
+
+// Waits until at most the `pending` <= kMost latest groups are unfinished; a constant, once the
+// loop around it is unrolled.
+template <i32 kMost>
+DEVICE void wait_for_all_but(i32 pending) {
+  if (pending == kMost) {
+    cp_async_wait_group<kMost>();
+  } else if constexpr (kMost > 0) {
+    wait_for_all_but<kMost - 1>(pending);
   }
 }
 
 // The walk over key tiles, from the last to the first: step 0 is tile tiles.end - 1. Loads are
 // cp.async groups committed in the order K0 V0 K1 V1 ... (Q joins K0), also past the end, so that
-// the number in flight is a constant. With Cfg::kOneBarrier K and V of a step are one group.
+// the number in flight is a constant. With Cfg::kOneBarrier K and V of a step are one group; with
+// kChunks > 1 each chunk of Q and K0 is one.
 struct Pipeline {
+  CopyQ copy_q;
   CopyK copy_k;
   CopyV copy_v;
+  i32 first_query, seqlen_q;
   TileRange tiles;
   i32 seqlen_k;
   u32 smem;
@@ -223,6 +287,18 @@ struct Pipeline {
   // branch inside a product.
   DEVICE i32 num_rows(i32 step) const {
     return step < tiles.end - tiles.begin ? seqlen_k : -0x40000000;
+  }
+
+  // One chunk of Q and K[0].
+  DEVICE void load_chunk(i32 chunk) const {
+    copy_q.template load_part<1, kChunks>(smem + Smem::kQ, first_query, seqlen_q, 0, chunk);
+    copy_k.template load_part<1, kChunks>(sK(0), first_col(0), num_rows(0), 0, chunk);
+    cp_async_commit_group();
+  }
+  // A chunk has landed for the whole CTA.
+  DEVICE void wait_for_chunk(i32 chunk) const {
+    wait_for_all_but<kChunks - 1>(kChunks - 1 - chunk);
+    cta_sync();
   }
 
   template <i32 kParts>
@@ -243,7 +319,9 @@ struct Pipeline {
   }
 };
 
-// S = Q K^T for the warp's rows and one key tile.
+// S = Q K^T for the warp's rows and one key tile. kArriving: the first chunk of Q and K is there,
+// the others are waited for on the way.
+template <bool kArriving>
 DEVICE void compute_scores(f32 (&rS)[kMTiles][kNTilesS][4], const WarpState& state,
                            const Pipeline& pipeline, const Lane& lane, i32 step_idx) {
   const u32 sQ_lane = lane_address_q(lane, pipeline.smem + Smem::kQ);
@@ -265,27 +343,40 @@ DEVICE void compute_scores(f32 (&rS)[kMTiles][kNTilesS][4], const WarpState& sta
           pipeline.load_k<kDepthQk / 16>(step_idx + 1, k);
         }
         pipeline.load_v<kDepthQk / 16>(step_idx + Cfg::kNumStages - 1, k);
+        if (kArriving && (k + 1) % kStepsPerChunk == 0 && k + 1 < kDepthQk / 16) {
+          pipeline.wait_for_chunk((k + 1) / kStepsPerChunk);
+        }
       });
 }
 
 // One key tile. Each product carries the copy of the tile that takes the place of what the product
 // before it read; with Cfg::kOneBarrier the first carries both, in place of what the step before
-// read.
-template <bool kMasked>
+// read. kArriving: Q and K[0] are still on their way, in chunks.
+template <bool kMasked, bool kArriving = false>
 DEVICE void step(WarpState& state, const Pipeline& pipeline, const FwdParams& p, const Work& work,
                  const Score<Cfg>& score, const Lane& lane, i32 step_idx) {
   const i32 first_col = pipeline.first_col(step_idx);
   f32 rS[kMTiles][kNTilesS][4];
-  pipeline.wait();
-  compute_scores(rS, state, pipeline, lane, step_idx);
-  cp_async_commit_group();
-  finish_scores<kMasked>(rS, p, work, score, lane, first_col);
-  if constexpr (!Cfg::kOneBarrier) {
+  if constexpr (kArriving) {
+    pipeline.wait_for_chunk(0);
+  } else {
     pipeline.wait();
   }
-  state.softmax.update(rS, state.rO, score.to_log2());
+  compute_scores<kArriving>(rS, state, pipeline, lane, step_idx);
+  cp_async_commit_group();
+  finish_scores<kMasked>(rS, p, work, score, lane, first_col);
+  // With one stage V[step] set off during the product just done: half of the softmax is time for it
+  // to land. With more it is there, and nothing should stand between the softmax and P V.
+  if constexpr (Cfg::kNumStages > 1 && !Cfg::kOneBarrier) {
+    pipeline.wait();
+  }
+  state.softmax.follow_max(rS, state.rO, score.to_log2());
+  if constexpr (Cfg::kNumStages == 1) {
+    pipeline.wait();
+  }
+  state.softmax.exponentiate(rS, score.to_log2());
   if constexpr (Cfg::kDropout) {
-    apply_dropout(rS, p, work, lane, first_col);
+    apply_dropout(rS, p, work, state.dropout, lane, first_col);
   }
   gemm_ab<Cfg::kBf16, LayoutV, Cfg::kBlockN>(
       state.rO, pipeline.sV(step_idx) + lane_offset_b_trans<LayoutV>(lane.lane_idx),
@@ -325,23 +416,39 @@ KERNEL(Cfg::kNumThreads, Cfg::kMinCtasPerSm) flash2_fwd(GRID_CONSTANT FwdParams 
   }
   enter_cache<Cfg>(work.seq, p, work.batch_idx);
   const i64 b = work.batch_idx, b_k = cache_row<Cfg>(p, work.batch_idx),
-            head_k = work.head_idx / p.qhead_per_khead, head_v = work.head_idx / p.qhead_per_vhead;
+            head_k = u32(work.head_idx) / u32(p.qhead_per_khead),
+            head_v = u32(work.head_idx) / u32(p.qhead_per_vhead);
   const u32 smem = smem_base();
   const TileRange tiles = key_tiles<Cfg>(p, seq, work.first_row, Cfg::kBlockM);
-  const Pipeline pipeline{key_copy<CopyK>(p, seq, b_k, head_k, p.k, p.k_batch_stride,
+  const CopyQ copy_q(head_base(p.q, b * p.q_batch_stride + work.head_idx * p.q_head_stride +
+                                        seq.q_row * p.q_row_stride),
+                     p.q_row_stride, lane.thread_idx);
+  const Pipeline pipeline{copy_q,
+                          key_copy<CopyK>(p, seq, b_k, head_k, p.k, p.k_batch_stride,
                                           p.k_row_stride, p.k_head_stride, lane.thread_idx),
                           key_copy<CopyV>(p, seq, b_k, head_v, p.v, p.v_batch_stride,
                                           p.v_row_stride, p.v_head_stride, lane.thread_idx),
-                          tiles, seq.seqlen_k, smem};
+                          work.first_row,
+                          seq.seqlen_q,
+                          tiles,
+                          seq.seqlen_k,
+                          smem};
+  const bool any_tile = tiles.begin < tiles.end;
 
-  if (tiles.begin < tiles.end) {
-    CopyQ(head_base(p.q, b * p.q_batch_stride + work.head_idx * p.q_head_stride +
-                             seq.q_row * p.q_row_stride),
-          p.q_row_stride, lane.thread_idx)
-        .load(smem + Smem::kQ, work.first_row, seq.seqlen_q);
+  if constexpr (kChunks > 1) {
+    if (any_tile) {
+#pragma unroll
+      for (i32 chunk = 0; chunk < kChunks; ++chunk) {
+        pipeline.load_chunk(chunk);
+      }
+    }
+  } else {
+    if (any_tile) {
+      copy_q.load(smem + Smem::kQ, work.first_row, seq.seqlen_q);
+    }
+    pipeline.load_k<1>(0, 0);
+    cp_async_commit_group();
   }
-  pipeline.load_k<1>(0, 0);
-  cp_async_commit_group();
   if constexpr (Cfg::kOneBarrier) {
     pipeline.load_v<1>(0, 0);
     cp_async_commit_group();
@@ -362,8 +469,16 @@ KERNEL(Cfg::kNumThreads, Cfg::kMinCtasPerSm) flash2_fwd(GRID_CONSTANT FwdParams 
     load_q(state, lane, smem + Smem::kQ);
   }
   const Score<Cfg> score(p, work.batch_idx, work.head_idx);
+  if constexpr (Cfg::kDropout) {
+    state.dropout = Dropout(p, work.batch_idx, work.head_idx);
+  }
 
   i32 i = 0;
+  if constexpr (kChunks > 1) {
+    if (any_tile) {  // masked or not: the mask leaves an interior tile as it is
+      step<true, true>(state, pipeline, p, work, score, lane, i++);
+    }
+  }
   for (; i < tiles.end - tiles.interior_end;
        ++i) {  // right edge: causal diagonal, window, end of the keys
     step<true>(state, pipeline, p, work, score, lane, i);
@@ -378,6 +493,5 @@ KERNEL(Cfg::kNumThreads, Cfg::kMinCtasPerSm) flash2_fwd(GRID_CONSTANT FwdParams 
   }
 
   cp_async_wait_group<0>();
-  cta_sync();  // all are done with shared memory: O may overlay it
-  store_output(state, p, work, lane, smem, score.to_log2());
+  store_output(state, p, work, lane, score.to_log2());
 }

@@ -19,6 +19,7 @@ ELEM_BYTES = 2
 # tile_copy.cuh: columns are rounded up to the depth of one mma, rows padded against bank conflicts.
 COLUMN_MULTIPLE = 16
 ROW_PAD_BYTES = 16
+CHUNK_COLUMNS = 64  # what the threads of a row copy at a time, or twice that
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,15 @@ class ForwardTile:
     q_in_registers: bool = False
     min_ctas_per_sm: int = 1
     one_barrier: bool = False  # a key tile, instead of two; needs two stages
+    # Column chunks in which the first Q and K arrive, the first product behind them; more than one
+    # needs one stage and Q in shared memory.
+    prologue_chunks: int = 1
 
     def smem_bytes(self, head_dim_qk: int, head_dim_v: int) -> int:
         """Shared memory of `Smem` in fwd.cu."""
         row_qk, row_v = _row_bytes(head_dim_qk), _row_bytes(head_dim_v)
         ring = self.num_stages * self.block_n * (row_qk + row_v)
-        return max(self.block_m * row_qk + ring, self.block_m * row_v)
+        return self.block_m * row_qk + ring
 
 
 def _row_bytes(head_dim: int) -> int:
@@ -68,12 +72,18 @@ def _candidates(problem: Problem) -> Iterator[ForwardTile]:
         yield ForwardTile(128, 32, 4, num_stages=2, min_ctas_per_sm=2)
         yield ForwardTile(128, 32, 4, min_ctas_per_sm=2)
     elif v > 192 and qk > 128:
-        yield ForwardTile(128, 128, 8)  # 203 KB at (256, 256): sm_90 and sm_100
+        # 203 KB at (256, 256): sm_90 and sm_100. One CTA on an SM: nobody works while it loads.
+        yield ForwardTile(128, 128, 8, prologue_chunks=prologue_chunks(qk))
     # Q in registers frees the memory pipe where O leaves room for it.
     yield ForwardTile(128, 64, 8, num_stages=2, q_in_registers=qk <= 128 and v <= 192)
     yield ForwardTile(128, 64, 8)
     yield ForwardTile(64, 64, 4)
     yield ForwardTile(64, 32, 4)
+
+
+def prologue_chunks(head_dim_qk: int) -> int:
+    """The value of `ForwardTile.prologue_chunks` other than 1, if there is one."""
+    return 1 if head_dim_qk % CHUNK_COLUMNS else head_dim_qk // CHUNK_COLUMNS
 
 
 def forward_tile(problem: Problem, arch: str) -> ForwardTile:
@@ -103,6 +113,12 @@ def refuses_tile(tile: ForwardTile, problem: Problem, arch: str) -> str | None:
         return f"num_stages={tile.num_stages} is not 1 to 4"
     if tile.one_barrier and tile.num_stages != 2:
         return "one_barrier needs num_stages=2"
+    if tile.prologue_chunks != 1:
+        if tile.num_stages != 1 or tile.q_in_registers:
+            return "prologue_chunks needs num_stages=1 and q_in_registers=False"
+        chunks = prologue_chunks(problem.head_dim_qk)
+        if tile.prologue_chunks != chunks:
+            return f"prologue_chunks={tile.prologue_chunks} is neither 1 nor {chunks}"
     smem = tile.smem_bytes(problem.head_dim_qk, problem.head_dim_v)
     fitting = arch_table.limits(arch).max_ctas_per_sm(smem, 32 * tile.num_warps)
     if not 1 <= tile.min_ctas_per_sm <= fitting:
@@ -139,6 +155,8 @@ def forward_spec(
         q_in_registers=tile.q_in_registers,
         min_ctas_per_sm=tile.min_ctas_per_sm,
         one_barrier=tile.one_barrier,
+        # Each chunk would look its rows' pages up anew.
+        prologue_chunks=1 if problem.page_size else tile.prologue_chunks,
         smem_bytes=tile.smem_bytes(problem.head_dim_qk, problem.head_dim_v),
         vector_bytes=problem.vector_bytes,
         out_vector_bytes=gcd(problem.head_dim_v * ELEM_BYTES, 16),
@@ -166,6 +184,12 @@ def page_division(page_size: int) -> tuple[int, int]:
     """
     shift = (page_size - 1).bit_length()
     return 2 ** (31 + shift) // page_size + 1, shift
+
+
+def division(divisor: int) -> int:
+    """By what `divide` of common/device/elem.cuh divides: magic, and shift in the upper 32 bits."""
+    magic, shift = page_division(divisor)
+    return shift << 32 | magic
 
 
 def _wide_row_strides(problem: Problem) -> bool:

@@ -89,14 +89,15 @@ def compile_spec(spec: KernelSpec) -> Compiled:
         compiler.load_nvrtc()
     except compiler.MissingCompilerError as error:
         pytest.skip(str(error))
-    return compiler.compile_cubin(spec, sources.resolve(spec.source))
+    return compiler.compile_cubin(spec, sources.resolve(spec.source, constants=spec.constants))
 
 
 def check(spec: KernelSpec, spill_limit: int) -> None:
     compiled = compile_spec(spec)
     limits = arch_table.limits(spec.arch)
     used = compiled.resources
-    assert sass.count(compiled.cubin, spec.entry, "HMMA") > 0, f"{spec.label()}: no tensor core use"
+    products = "HGMMA" if ("wgmma", True) in spec.constants else "HMMA"
+    assert sass.count(compiled.cubin, spec.entry, products) > 0, f"{spec.label()}: no {products}"
     assert used.spill_store_bytes <= spill_limit, f"{spec.label()}: {used}"
     assert used.spill_load_bytes <= 4 * spill_limit, f"{spec.label()}: {used}"
     smem_bytes, threads, ctas = (

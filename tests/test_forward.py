@@ -7,6 +7,7 @@ Cases are in cases.py, tolerances in oracle.py. Inputs lie in NaN, and so does f
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import calls
 import cases
@@ -15,11 +16,15 @@ import pytest
 import torch
 from cases import Case, on_both
 from conftest import Runner
-from inputs import make_inputs
+from inputs import SEEDS, make_inputs
 from torch import Tensor
 
 import flash_attn
 import flash_attn_interface
+from flash_attn_interface._common.problem import Target
+from flash_attn_interface._flash2 import tiles
+from flash_attn_interface._flash2.fwd import ForwardPlan
+from flash_attn_interface.tune_measure import make_problem
 
 NEG_INF = float("-inf")
 
@@ -58,6 +63,11 @@ def test_scores(runner: Runner, case: Case):
     check_case(runner, case)
 
 
+@on_both(cases.SOFTCAPS)
+def test_softcap_of_any_score(runner: Runner, case: Case):
+    oracle.check_softcap(runner, case)
+
+
 @on_both(cases.VARLEN)
 def test_varlen(runner: Runner, case: Case):
     check_case(runner, case)
@@ -82,6 +92,41 @@ def test_combinations(runner: Runner, case: Case):
 )
 def test_tiles_of_other_architectures(arch: str, case: Case):
     check_case(Runner("sim", torch.device("cpu"), arch), case)
+
+
+_WIDE = Case(batch=1, seqlen_q=70, seqlen_k=300).with_dims(256, 256)
+IN_CHUNKS = [
+    _WIDE.but(seqlen_k=256),  # no tile needs a mask
+    _WIDE.but(causal=True, dtype="fp16").with_heads(4, 2, 1).but(seqlen_q=180),
+    _WIDE.but(causal=True, seqlen_k=20),  # queries without keys
+    _WIDE.but(window_size=(40, 9), seqlen_q=200),
+    _WIDE.but(layout="gaps", align_bytes=2, seqlen_k=90),
+    _WIDE.but(layout="gaps", align_bytes=8, seqlen_k=90).with_dims(192, 208),
+    _WIDE.but(lengths_q=(37, 0, 65, 1), lengths_k=(41, 12, 0, 130), tail=5),
+]
+
+
+@pytest.mark.sim
+@pytest.mark.parametrize("case", IN_CHUNKS, ids=lambda case: case.id)
+def test_first_keys_that_arrive_in_chunks(case: Case):
+    """The tile of wide heads where shared memory has room for it."""
+    check_case(Runner("sim", torch.device("cpu"), "sm_90"), case)
+
+
+@pytest.mark.sim
+@pytest.mark.parametrize("causal", [False, True])
+def test_chunks_leave_every_bit_as_it_is(causal: bool):
+    problem = make_problem("bf16", (256, 256), causal, batch=1, heads=1, seqlen_q=150, seqlen_k=270)
+    target = Target("sm_90", 0, simulated=True)
+    chunked = tiles.forward_tile(problem, "sm_90")
+    assert chunked.prologue_chunks == 4
+    generator = torch.Generator().manual_seed(SEEDS.randrange(2**32))
+    q, k, v = (torch.randn(1, n, 1, 256, generator=generator).bfloat16() for n in (150, 270, 270))
+    plans = [
+        ForwardPlan(problem, target, replace(chunked, prologue_chunks=chunks)) for chunks in (4, 1)
+    ]
+    first, second = (plan.run(q, k, v)[0] for plan in plans)
+    assert torch.equal(first, second)
 
 
 @on_both(cases.LARGE)

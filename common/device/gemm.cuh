@@ -7,6 +7,7 @@
 #pragma once
 #include "common/device/elem.cuh"
 #include "common/ptx/ldmatrix.cuh"
+#include "common/ptx/shuffle.cuh"
 
 template <i32 kMTiles, i32 kNTiles>
 DEVICE void clear(f32 (&rD)[kMTiles][kNTiles][4]) {
@@ -112,4 +113,20 @@ DEVICE void accumulator_as_a(u32 (&rA)[4], const f32 (&rD)[kMTiles][kNTiles][4],
   rA[1] = pack2<kIsBf16>(rD[m][2 * k][2], rD[m][2 * k][3]);
   rA[2] = pack2<kIsBf16>(rD[m][2 * k + 1][0], rD[m][2 * k + 1][1]);
   rA[3] = pack2<kIsBf16>(rD[m][2 * k + 1][2], rD[m][2 * k + 1][3]);
+}
+
+// words[i] of lane q of a quad becomes words[q] of its lane i. With words[i] = two packed columns
+// of tile n + i of an accumulator, lane q has the eight columns of tile n + q of its row: 16 bytes.
+DEVICE void transpose_quad(u32 (&words)[4], i32 lane_idx) {
+#pragma unroll
+  for (i32 bit = 1; bit < 4; bit *= 2) {
+    const bool upper = (lane_idx & bit) != 0;
+#pragma unroll
+    for (i32 i = 0; i < 4; ++i) {
+      if ((i & bit) == 0) {  // of each pair of words, one stays and one goes
+        const u32 got = shfl_xor_u32(upper ? words[i] : words[i + bit], bit);
+        (upper ? words[i] : words[i + bit]) = got;
+      }
+    }
+  }
 }

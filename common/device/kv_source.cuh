@@ -86,15 +86,16 @@ struct PagedCopy : Copy {
   DEVICE void load(u32 s_tile, i32 first_row, i32 num_rows) const {
     load_part<1>(s_tile, first_row, num_rows, 0);
   }
-  template <i32 kParts>
-  DEVICE void load_part(u32 s_tile, i32 first_row, i32 num_rows, i32 part) const {
+  template <i32 kParts, i32 kChunks = 1>
+  DEVICE void load_part(u32 s_tile, i32 first_row, i32 num_rows, i32 part, i32 chunk = 0) const {
     const i32 thread_row = first_row + this->row;
-    Copy::template load_rows<kParts>(s_tile, thread_row, num_rows, part, [&](i32 pass) {
+    const auto address = [&](i32 pass) {
       const i32 key = thread_row + pass * Copy::kRowsPerPass;
       // A key that does not exist is not read; looking up position 0 keeps within the table, which
       // has a page: problems without one are answered by the host.
       const PageTable::Place at = table.place(key < num_rows ? table.first + key : 0);
       return this->g_column + at.slot * slot_stride_bytes + i64(at.row) * this->row_stride_bytes;
-    });
+    };
+    Copy::template load_rows<kParts, kChunks>(s_tile, thread_row, num_rows, part, address, chunk);
   }
 };

@@ -40,6 +40,14 @@ struct OnlineSoftmax {
   // turns a score into units of log2. Masked scores are -inf.
   template <i32 kNTiles, i32 kNTilesO>
   DEVICE void update(f32 (&rS)[kMTiles][kNTiles][4], f32 (&rO)[kMTiles][kNTilesO][4], f32 to_log2) {
+    follow_max(rS, rO, to_log2);
+    exponentiate(rS, to_log2);
+  }
+
+  // update() in two halves: rO is ready after the first, rS after the second.
+  template <i32 kNTiles, i32 kNTilesO>
+  DEVICE void follow_max(const f32 (&rS)[kMTiles][kNTiles][4], f32 (&rO)[kMTiles][kNTilesO][4],
+                         f32 to_log2) {
     f32 rescale[kMTiles][2];
     bool moved = false;
 #pragma unroll
@@ -75,6 +83,9 @@ struct OnlineSoftmax {
         }
       }
     }
+  }
+  template <i32 kNTiles>
+  DEVICE void exponentiate(f32 (&rS)[kMTiles][kNTiles][4], f32 to_log2) {
 #pragma unroll
     for (i32 m = 0; m < kMTiles; ++m) {
 #pragma unroll

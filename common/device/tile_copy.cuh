@@ -16,13 +16,23 @@ struct TileLayout {
   static constexpr i32 kCols = round_up(kHeadDim, kColumnMultiple);
   static constexpr i32 kRowBytes = kCols * kElemBytes + 16;
   static constexpr i32 kBytes = kRows * kRowBytes;
+
+  // Of byte `column_bytes` of a row, from the tile's begin.
+  DEVICE static u32 offset(i32 row, i32 column_bytes) {
+    return u32(row * kRowBytes + column_bytes);
+  }
+  // From a place in a row to that so many bytes on, both multiples of what a group of threads
+  // copies.
+  DEVICE static constexpr i32 columns_on(i32 bytes) { return bytes; }
 };
 
 // Copies one tile global -> shared with kThreads threads in pieces of kVectorBytes (16, 8, 4 or 2):
 // the largest that the caller's pointers and strides are aligned to. 16, 8 and 4 are cp.async (the
 // caller commits and waits); 2 goes through registers at once. RowStride: i32 saves registers and
-// holds any stride below 2^30 elements, i64 holds all.
-template <class Layout, i32 kHeadDim, i32 kThreads, i32 kVectorBytes, class RowStride>
+// holds any stride below 2^30 elements, i64 holds all. kReadOnce: nobody else reads these rows, so
+// that they need not stay in L2.
+template <class Layout, i32 kHeadDim, i32 kThreads, i32 kVectorBytes, class RowStride,
+          bool kReadOnce = false>
 struct TileCopy {
   static constexpr i32 kRows = Layout::kRows;
   static constexpr i32 kVectorsPerRow = Layout::kCols * kElemBytes / kVectorBytes;
@@ -37,6 +47,7 @@ struct TileCopy {
   static constexpr i32 kThreadsPerRow = threads_per_row();
   static constexpr i32 kRowsPerPass = kThreads / kThreadsPerRow;
   static constexpr i32 kPasses = ceil_div(Layout::kRows, kRowsPerPass);
+  static constexpr i32 kVectorsPerThread = kVectorsPerRow / kThreadsPerRow;  // of one row
   static_assert(kThreads % kThreadsPerRow == 0, "a row belongs to whole threads");
 
   const char* g_column;  // this thread's first vector in row 0 of the sequence
@@ -50,7 +61,7 @@ struct TileCopy {
         row(thread_idx / kThreadsPerRow),
         vector(thread_idx % kThreadsPerRow) {
     g_column = static_cast<const char*>(base) + vector * kVectorBytes;
-    s_offset = u32(row * Layout::kRowBytes + vector * kVectorBytes);
+    s_offset = Layout::offset(row, vector * kVectorBytes);
   }
 
   // Copies rows first_row .. first_row + kRows - 1; rows from num_rows on and columns from kHeadDim
@@ -61,20 +72,24 @@ struct TileCopy {
 
   // Part `part` of kParts of load(): lets a product carry the copy of the next tile, a few
   // instructions per step, instead of a burst that fills the memory pipe's queue and holds up
-  // everything behind it.
-  template <i32 kParts>
-  DEVICE void load_part(u32 s_tile, i32 first_row, i32 num_rows, i32 part) const {
+  // everything behind it. Of the columns, all or the chunk-th of kChunks equal shares: lets a
+  // product begin on the columns that are there.
+  template <i32 kParts, i32 kChunks = 1>
+  DEVICE void load_part(u32 s_tile, i32 first_row, i32 num_rows, i32 part, i32 chunk = 0) const {
     const i32 thread_row = first_row + row;
     const char* g = g_column + i64(thread_row) * row_stride_bytes;
-    load_rows<kParts>(s_tile, thread_row, num_rows, part,
-                      [&](i32 pass) { return g + pass * i64(kRowsPerPass * row_stride_bytes); });
+    const auto address = [&](i32 pass) { return g + pass * i64(kRowsPerPass * row_stride_bytes); };
+    load_rows<kParts, kChunks>(s_tile, thread_row, num_rows, part, address, chunk);
   }
 
  protected:
   // The same with rows anywhere: address(pass) is this thread's first vector of row thread_row +
   // pass * kRowsPerPass.
-  template <i32 kParts, class Address>
-  DEVICE void load_rows(u32 s_tile, i32 thread_row, i32 num_rows, i32 part, Address address) const {
+  template <i32 kParts, i32 kChunks = 1, class Address>
+  DEVICE void load_rows(u32 s_tile, i32 thread_row, i32 num_rows, i32 part, Address address,
+                        i32 chunk = 0) const {
+    constexpr i32 kVectors = kVectorsPerThread / kChunks;
+    static_assert(kVectorsPerThread % kChunks == 0, "a chunk is whole vectors of every thread");
     const u32 s = s_tile + s_offset;
 #pragma unroll
     for (i32 pass = 0; pass < kPasses; ++pass) {
@@ -82,11 +97,11 @@ struct TileCopy {
           (Layout::kRows % kRowsPerPass == 0 || row + pass * kRowsPerPass < Layout::kRows)) {
         const char* g = address(pass);
 #pragma unroll
-        for (i32 i = 0; i < kVectorsPerRow / kThreadsPerRow; ++i) {
-          copy_vector(
-              s + pass * kRowsPerPass * Layout::kRowBytes + i * kThreadsPerRow * kVectorBytes,
-              g + i * kThreadsPerRow * kVectorBytes,
-              thread_row + pass * kRowsPerPass < num_rows ? valid_bytes(i) : 0);
+        for (i32 i = chunk * kVectors; i < (chunk + 1) * kVectors; ++i) {
+          copy_vector(s + pass * kRowsPerPass * Layout::kRowBytes +
+                          Layout::columns_on(i * kThreadsPerRow * kVectorBytes),
+                      g + i * kThreadsPerRow * kVectorBytes,
+                      thread_row + pass * kRowsPerPass < num_rows ? valid_bytes(i) : 0);
         }
       }
     }
@@ -103,7 +118,9 @@ struct TileCopy {
     }
   }
   DEVICE static void copy_vector(u32 dst, const char* src, i32 bytes) {
-    if constexpr (kVectorBytes == 16) {
+    if constexpr (kVectorBytes == 16 && kReadOnce) {
+      cp_async_16_with_policy(dst, src, bytes, evict_first_policy());
+    } else if constexpr (kVectorBytes == 16) {
       cp_async_16(dst, src, bytes);
     } else if constexpr (kVectorBytes == 8) {
       cp_async_8(dst, src, bytes);

@@ -60,13 +60,15 @@ DEVICE Work packed_tile(const FwdParams& p, i32 tile, i32 head_idx, i32 lane_idx
 
 template <class Cfg>
 DEVICE Work this_work(const FwdParams& p, i32 lane_idx) {
-  const i64 tiles_per_group = i64(p.units_per_group) * p.tiles_per_unit;
-  const i32 group = i32(block_idx() / tiles_per_group);
-  const i32 in_group = i32(block_idx() - group * tiles_per_group);
-  const i32 first_unit = group * p.units_per_group;
-  const i32 units = imin(p.units_per_group, p.num_units - first_unit);
-  const i32 unit = first_unit + in_group % units;
-  const i32 rank = in_group / units;
+  // Nothing here exceeds the grid, so unsigned 32 bits do: the divisions stand before a CTA's first
+  // copy, and these are the short ones.
+  const u32 tiles_per_group = u32(p.units_per_group) * u32(p.tiles_per_unit);
+  const u32 group = u32(block_idx()) / tiles_per_group;
+  const u32 in_group = u32(block_idx()) - group * tiles_per_group;
+  const u32 first_unit = group * u32(p.units_per_group);
+  const u32 units = u32(imin(p.units_per_group, p.num_units - i32(first_unit)));
+  const i32 rank = i32(in_group / units);
+  const i32 unit = i32(first_unit + in_group % units);
   if constexpr (Cfg::kVarlenQ) {
     return packed_tile<Cfg>(p, rank, unit, lane_idx);
   } else {
