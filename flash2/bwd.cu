@@ -1,8 +1,9 @@
 // flash2/bwd.cu: dK, dV and the fp32 sums of dQ, for sm_80 and up (mma.sync, cp.async).
 // Launched by flash2/bwd.py between bwd_preprocess.cu, which prepares softmax_d and lse_log2, and
 // bwd_convert.cu, which rounds dQ.
-// CTA: one tile of kBlockN keys and the query heads that share them (GQA). dK and dV stay in
-// registers while it walks over the query tiles that see these keys, kBlockM queries a step.
+// CTA: one tile of kBlockN keys and query heads that share them (GQA). dK and dV stay in registers
+// while it walks over the query tiles that see these keys, kBlockM queries a step. Where CTAs share
+// a K or V head, bwd_sum.cu adds up what they leave.
 // All tiles of scores are transposed, with keys as rows:
 //   S^T = K Q^T      P^T = exp(S^T - lse)            dV += P^T dO
 //   dP^T = V dO^T    dS^T = P^T * (dP^T - D)         dK += dS^T Q      dQ += dS K
@@ -24,6 +25,7 @@
 #include "common/device/params.cuh"
 #include "common/device/score.cuh"
 #include "common/ptx/barrier.cuh"
+#include "common/ptx/shuffle.cuh"
 
 // S^T, dP^T and what follows from them for one query tile, up to dS^T in shared memory.
 struct Step {
@@ -393,23 +395,27 @@ DEVICE void run_role(Fragments<kMTilesKv, kNTiles>& rD, const BwdParams& p, cons
                      smem + Smem::kDs + u32((num_steps + 1) % 2 * LayoutP::kBytes));
 }
 
-// dK and dV of one key tile: sums over the query heads of each K and V head, which need not be as
-// many. kHasDk, kHasDv: what this warp computes of them.
+// dK and dV of one key tile: sums over the CTA's query heads of each K and V head. kHasDk, kHasDv:
+// what this warp computes of them.
 template <bool kHasDk, bool kHasDv>
-DEVICE void key_tile(const BwdParams& p, const KeyWork& work, const Lane& lane, u32 smem,
-                     i32 n_block) {
-  constexpr bool kStaged = Cfg::kGradVectorBytes == 16;
+DEVICE void key_tile(const BwdParams& p, const KeyWork& work, Lane lane, u32 smem, i32 n_block) {
   const i32 first_key = n_block * Cfg::kBlockN;
   const TileRange tiles = query_tiles<Cfg>(p, work.seq, first_key, Cfg::kBlockN);
-  const i64 b = work.batch_idx, g_row = work.seq.k_row + first_key;
-  const i32 rows = work.slot_k - first_key, head_end = work.first_head + p.heads_per_cta;
   Gradients gradients;
   clear(gradients.rDk);
   clear(gradients.rDv);
-  for (i32 head = work.first_head; head < head_end;) {
-    const i32 head_k = head / p.qhead_per_khead, head_v = head / p.qhead_per_vhead;
-    const i32 end_k = (head_k + 1) * p.qhead_per_khead, end_v = (head_v + 1) * p.qhead_per_vhead;
-    const i32 end = imin(end_k, end_v);
+  for (i32 head = work.first_head; head < work.end_head;) {
+    if constexpr (Cfg::kUnequalHeads) {  // all that follows from it is computed anew for each run:
+      lane = Lane(shfl_idx_u32(u32(lane.thread_idx), lane.lane_idx));  // else it takes registers
+    }
+    const i32 head_k = head / p.qhead_per_khead;
+    const i32 head_v = Cfg::kUnequalHeads ? head / p.qhead_per_vhead : head_k;
+    i32 end_k = work.end_head, end_v = end_k, end = end_k;
+    if constexpr (Cfg::kUnequalHeads) {
+      end_k = imin(end_k, (head_k + 1) * p.qhead_per_khead);
+      end_v = imin(end_v, (head_v + 1) * p.qhead_per_vhead);
+      end = imin(end_k, end_v);
+    }
     if (tiles.begin < tiles.end) {
       if constexpr (kHasDk && kHasDv) {
         run(gradients, p, work, lane, smem, n_block, tiles, head, end);
@@ -419,39 +425,27 @@ DEVICE void key_tile(const BwdParams& p, const KeyWork& work, const Lane& lane, 
         run_role<false>(gradients.rDk, p, work, lane, smem, n_block, tiles, head, end);
       }
     }
-    if constexpr (kStaged) {
+    if constexpr (Cfg::kGradVectorBytes == 16) {
       cta_sync();  // all warps are done with K and V
     }
     if constexpr (kHasDk) {
       if (end == end_k) {
-        u16* dk = static_cast<u16*>(p.dk) + b * p.dk_batch_stride + head_k * p.dk_head_stride +
-                  g_row * p.dk_row_stride;
-        if constexpr (kStaged) {
-          store_gradient_staged<Cfg::kHeadDimQk, LayoutK>(gradients.rDk, smem + Smem::kK, dk,
-                                                          p.dk_row_stride, rows, p.dqk_scale, lane);
-        } else {
-          store_gradient<Cfg::kHeadDimQk>(gradients.rDk, dk, p.dk_row_stride, rows, p.dqk_scale,
-                                          lane);
-        }
+        store<Cfg::kHeadDimQk, LayoutK>(gradients.rDk, p, work, lane, smem + Smem::kK, first_key,
+                                        head_k, p.qhead_per_khead, p.dk, p.dk_batch_stride,
+                                        p.dk_head_stride, p.dk_row_stride, p.dk_accum, p.dqk_scale);
         clear(gradients.rDk);
       }
     }
     if constexpr (kHasDv) {
       if (end == end_v) {
-        u16* dv = static_cast<u16*>(p.dv) + b * p.dv_batch_stride + head_v * p.dv_head_stride +
-                  g_row * p.dv_row_stride;
-        if constexpr (kStaged) {
-          store_gradient_staged<Cfg::kHeadDimV, LayoutV>(gradients.rDv, smem + Smem::kV, dv,
-                                                         p.dv_row_stride, rows, p.dv_scale, lane);
-        } else {
-          store_gradient<Cfg::kHeadDimV>(gradients.rDv, dv, p.dv_row_stride, rows, p.dv_scale,
-                                         lane);
-        }
+        store<Cfg::kHeadDimV, LayoutV>(gradients.rDv, p, work, lane, smem + Smem::kV, first_key,
+                                       head_v, p.qhead_per_vhead, p.dv, p.dv_batch_stride,
+                                       p.dv_head_stride, p.dv_row_stride, p.dv_accum, p.dv_scale);
         clear(gradients.rDv);
       }
     }
-    if constexpr (!Cfg::kGroupedHeads) {
-      break;  // one head: no loop whose invariants would take registers
+    if constexpr (!Cfg::kUnequalHeads) {
+      break;  // one K and one V head
     }
     head = end;
   }
@@ -470,7 +464,7 @@ DEVICE void divide_key_tile(const BwdParams& p, const KeyWork& work, const Lane&
 }
 
 KERNEL(Cfg::kNumThreads, Cfg::kMinCtasPerSm) flash2_bwd(GRID_CONSTANT BwdParams p) {
-  const Lane lane;
+  const Lane lane(thread_idx());
   const KeyWork work = key_work<Cfg>(p, lane.lane_idx);
   const u32 smem = smem_base();
   if constexpr (Cfg::kDeterministic) {

@@ -1,11 +1,13 @@
-"""Launches the backward: bwd_preprocess.cu, bwd.cu, bwd_convert.cu, on one parameter block.
+"""Launches the backward: bwd_preprocess.cu, bwd.cu, bwd_convert.cu and, where CTAs of bwd.cu share
+K or V heads, bwd_sum.cu, on one parameter block.
 
-Called by the autograd of `flash_attn_interface/`. Tile choices: `bwd_tiles.py`.
+Called by the autograd of `flash_attn_interface/`. Tile choices: `bwd_tiles.py`. What each CTA does:
+`bwd_schedule.py`.
 """
 
 from __future__ import annotations
 
-from math import floor, lcm
+from math import floor
 from typing import Any
 
 import torch
@@ -15,40 +17,42 @@ from .._common import kernels
 from .._common.backward_problem import BackwardProblem
 from .._common.plan_values import score_values
 from .._common.problem import Target
-from . import bwd_tiles
+from . import bwd_schedule, bwd_tiles
 from .bwd_tiles import BackwardTile
-from .tiles import ELEM_BYTES
 
 STAT_ROWS = 128  # bwd_work.cuh: softmax_d gives each sequence whole tiles of so many rows
-ACCUM_ROWS = 16  # bwd_work.cuh: dq_accum likewise
-# Q, dO and dq_accum of the heads that run together should stay in L2 (A100 2 x 20 MB, H100 50 MB).
-L2_BUDGET_BYTES = 24 * 2**20
-MAX_DETERMINISTIC_SPLITS = 8
+ACCUM_ROWS = 16  # bwd_work.cuh: the accumulators likewise
 SIMULATED_SMS = 4
 
 
 class BackwardPlan:
-    """One backward problem on one target: three kernels and a parameter block.
+    """One backward problem on one target: kernels and a parameter block.
 
     Not shared between threads. Making one compiles nothing and needs no GPU; the first run loads
     the kernels.
 
     dk and dv are bitwise reproducible, each the fp32 sum over its query heads in a fixed order. dq
-    is if deterministic: split s of its accumulator belongs to one CTA per head group, which takes
-    key tiles s, s + num_splits, ... in order.
+    is if deterministic: split s of its accumulator belongs to one CTA per query head, which takes
+    key tiles s, s + dq_splits, ... in order.
 
     Memory that `run` takes beyond its results: 4 bytes per query row and head (softmax_lse in other
-    units), and the fp32 accumulator of dq, num_splits * num_heads_q * rows * columns * 4 bytes;
-    rows are rounded up to 16 in each sequence, columns as `BackwardTile.accum_columns`. num_splits
-    is 1, if deterministic min(ceil(SMs / (batch * head groups)), key tiles of the longest sequence,
-    MAX_DETERMINISTIC_SPLITS). A head group is lcm(num_heads_q / num_heads_k, num_heads_q /
-    num_heads_v) query heads.
+    units), and fp32 accumulators:
+    - of dq, dq_splits * num_heads_q * rows * columns * 4 bytes; dq_splits is 1 unless
+      deterministic, then at most `bwd_schedule.MAX_DETERMINISTIC_SPLITS`.
+    - of dk and dv, only where several CTAs share a head of K or V: that number of CTAs *
+      num_heads_k * rows * columns * 4 bytes, dv likewise. `bwd_schedule.choose_heads_per_cta` sees
+      to it that the CTAs are fewer than the query heads that share it.
+    Rows are rounded up to 16 in each sequence, columns as in `BackwardTile.accum_columns`.
     """
 
     def __init__(
-        self, problem: BackwardProblem, target: Target, tile: BackwardTile | None = None
+        self,
+        problem: BackwardProblem,
+        target: Target,
+        tile: BackwardTile | None = None,
+        heads_per_cta: int = 0,
     ) -> None:
-        """tile: instead of the tables' choice."""
+        """tile: instead of the tables' choice. heads_per_cta: instead of bwd_schedule's."""
         self.problem = problem
         self.target = target
         self.specs = bwd_tiles.backward_specs(problem, target.arch, tile, target.gpu)
@@ -56,23 +60,41 @@ class BackwardPlan:
             torch.device("cpu") if target.simulated else torch.device("cuda", target.device_index)
         )
         forward = problem.forward
-        self._heads_per_cta = lcm(forward.qhead_per_khead, forward.qhead_per_vhead)
+        self._heads_per_cta = heads_per_cta
         self._is_empty = min(forward.total_q, forward.total_k) == 0
         self._kernels: tuple[kernels.Kernel, ...] = ()  # loaded, maybe compiled, by the first run
 
     def _prepare(self) -> None:
         """Everything that runs share."""
-        self.num_splits = self._num_splits()
+        problem, p = self.problem, self.problem.forward
+        self.schedule = bwd_schedule.schedule(
+            problem, self.specs[1], self._num_sms(), self._heads_per_cta
+        )
+        self._dq_accum_size = self.schedule.dq_splits * self._accum_rows() * self._accum_columns()
+        share_k, share_v = (
+            self.schedule.sharing_ctas(n) for n in (p.qhead_per_khead, p.qhead_per_vhead)
+        )
+        # Floats of each accumulator and CTAs of bwd_sum.cu, 0 where CTAs of bwd.cu share no head.
+        rows = self._key_accum_rows() * (1 if p.varlen_k else p.batch)
+        self._dk_accum_size = self._dv_accum_size = sum_grid = 0
+        if share_k > 1:
+            self._dk_accum_size = share_k * p.num_heads_k * rows * self._accum_columns()
+            sum_grid += self._key_tiles() * p.num_heads_k
+        if share_v > 1:
+            columns = int(self.specs[3]["v_columns"])
+            self._dv_accum_size = share_v * p.num_heads_v * rows * columns
+            sum_grid += self._key_tiles() * p.num_heads_v
         values = self._values()
-        query_grid = self._query_tiles() * self.problem.forward.num_heads_q
-        key_grid = values["k_units"] * values["k_tiles_per_unit"]
-        if max(query_grid, key_grid) >= 2**31:
+        query_grid = self._query_tiles() * p.num_heads_q
+        key_grid = self.schedule.k_units * self.schedule.k_tiles_per_unit
+        largest = max(query_grid, key_grid, sum_grid)
+        if largest >= 2**31:
             raise NotImplementedError(
-                f"{max(query_grid, key_grid)} tiles exceed the launch grid of 2**31 - 1: "
-                "split the batch"
+                f"{largest} tiles exceed the launch grid of 2**31 - 1: split the batch"
             )
-        self.grids = (query_grid, key_grid, query_grid)
-        loaded = tuple(kernels.load(spec, self.target) for spec in self.specs)
+        self.grids = (query_grid, key_grid, query_grid, *([sum_grid] if sum_grid else []))
+        specs = self.specs[: len(self.grids)]
+        loaded = tuple(kernels.load(spec, self.target) for spec in specs)
         self._block = loaded[0].layout.block()
         for name, value in values.items():
             self._block.set(name, value)
@@ -120,10 +142,13 @@ class BackwardPlan:
         softmax_lse = _fp32_contiguous(softmax_lse)
         dlse = None if dlse is None else _fp32_contiguous(dlse)
         lse_log2 = self._empty(self._stat_shape())
-        dq_accum = self._empty((self.num_splits * self._accum_rows() * self._accum_columns(),))
+        dq_accum = self._empty((self._dq_accum_size,))
+        dk_accum = self._empty((self._dk_accum_size,)) if self._dk_accum_size else None
+        dv_accum = self._empty((self._dv_accum_size,)) if self._dv_accum_size else None
         tensors = (
             dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, seqused_q,
-            seqused_k, alibi_slopes, rng_state, dlse, softmax_d, lse_log2, dq_accum,
+            seqused_k, alibi_slopes, rng_state, dlse, softmax_d, lse_log2, dq_accum, dk_accum,
+            dv_accum,
         )  # fmt: skip
         for slot, tensor in zip(self._slots, tensors, strict=True):
             slot.value = 0 if tensor is None else tensor.data_ptr()
@@ -166,36 +191,28 @@ class BackwardPlan:
             return -(-p.total_q // STAT_ROWS) + p.batch
         return -(-p.seqlen_q // STAT_ROWS) * p.batch
 
-    def _num_splits(self) -> int:
-        if not self.problem.deterministic:
-            return 1
+    def _key_accum_rows(self) -> int:
+        """Rows of dk_accum and dv_accum for one head, dense of one sequence."""
         p = self.problem.forward
-        units = p.batch * p.num_heads_q // self._heads_per_cta
-        sms = SIMULATED_SMS
-        if not self.target.simulated:
-            sms = torch.cuda.get_device_properties(self.device).multi_processor_count
-        key_tiles = -(-p.seqlen_k // int(self.specs[1]["block_n"]))
-        return max(1, min(-(-sms // units), key_tiles, MAX_DETERMINISTIC_SPLITS))
+        if p.varlen_k:
+            return (p.total_k // ACCUM_ROWS + p.batch) * ACCUM_ROWS
+        return -(-p.seqlen_k // ACCUM_ROWS) * ACCUM_ROWS
 
-    def _key_work(self) -> dict[str, int]:
-        """Units, tiles and groups of bwd_work.cuh."""
+    def _key_tiles(self) -> int:
+        """Of one head, for bwd_sum.cu: enough for any split of total_k into sequences."""
         p = self.problem.forward
-        groups = p.num_heads_q // self._heads_per_cta
-        block_n = int(self.specs[1]["block_n"])
-        units, tiles = p.batch * groups, -(-p.seqlen_k // block_n)
-        if self.problem.deterministic:
-            tiles = self.num_splits
-            units += groups if p.varlen_k else 0  # the tail of the packed keys counts as a sequence
-        elif p.varlen_k:
-            units, tiles = groups, -(-p.total_k // block_n) + p.batch
-        row_bytes = ELEM_BYTES * (p.head_dim_qk + p.head_dim_v) + 4 * self._accum_columns()
-        unit_bytes = p.seqlen_q * row_bytes * self._heads_per_cta
-        together = max(1, min(units, L2_BUDGET_BYTES // max(unit_bytes, 1)))
-        return {"k_units": units, "k_tiles_per_unit": tiles, "k_units_per_group": together}
+        if p.varlen_k:
+            return -(-p.total_k // STAT_ROWS) + p.batch
+        return -(-p.seqlen_k // STAT_ROWS) * p.batch
+
+    def _num_sms(self) -> int:
+        if self.target.simulated:
+            return SIMULATED_SMS
+        return int(torch.cuda.get_device_properties(self.device).multi_processor_count)
 
     def _values(self) -> dict[str, Any]:
         """The fields of BwdParams that the problem fixes."""
-        problem, p = self.problem, self.problem.forward
+        problem, p, schedule = self.problem, self.problem.forward, self.schedule
         stat_rows = self._stat_shape()[-1]
         accum_head = self._accum_rows_per_head() * self._accum_columns()
         keep_probability = 1.0 - p.dropout_p
@@ -216,15 +233,22 @@ class BackwardPlan:
             "num_heads_q": p.num_heads_q,
             "qhead_per_khead": p.qhead_per_khead,
             "qhead_per_vhead": p.qhead_per_vhead,
-            "heads_per_cta": self._heads_per_cta,
+            "key_accum_rows": self._key_accum_rows(),
+            "heads_per_group": schedule.heads_per_group,
+            "heads_per_cta": schedule.heads_per_cta,
+            "ctas_per_group": schedule.ctas_per_group,
+            "k_tiles_per_unit": schedule.k_tiles_per_unit,
+            "k_units": schedule.k_units,
+            "k_tiles_per_phase": schedule.k_tiles_per_phase,
+            "k_units_per_turn": schedule.k_units_per_turn,
+            "k_sum_tiles": self._key_tiles(),
             "q_tiles_per_unit": -(-p.seqlen_q // STAT_ROWS),
-            "num_splits": self.num_splits,
+            "num_splits": schedule.dq_splits,
             **score_values(p),
             "dqk_scale": p.softmax_scale / keep_probability * unshift,
             "dv_scale": 1.0 / keep_probability * unshift,
             "keep_threshold": floor(keep_probability * 255.0),
             "keep_probability": keep_probability,
-            **self._key_work(),
         }
         strides = {
             "q": p.q_strides,
@@ -246,7 +270,7 @@ class BackwardPlan:
 _POINTERS = (
     "dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv", "cu_seqlens_q", "cu_seqlens_k",
     "seqused_q", "seqused_k", "alibi_slopes", "rng_state", "dlse", "softmax_d", "lse_log2",
-    "dq_accum",
+    "dq_accum", "dk_accum", "dv_accum",
 )  # fmt: skip
 
 

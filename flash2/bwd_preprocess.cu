@@ -1,4 +1,4 @@
-// flash2/bwd_preprocess.cu: the first of the backward's three kernels. Launched by flash2/bwd.py.
+// flash2/bwd_preprocess.cu: the first of the backward's kernels. Launched by flash2/bwd.py.
 //   softmax_d = rowsum(dO * O) - dlse     (dlse: the gradient of softmax_lse, whose own is P)
 //   lse_log2 = softmax_lse in units of log2, +inf (P = 0) for rows without keys and for rows that
 //              only fill up a tile

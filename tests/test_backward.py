@@ -7,7 +7,6 @@ failure here is the backward's. Inputs, dout and the memory of the gradients lie
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import cases
 import gradients
@@ -100,7 +99,11 @@ class Call:
         )
 
     def run(
-        self, runner: Runner, deterministic: bool = False, tile: BackwardTile | None = None
+        self,
+        runner: Runner,
+        deterministic: bool = False,
+        tile: BackwardTile | None = None,
+        heads_per_cta: int = 0,
     ) -> tuple[Grads, Tensor]:
         """(dq, dk, dv), softmax_d of the kernels; the gradients lie in memory like q, k and v."""
         buffers = make_inputs(self.case, runner.device)
@@ -113,8 +116,8 @@ class Call:
         target = target_of(runner)
         assert BACKEND.refuses_backward(problem, target) is None
         plan = BACKEND.plan_backward(problem, target)
-        if tile is not None:
-            plan = BackwardPlan(problem, target, tile)
+        if tile is not None or heads_per_cta:
+            plan = BackwardPlan(problem, target, tile, heads_per_cta)
         with runner.active():
             softmax_d = plan.run(
                 self.dout, *self._qkv(), self.out, self.softmax_lse, *grads,
@@ -255,33 +258,6 @@ def test_parts_of_the_keys_add_up(runner: Runner, case: Case):
     dk, dv = (torch.cat([part[i].double() for part in parts], 1) for i in (1, 2))
     for name, got, want in zip(("dq", "dk", "dv"), (dq, dk, dv), exact, strict=True):
         oracle._assert_close(name, got, want, 0.02 * float(want.abs().max()))
-
-
-@pytest.mark.sim
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_memory_beyond_the_gradients(
-    monkeypatch: pytest.MonkeyPatch, deterministic: bool, record_property: Any
-):
-    """The fp32 accumulator of dq, num_splits times, and two fp32 numbers a row."""
-    case = Case(seqlen_q=256, seqlen_k=300, batch=1).with_dims(64, 128).with_heads(4, 2, 1)
-    taken: list[Tensor] = []
-    splits: list[int] = []
-    allocate = BackwardPlan._empty
-
-    def empty(plan: BackwardPlan, shape: tuple[int, ...]) -> Tensor:
-        taken.append(allocate(plan, shape))
-        splits.append(getattr(plan, "num_splits", 1))
-        return taken[-1]
-
-    monkeypatch.setattr(BackwardPlan, "_empty", empty)
-    call = Call(case, "cpu")
-    call.run(Runner("sim", torch.device("cpu")), deterministic=deterministic)
-    taken_bytes = sum(tensor.nbytes for tensor in taken)
-    record_property("extra_bytes", taken_bytes)
-    print(f"deterministic={deterministic}: {taken_bytes} bytes, {splits[-1]} splits of dq")
-    rows = case.num_heads_q * case.seqlen_q
-    assert taken_bytes == 4 * (splits[-1] * rows * case.head_dim_qk + 2 * rows)
-    assert splits[-1] == 1 or deterministic
 
 
 DETERMINISTIC = [

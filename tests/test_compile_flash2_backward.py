@@ -7,6 +7,7 @@ Needs NVRTC, no GPU. A sample runs by default; `make compile-check` runs all.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from cases import EQUAL_PAIRS, NAMED_PAIRS
@@ -19,7 +20,7 @@ from flash_attn_interface._flash2 import bwd_tiles, tiles
 
 # dK and dV of a tile fill the registers: what spills are values that a step reads a few times.
 MAX_SPILL_BYTES = 256
-FEATURES = ["plain", "causal", "window", "softcap", "alibi", "varlen", "dropout"]
+FEATURES = ["plain", "causal", "window", "softcap", "alibi", "varlen", "dropout", "unequal heads"]
 SAMPLE = [
     ("sm_80", (64, 128), "causal"),
     ("sm_86", (256, 256), "dropout"),
@@ -27,11 +28,15 @@ SAMPLE = [
     ("sm_90", (192, 128), "plain"),
     ("sm_100", (128, 256), "causal"),
     ("sm_120", (32, 64), "varlen"),
+    ("sm_80", (64, 128), "unequal heads"),
+    ("sm_90", (64, 64), "unequal heads"),
 ]
 
 
 def check(arch: str, dims: tuple[int, int], feature: str) -> None:
-    forward = problem(dims, feature, "bf16")
+    forward = problem(dims, "causal" if feature == "unequal heads" else feature, "bf16")
+    if feature == "unequal heads":
+        forward = replace(forward, num_heads_q=8, num_heads_k=2, num_heads_v=4)
     strides = (forward.seqlen_q * dims[1], dims[1], dims[1])
     backward = BackwardProblem(forward, strides, strides, strides, strides, strides)
     for spec in bwd_tiles.backward_specs(backward, arch):

@@ -56,7 +56,8 @@ DEVICE void add_dq(const Fragments<kMTilesDq, kNTilesDq>& rDq, const BwdParams& 
                    i32 part) {
   const i32 first_row = at.m_block * Cfg::kBlockM + lane.dq_query;
   f32* dst = accum_rows<Cfg>(p, work.seq, work.batch_idx, at.head_idx, work.split, first_row) +
-             lane.dq_part * kNTilesDq * kFragmentFloats + accum_offset<Cfg>(lane.lane_idx, 0);
+             lane.dq_part * kNTilesDq * kFragmentFloats +
+             fragment_offset<Cfg::kVectorAtomics>(lane.lane_idx, 0);
 #pragma unroll
   for (i32 m = 0; m < kMTilesDq; ++m) {
     if (first_row + m * 16 < num_rows) {
@@ -84,6 +85,26 @@ DEVICE void compute_and_add_dq(const BwdParams& p, const KeyWork& work, const La
   clear(rDq);
   accumulate_dq(rDq, lane, smem, sDs);
   add_dq<1>(rDq, p, work, lane, at, work.seq.seqlen_q, 0);
+}
+
+// Writes dK or dV as it is into fragments of dk_accum or dv_accum. dst: row 0 of the key tile.
+// rows: keys of the sequence from there on.
+template <class Layout, i32 kNTiles>
+DEVICE void store_partial(const Fragments<kMTilesKv, kNTiles>& rD, f32* dst, i32 rows,
+                          const Lane& lane) {
+  f32* part = dst + lane.kv_key * Layout::kCols + lane.kv_part * kNTiles * kFragmentFloats +
+              lane.lane_idx * 4;
+#pragma unroll
+  for (i32 m = 0; m < kMTilesKv; ++m) {
+    if (lane.kv_key + m * 16 < rows) {
+#pragma unroll
+      for (i32 n = 0; n < kNTiles; ++n) {
+        const u32 words[4] = {f32_as_bits(rD[m][n][0]), f32_as_bits(rD[m][n][1]),
+                              f32_as_bits(rD[m][n][2]), f32_as_bits(rD[m][n][3])};
+        st_global_v4(part + m * 16 * Layout::kCols + n * kFragmentFloats, words);
+      }
+    }
+  }
 }
 
 // Writes dK or dV, scaled and rounded, through sTile: a tile of shared memory with the layout of K
@@ -150,5 +171,32 @@ DEVICE void store_gradient(const Fragments<kMTilesKv, kNTiles>& rD, void* dst, i
         }
       }
     }
+  }
+}
+
+// Writes dK or dV of a key tile to the gradient or, if there is an accumulator (see BwdParams), to
+// that. sTile: as store_gradient_staged has it.
+template <i32 kHeadDim, class Layout, i32 kNTiles>
+DEVICE void store(const Fragments<kMTilesKv, kNTiles>& rD, const BwdParams& p, const KeyWork& work,
+                  const Lane& lane, u32 sTile, i32 first_key, i32 head_idx, i32 qheads_per_head,
+                  void* gradient, i64 batch_stride, i64 head_stride, i64 row_stride, f32* accum,
+                  f32 scale) {
+  if (accum != nullptr) {
+    const i32 split = work.first_head % p.heads_per_group / p.heads_per_cta -
+                      contributors(p, head_idx, qheads_per_head).first_cta;
+    store_partial<Layout>(
+        rD,
+        key_accum_rows<Cfg>(accum, Layout::kCols, p, work.seq, work.batch_idx,
+                            p.num_heads_q / qheads_per_head, head_idx, split, first_key),
+        work.seq.seqlen_k - first_key, lane);
+    return;
+  }
+  u16* dst = static_cast<u16*>(gradient) + work.batch_idx * batch_stride + head_idx * head_stride +
+             (work.seq.k_row + first_key) * row_stride;
+  const i32 rows = work.slot_k - first_key;
+  if constexpr (Cfg::kGradVectorBytes == 16) {
+    store_gradient_staged<kHeadDim, Layout>(rD, sTile, dst, row_stride, rows, scale, lane);
+  } else {
+    store_gradient<kHeadDim>(rD, dst, row_stride, rows, scale, lane);
   }
 }

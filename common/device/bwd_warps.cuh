@@ -98,7 +98,7 @@ struct Lane {
   i32 s_key, s_query;  // of the warp's part of S^T, within the tiles
   i32 kv_key, kv_part;
   i32 dq_query, dq_part;
-  DEVICE Lane() : thread_idx(::thread_idx()), lane_idx(thread_idx % 32) {
+  DEVICE explicit Lane(i32 thread_idx) : thread_idx(thread_idx), lane_idx(thread_idx % 32) {
     const i32 warp_idx = thread_idx / 32;
     role_warp = warp_idx % kRoleWarps;
     s_key = role_warp % Cfg::kSWarpsN * (kMTilesS * 16);

@@ -1,6 +1,7 @@
 // What a CTA of the backward works on, and where a sequence's rows lie in the buffers between its
 // kernels. bwd.cu goes by key tiles; bwd_preprocess.cu and bwd_convert.cu by tiles of kStatRows
-// query rows. Grids are one-dimensional.
+// query rows, bwd_sum.cu by as many key rows. Grids are one-dimensional; flash2/bwd_schedule.py
+// sizes them.
 #pragma once
 #include "common/device/packed_tiles.cuh"
 #include "common/device/params.cuh"
@@ -9,7 +10,7 @@
 // softmax_d and lse_log2 give each sequence room for whole tiles of so many rows; no query tile is
 // larger.
 constexpr i32 kStatRows = 128;
-// dq_accum likewise, in fragments of 16 rows.
+// dq_accum, dk_accum and dv_accum likewise, in fragments of 16 rows.
 constexpr i32 kAccumRows = 16;
 
 // First row of a sequence in softmax_d and lse_log2.
@@ -23,14 +24,20 @@ DEVICE i64 accum_row(const SeqlenInfo& seq, i32 batch_idx) {
   return Cfg::kVarlenQ ? (seq.q_row / kAccumRows + batch_idx) * kAccumRows : 0;
 }
 
-// dq_accum holds 16 x 8 fragments as mma leaves them, those of one 16-row strip one after another,
-// so that one add of a warp covers contiguous bytes: one element of each lane, or
-// (Cfg::kVectorAtomics) all four.
+// First row of a sequence in dk_accum and dv_accum.
+template <class Cfg>
+DEVICE i64 key_accum_row(const SeqlenInfo& seq, i32 batch_idx) {
+  return Cfg::kVarlenK ? (seq.k_row / kAccumRows + batch_idx) * kAccumRows : 0;
+}
+
+// These hold 16 x 8 fragments as mma leaves them, those of one 16-row strip one after another. One
+// add of a warp to dq_accum covers contiguous bytes: one element of each lane, or
+// (Cfg::kVectorAtomics) all four, as dk_accum and dv_accum always have it.
 constexpr i32 kFragmentFloats = 128;
 // Element `element` of lane lane_idx inside a fragment.
-template <class Cfg>
-DEVICE i32 accum_offset(i32 lane_idx, i32 element) {
-  return Cfg::kVectorAtomics ? lane_idx * 4 + element : element * 32 + lane_idx;
+template <bool kLaneByLane>
+DEVICE i32 fragment_offset(i32 lane_idx, i32 element) {
+  return kLaneByLane ? lane_idx * 4 + element : element * 32 + lane_idx;
 }
 
 template <class Cfg>
@@ -39,6 +46,27 @@ DEVICE f32* accum_rows(const BwdParams& p, const SeqlenInfo& seq, i32 batch_idx,
   return p.dq_accum + split * p.accum_split_stride + batch_idx * p.accum_batch_stride +
          head_idx * p.accum_head_stride +
          (accum_row<Cfg>(seq, batch_idx) + first_row) * Cfg::kAccumColumns;
+}
+
+// Row first_row of a sequence in part `split` of dk_accum or dv_accum. heads: of K or V.
+template <class Cfg>
+DEVICE f32* key_accum_rows(f32* accum, i32 columns, const BwdParams& p, const SeqlenInfo& seq,
+                           i32 batch_idx, i32 heads, i32 head_idx, i32 split, i32 first_row) {
+  const i64 sequence = Cfg::kVarlenK ? split : i64(split) * p.batch + batch_idx;
+  return accum + ((sequence * heads + head_idx) * p.key_accum_rows +
+                  key_accum_row<Cfg>(seq, batch_idx) + first_row) *
+                     columns;
+}
+
+// CTAs of a group of query heads that contribute to a head of K or V, whose first query head within
+// the group is first_head: split 0 of its accumulator is that of CTA first_cta.
+struct Contributors {
+  i32 first_cta, count;
+};
+DEVICE Contributors contributors(const BwdParams& p, i32 head_idx, i32 qheads_per_head) {
+  const i32 first_head = head_idx * qheads_per_head % p.heads_per_group;
+  const i32 first_cta = first_head / p.heads_per_cta;
+  return {first_cta, (first_head + qheads_per_head - 1) / p.heads_per_cta - first_cta + 1};
 }
 
 // Query rows of bwd_preprocess.cu and bwd_convert.cu. Behind the last packed sequence batch_idx is
@@ -79,35 +107,51 @@ DEVICE QueryWork query_work(const BwdParams& p, i32 lane_idx) {
 // Key tiles of bwd.cu.
 struct KeyWork {
   i32 batch_idx;
-  i32 first_head;  // of p.heads_per_cta query heads
-  i32 n_block;     // first key tile; deterministic: the CTA goes on with every num_splits-th
-  i32 split;       // of dq_accum
-  i32 slot_k;      // key rows that the sequence owns in dk and dv
+  i32 first_head, end_head;  // query heads
+  i32 n_block;  // first key tile; deterministic: the CTA goes on with every num_splits-th
+  i32 split;    // of dq_accum
+  i32 slot_k;   // key rows that the sequence owns in dk and dv
   SeqlenInfo seq;
 };
 
-// A unit is a group of heads of one sequence or, packed and not deterministic, of all sequences.
-// Units of a group of k_units_per_group share the L2 cache; inside a group the first keys go first
-// (when causal, most queries see them).
+// Packed sequences whose first keys are seen by most queries: these parts of all sequences take
+// turns, the first first.
+constexpr i32 kPackedPhases = 4;
+
+// A unit is a CTA's query heads in one sequence or, packed and not deterministic, in all sequences.
+// When causal, most queries see the first keys, so these go first: the last CTAs are short, and all
+// SMs end together. But units that work at the same time share the L2 cache. So the tiles of a unit
+// are cut into phases of k_tiles_per_phase; in a phase k_units_per_turn units take a turn, tile by
+// tile.
 template <class Cfg>
 DEVICE KeyWork key_work(const BwdParams& p, i32 lane_idx) {
-  const i64 tiles_per_group = i64(p.k_units_per_group) * p.k_tiles_per_unit;
-  const i32 group = i32(block_idx() / tiles_per_group);
-  const i32 in_group = i32(block_idx() - group * tiles_per_group);
-  const i32 first_unit = group * p.k_units_per_group;
-  const i32 units = imin(p.k_units_per_group, p.k_units - first_unit);
-  const i32 unit = first_unit + in_group % units;
-  const i32 rank = in_group / units;
-  const i32 head_groups = p.num_heads_q / p.heads_per_cta;
+  const i32 ctas_per_phase = p.k_tiles_per_phase * p.k_units;
+  const i32 first_tile = block_idx() / ctas_per_phase * p.k_tiles_per_phase;
+  const i32 in_phase = block_idx() % ctas_per_phase;
+  const i32 tiles = imin(p.k_tiles_per_phase, p.k_tiles_per_unit - first_tile);
+  const i32 ctas_per_turn = p.k_units_per_turn * tiles;
+  const i32 first_unit = in_phase / ctas_per_turn * p.k_units_per_turn;
+  const i32 in_turn = in_phase % ctas_per_turn;
+  const i32 units = imin(p.k_units_per_turn, p.k_units - first_unit);
+  const i32 unit = first_unit + in_turn % units;
+  const i32 rank = first_tile + in_turn / units;
+  const i32 units_per_sequence = p.num_heads_q / p.heads_per_group * p.ctas_per_group;
+  const i32 in_sequence = unit % units_per_sequence;
 
   KeyWork work;
-  work.first_head = unit % head_groups * p.heads_per_cta;
-  work.batch_idx = unit / head_groups;
+  const i32 group_begin = in_sequence / p.ctas_per_group * p.heads_per_group;
+  work.first_head = group_begin + in_sequence % p.ctas_per_group * p.heads_per_cta;
+  work.end_head = imin(work.first_head + p.heads_per_cta, group_begin + p.heads_per_group);
+  work.batch_idx = unit / units_per_sequence;
   work.n_block = rank;
   work.split = Cfg::kDeterministic ? rank : 0;
   if constexpr (Cfg::kVarlenK && !Cfg::kDeterministic) {
-    const PackedTile packed =
-        find_packed_tile<Cfg::kBlockN>(p.cu_seqlens_k, p.batch, rank, lane_idx);
+    constexpr i32 kPhases = Cfg::kCausal ? kPackedPhases : 1;
+    PackedTile packed{p.batch, rank};
+    for (i32 phase = 0; phase < kPhases && packed.batch_idx == p.batch; ++phase) {
+      packed = find_packed_tile<Cfg::kBlockN>(p.cu_seqlens_k, p.batch, packed.tile, lane_idx, 1,
+                                              phase, kPhases);
+    }
     work.batch_idx = packed.batch_idx;
     work.n_block = packed.tile;
   }

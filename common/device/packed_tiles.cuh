@@ -14,17 +14,19 @@ struct PackedTile {
 // Owner of tile `tile` when each sequence is cut into tiles of kRows rows, one sequence after the
 // other. A buffer of `total` rows has at most ceil(total / kRows) + batch such tiles, tail
 // included. All lanes of a warp call it together. rows_per_token: a token may stand for more rows
-// than one.
+// than one. part of parts: only that share of each sequence's tiles is counted and found.
 template <i32 kRows>
 DEVICE PackedTile find_packed_tile(const i32* cu_seqlens, i32 batch, i32 tile, i32 lane_idx,
-                                   i32 rows_per_token = 1) {
+                                   i32 rows_per_token = 1, i32 part = 0, i32 parts = 1) {
   i32 first = 0;  // tiles of the sequences before this round's 32
   for (i32 base = 0; base < batch; base += 32) {
     const i32 b = base + lane_idx;
-    i32 tiles = 0;
+    i32 tiles = 0, skipped = 0;
     if (b < batch) {
       const i32 tokens = ld_global_i32(cu_seqlens + b + 1) - ld_global_i32(cu_seqlens + b);
-      tiles = ceil_div(tokens * rows_per_token, kRows);
+      const i32 all = ceil_div(tokens * rows_per_token, kRows);
+      skipped = all * part / parts;
+      tiles = all * (part + 1) / parts - skipped;
     }
     i32 end = tiles;  // inclusive prefix sum
 #pragma unroll
@@ -39,7 +41,7 @@ DEVICE PackedTile find_packed_tile(const i32* cu_seqlens, i32 batch, i32 tile, i
       while ((behind >> owner) & 1u) {
         ++owner;
       }
-      const i32 begin = first + i32(shfl_idx_u32(u32(end - tiles), owner));
+      const i32 begin = first + i32(shfl_idx_u32(u32(end - tiles - skipped), owner));
       return {base + owner, tile - begin};
     }
     first += i32(shfl_idx_u32(u32(end), 31));

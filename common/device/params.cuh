@@ -64,9 +64,9 @@ struct FwdParams {
   u32 page_magic;
 };
 
-// Attention backward: one block for its three kernels, flash2/bwd_preprocess.cu, bwd.cu and
-// bwd_convert.cu, in this order. Gradients and inputs have free row and head strides and a
-// contiguous last dim; batch strides are 0 when packed.
+// Attention backward: one block for its kernels, flash2/bwd_preprocess.cu, bwd.cu, bwd_convert.cu
+// and, where CTAs share K or V heads, bwd_sum.cu, in this order. Gradients and inputs have free row
+// and head strides and a contiguous last dim; batch strides are 0 when packed.
 struct BwdParams {
   // What the forward read and wrote, and the gradients of its outputs.
   const void* q;           // (batch, seqlen_q, num_heads_q, head_dim_qk) or (total_q, ...)
@@ -99,6 +99,10 @@ struct BwdParams {
                    // not exist
   f32* dq_accum;  // (num_splits, batch, num_heads_q, rows, Cfg::kAccumColumns), sums of dS K before
                   // softmax_scale
+  f32* dk_accum;  // nullable: no two CTAs share a row of dk; else (k splits, batch, num_heads_k,
+                  // key_accum_rows, columns), unscaled
+  f32* dv_accum;  // likewise (v splits, batch, num_heads_v, key_accum_rows, columns)
+  i64 key_accum_rows;                       // of one head; packed: of all sequences, and batch is 1
   i64 stat_batch_stride, stat_head_stride;  // of softmax_d and lse_log2
   i64 accum_split_stride, accum_batch_stride, accum_head_stride;
 
@@ -111,11 +115,14 @@ struct BwdParams {
   i32 num_heads_q, qhead_per_khead, qhead_per_vhead;
 
   // bwd_work.cuh: order of the CTAs.
-  i32 heads_per_cta;  // query heads of a CTA of bwd.cu: lcm(qhead_per_khead, qhead_per_vhead)
-  i32 k_tiles_per_unit, k_units,
-      k_units_per_group;  // bwd.cu: key tiles (deterministic: splits) of one unit; units
-  i32 q_tiles_per_unit;   // bwd_preprocess.cu, bwd_convert.cu: 128-row tiles of one unit
-  i32 num_splits;         // of dq_accum; 1 unless Cfg::kDeterministic
+  i32 heads_per_group;  // query heads that share K or V: lcm(qhead_per_khead, qhead_per_vhead)
+  i32 heads_per_cta;    // of these, in a CTA of bwd.cu; fewer in a group's last
+  i32 ctas_per_group;
+  i32 k_tiles_per_unit, k_units;  // bwd.cu: key tiles (deterministic: splits) of one unit; units
+  i32 k_tiles_per_phase, k_units_per_turn;
+  i32 q_tiles_per_unit;  // bwd_preprocess.cu, bwd_convert.cu: 128-row tiles of one unit
+  i32 k_sum_tiles;       // bwd_sum.cu: 128-row tiles of one head
+  i32 num_splits;        // of dq_accum; 1 unless Cfg::kDeterministic
 
   // mask.cuh, score.cuh: as in FwdParams.
   i32 window_left, window_right;
@@ -183,6 +190,7 @@ struct DecodeParams {
   const void* q;  // (batch, seqlen_q, num_heads_q, head_dim_qk) or (total_q, ...)
   const void* k;  // (last_slot + 1, rows, num_heads_k, head_dim_qk): a slot is a sequence or a page
   const void* v;  // (last_slot + 1, rows, num_heads_v, head_dim_v)
+  const void* qv;  // Cfg::kQv: (batch, seqlen_q, num_heads_q, head_dim_v) or (total_q, ...)
   void* out;  // (batch, seqlen_q, num_heads_q, head_dim_v) or (total_q, ...); Cfg::kSplit: fp32,
               // one such tensor per split, each normalised by itself, undefined where the split
               // has no key
@@ -191,6 +199,7 @@ struct DecodeParams {
   i64 q_batch_stride, q_row_stride, q_head_stride;
   i64 k_batch_stride, k_row_stride, k_head_stride;
   i64 v_batch_stride, v_row_stride, v_head_stride;
+  i64 qv_batch_stride, qv_row_stride, qv_head_stride;
   i64 out_split_stride, out_batch_stride, out_row_stride, out_head_stride;
   i64 lse_split_stride, lse_batch_stride, lse_head_stride;
 
@@ -198,14 +207,14 @@ struct DecodeParams {
   i32 num_units, heads_per_unit;  // heads_per_unit query heads share one K head and one V head
   i32 num_tiles;                  // of all sequences of a unit
   i32 tiles_per_sequence;         // of kBlockM packed rows; not with Cfg::kVarlenQ
-  i32 num_splits;
+  i32 num_splits, num_mergers;    // num_mergers: at most 32, see decode_output.cuh
+  // For divide() of elem.cuh: by the above and by the query heads of a K head and of a V head.
+  u64 by_units, by_heads_per_unit, by_tiles, by_tiles_per_sequence, by_splits, by_khead, by_vhead;
 
-  // Cfg::kSplit: what the last CTA of a tile merges the splits into.
-  u32*
-      split_counters;  // nullable: the splits are merged by another launch; (num_tiles, num_units),
-                       // CTAs of the tile that have finished, 0 before and after the launch
-  void* merged_out;    // as out without Cfg::kSplit
-  f32* merged_lse;     // nullable; as softmax_lse without Cfg::kSplit, strides as above
+  // Cfg::kSplit: merge of the splits by the last num_mergers CTAs of a tile.
+  u64* split_counters;  // nullable: by another launch; (num_tiles, num_units), 0 before and after
+  void* merged_out;     // as out without Cfg::kSplit
+  f32* merged_lse;      // nullable; as softmax_lse without Cfg::kSplit, strides as above
   i64 merged_batch_stride, merged_row_stride, merged_head_stride;  // of merged_out
 
   // seqlen.cuh, kv_source.cuh: as in FwdParams.
@@ -220,7 +229,6 @@ struct DecodeParams {
   i32 page_size, page_shift;
   u32 page_magic;
   i32 batch, seqlen_q, seqlen_k, total_q;
-  i32 qhead_per_khead, qhead_per_vhead;
 
   // mask.cuh, score.cuh: as in FwdParams.
   i32 window_left, window_right;
