@@ -6,17 +6,19 @@ Called by `flash_attn_interface/dispatch.py`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from flash_attn_interface._common import sources
 from flash_attn_interface._common.backward_problem import BackwardProblem
 from flash_attn_interface._common.cache_problem import CacheProblem
 from flash_attn_interface._common.problem import Problem, Target
-from flash_attn_interface._common.tuning import Tunable
 
 from . import tensor_maps, tiles
 from .fwd import ForwardPlan
 from .version import RELEASE
+
+if TYPE_CHECKING:
+    from flash_attn_interface._common.tuning import Tunable
 
 # Row and column arithmetic in the kernels is 32-bit: row + seqlen_k + window must not wrap.
 MAX_SEQLEN = 2**29

@@ -8,17 +8,17 @@
 // work -> tile_scheduler.cuh, rings -> pipeline.cuh, PTX -> common/ptx, tile sizes -> tiles.py.
 #include "prelude.cuh"  // generated for this problem: struct Cfg
 
-#include "common/device/dropout.cuh"
-#include "common/device/mask.cuh"
 #include "common/device/params.cuh"
 #include "common/device/score.cuh"
 #include "common/ptx/barrier.cuh"
 #include "common/ptx/setmaxnreg.cuh"
+#include "common/ptx/stmatrix.cuh"
 #include "common/ptx/tma.cuh"
 #include "common/ptx/wgmma.cuh"
 #include "hopper/fwd_epilogue.cuh"
 #include "hopper/fwd_layout.cuh"
 #include "hopper/fwd_producer.cuh"
+#include "hopper/fwd_scores.cuh"
 #include "hopper/softmax.cuh"
 #include "hopper/tile_scheduler.cuh"
 
@@ -46,8 +46,9 @@ struct Consumer {
   bool has_output;    // rO holds a sum, rather than nothing
   f32 rS[kRegsS];
   f32 rO[kRegsO];
-  u32 rP[kStepsPv][4];
+  u32 rP[kStepsPv][4];  // P, unless it is in shared memory: Cfg::kPInSmem
   RowSoftmax softmax;
+  Dropout dropout;
 
   DEVICE Consumer(const HopperFwdParams& p, u32 smem, i32 wg_idx)
       : p(p),
@@ -59,7 +60,11 @@ struct Consumer {
         keys(smem),
         values(smem),
         bar_q_release(0),
-        has_output(false) {}
+        has_output(false) {
+    if constexpr (Cfg::kDropout) {
+      dropout = Dropout(p, 0, 0);
+    }
+  }
 
   DEVICE i32 wg_row() const { return wg_idx / Cfg::kVSplit * kWgQueries; }
   DEVICE bool leads_warp() const { return lane_idx == 0; }
@@ -68,12 +73,13 @@ struct Consumer {
     return (work.first_row + wg_row()) * kGqaGroup + warp_idx * 16 + lane_idx / 4;
   }
 
-  DEVICE Item item(const Work& work) const {
+  // The i-th one; waits for it.
+  DEVICE Item item(const Queue& queue, i32 i) const {
     Item it;
-    it.work = work;
-    it.row = first_row(work);
-    it.cta = key_tiles<Cfg>(p, work.seq, work.first_row, Cfg::kQueryRows);
-    it.own = key_tiles<Cfg>(p, work.seq, work.first_row + wg_row(), kWgQueries);
+    it.work = queue.wait(i);
+    it.row = first_row(it.work);
+    it.cta = queue.row_tiles<Cfg>(p, i, it.work, 0);
+    it.own = queue.row_tiles<Cfg>(p, i, it.work, 1 + wg_idx / Cfg::kVSplit);
     it.num_right_skipped = it.cta.end - it.own.end;
     it.num_left_skipped = it.own.begin - it.cta.begin;
     return it;
@@ -124,6 +130,22 @@ struct Consumer {
     }
   }
 
+  // O in shared memory over P: this warp has no scores left to compute from Q.
+  DEVICE void release_q(const QSlot& q) {
+    if (kStageOInP && leads_warp()) {
+      mbarrier_arrive(q.empty(smem));
+    }
+  }
+  // O in shared memory over P: it has left.
+  DEVICE void acquire_p() {
+    if constexpr (kStageOInP) {
+      if (is_leader) {
+        tma_store_wait_group_read<0>();
+      }
+      named_barrier_sync(kBarOutput + wg_idx, 128);
+    }
+  }
+
   // S = Q K^T of the tile that the K ring is at. q_slice: shared address.
   DEVICE void issue_scores(u32 q_slice) {
     const u64 desc_q = ChunkQk::k_major(q_slice);
@@ -141,61 +163,65 @@ struct Consumer {
   DEVICE void issue_output() {
     const u32 first_chunk = u32(wg_idx % Cfg::kVSplit * kChunksO * kVChunkBytes);
     const u64 desc_v = ChunkV::mn_major(values.tile() + first_chunk, kVChunkBytes);
+    const u64 desc_p = ChunkP::k_major(p_tile());
 #pragma unroll
     for (i32 k = 0; k < kStepsPv; ++k) {
-      wgmma_rs<Cfg::kBf16, true>(rO, rP[k], wgmma_desc_advance(desc_v, ChunkV::mn_major_step(k)),
-                                 k > 0 || has_output);
+      const u64 desc_v_k = wgmma_desc_advance(desc_v, ChunkV::mn_major_step(k));
+      const bool accumulate = k > 0 || has_output;
+      if constexpr (Cfg::kPInSmem) {
+        const u32 step = ChunkP::k_major_step(k, kPChunkBytes);
+        wgmma_ss<Cfg::kBf16, true>(rO, wgmma_desc_advance(desc_p, step), desc_v_k, accumulate);
+      } else {
+        wgmma_rs<Cfg::kBf16, true>(rO, rP[k], desc_v_k, accumulate);
+      }
     }
     wgmma_commit_group();
     has_output = true;
   }
 
-  // Scale, softcap, ALiBi and (kMasked) the mask.
+  // From products to scores, masked or not.
   template <bool kMasked>
   DEVICE void finish_scores(const Item& it, const Score<Cfg>& score, i32 n_block) {
     const i32 first_col = n_block * Cfg::kBlockN + 2 * (lane_idx % 4);
-#pragma unroll
-    for (i32 r = 0; r < 2; ++r) {
-      const i32 row = (it.row + 8 * r) / kGqaGroup;
-      const KeyRange visible = kMasked ? row_keys<Cfg>(p, it.work.seq, row) : KeyRange{0, 0};
-      const i32 begin = visible.begin - first_col, end = visible.end - first_col;
-#pragma unroll
-      for (i32 i = 0; i < kRegsS; ++i) {
-        if (row_of(i) == r) {
-          const i32 col = 8 * (i / 4) + i % 2;
-          if constexpr (Score<Cfg>::kPrescaled) {
-            rS[i] = score(rS[i], row + it.work.seq.diagonal, first_col + col);
-          }
-          if constexpr (kMasked) {
-            const bool keep = col < end && (!(Cfg::kLocal || Cfg::kChunk) || col >= begin);
-            rS[i] = keep ? rS[i] : bits_as_f32(kNegInfBits);
-          }
-        }
-      }
+    transform_scores(rS, score, it.work.seq, it.row, first_col);
+    if constexpr (kMasked) {
+      mask_scores(rS, p, it.work.seq, it.row, first_col);
     }
   }
 
   // Zeroes the dropped elements of P; survivors are scaled in the epilogue.
   DEVICE void apply_dropout(const Item& it, i32 n_block) {
     if constexpr (Cfg::kDropout) {
-      const Dropout dropout(p, it.work.batch_idx, it.work.head_idx);
-      const i32 patch_row = it.work.first_row + wg_row() + warp_idx * 16;
-#pragma unroll
-      for (i32 i = 0; i < kRegsS; i += 16) {
-        const Philox random =
-            dropout.patch(patch_row, n_block * Cfg::kBlockN + i / 16 * 32, lane_idx);
-#pragma unroll
-        for (i32 e = 0; e < 16; ++e) {
-          rS[i + e] = dropout.keep(random, e / 4, e % 4) ? rS[i + e] : 0.0f;
-        }
-      }
+      dropout.set_head(p, it.work.batch_idx, it.work.head_idx);
+      drop(rS, dropout, it.work.first_row + wg_row() + warp_idx * 16, n_block * Cfg::kBlockN,
+           lane_idx);
     }
   }
 
+  // This warpgroup's P in shared memory, if it is there.
+  DEVICE u32 p_tile() const { return smem + Smem::kP + u32(wg_idx) * Smem::kPBytes; }
+
+  // rS -> P in two bytes an element, where issue_output() takes it from.
   DEVICE void pack_p() {
 #pragma unroll
-    for (i32 i = 0; i < kRegsS; i += 2) {
-      rP[i / 8][i / 2 % 4] = pack2<Cfg::kBf16>(rS[i], rS[i + 1]);
+    for (i32 i = 0; i < kRegsS; i += 8) {
+      u32(&words)[4] = rP[i / 8];
+#pragma unroll
+      for (i32 j = 0; j < 4; ++j) {
+        words[j] = pack2<Cfg::kBf16>(rS[i + 2 * j], rS[i + 2 * j + 1]);
+      }
+      if constexpr (Cfg::kPInSmem) {
+        constexpr i32 kUnits = ChunkP::kCols / 8;
+        const i32 unit = i / 4;  // of eight columns
+        stmatrix_x4(
+            ChunkP::unit_address(p_tile() + u32(unit / kUnits * kPChunkBytes),
+                                 warp_idx * 16 + lane_idx % 16, unit % kUnits + lane_idx / 16),
+            words[0], words[1], words[2], words[3]);
+      }
+    }
+    if constexpr (Cfg::kPInSmem) {
+      fence_proxy_async_shared();
+      warp_sync();  // products take the 16 rows of a warp from that warp
     }
   }
 
@@ -215,7 +241,7 @@ struct Consumer {
   }
 
   // Begins a tile by itself: nothing of the one before is left to do. Afterwards P of the first key
-  // tile is in rP. Without keys for this warpgroup: lets all of the CTA's key tiles pass.
+  // tile is packed. Without keys for this warpgroup: lets all of the CTA's key tiles pass.
   DEVICE void start(const Item& it, const QSlot& q) {
     has_output = false;
     if (!it.has_keys()) {
@@ -226,6 +252,8 @@ struct Consumer {
         skip_v();
       }
       wait_phase(q.full(smem), q.parity);
+      release_q(q);
+      acquire_p();
       softmax.clear();
       return;
     }
@@ -240,7 +268,11 @@ struct Consumer {
     wgmma_wait_group<0>();
     wgmma_hold(rS);
     keys.release(leads_warp());
+    if (it.own.end - it.own.begin == 1) {
+      release_q(q);
+    }
     first_softmax(it);
+    acquire_p();
     pack_p();
     if (it.num_right_skipped > 0) {
       skip_v();
@@ -249,11 +281,11 @@ struct Consumer {
 
   // One key tile: its scores are computed while P V of the one before is.
   template <bool kMasked>
-  DEVICE void step(const Item& it, const Score<Cfg>& score, u32 q_slice, i32 n_block) {
+  DEVICE void step(const Item& it, const Score<Cfg>& score, const QSlot& q, i32 n_block) {
     keys.wait();
     begin_turn();
     wgmma_fence();
-    issue_scores(q_slice);
+    issue_scores(q.slice(smem));
     values.wait();
     issue_output();
     end_turn();
@@ -261,6 +293,9 @@ struct Consumer {
     wgmma_wait_group<1>();
     wgmma_hold(rS);
     keys.release(leads_warp());
+    if (n_block == it.own.begin) {
+      release_q(q);
+    }
     finish_scores<kMasked>(it, score, n_block);
     f32 rescale[2];
     const bool moved = softmax.update<false>(rS, rescale, score.to_log2());
@@ -277,24 +312,24 @@ struct Consumer {
     }
   }
 
-  // All key tiles but the first. Afterwards P of the last one is in rP.
-  DEVICE void run_steps(const Item& it, u32 q_slice) {
+  // All key tiles but the first. Afterwards P of the last one is packed.
+  DEVICE void run_steps(const Item& it, const QSlot& q) {
     const Score<Cfg> score(p, it.work.batch_idx, it.work.head_idx);
     i32 n_block = it.own.end - 2;
     if constexpr (Cfg::kCausal || Cfg::kLocal || Cfg::kChunk) {
 #pragma unroll 1
       for (; n_block >= it.own.interior_end; --n_block) {  // right edge
-        step<true>(it, score, q_slice, n_block);
+        step<true>(it, score, q, n_block);
       }
     }
 #pragma unroll 1
     for (; n_block >= it.own.interior_begin; --n_block) {
-      step<false>(it, score, q_slice, n_block);
+      step<false>(it, score, q, n_block);
     }
     if constexpr (Cfg::kLocal || Cfg::kChunk) {
 #pragma unroll 1
       for (; n_block >= it.own.begin; --n_block) {  // left edge of the window
-        step<true>(it, score, q_slice, n_block);
+        step<true>(it, score, q, n_block);
       }
     }
   }
@@ -353,7 +388,11 @@ struct Consumer {
 
   DEVICE void store_output(const Work& work, RowSoftmax& done, const QSlot& q) {
     const i32 row = first_row(work);
-    Epilogue{p, wg_idx, warp_idx, lane_idx, is_leader}.store(work, row, done, rO, q.slice(smem));
+    const u32 stage = kStageOInP ? p_tile() : q.slice(smem);
+    Epilogue{p, wg_idx, warp_idx, lane_idx, is_leader}.store(work, row, done, rO, stage);
+    if constexpr (kStageOInP) {
+      return;
+    }
     if constexpr (kGqaGroup > 1) {
       if (is_leader) {
         mbarrier_arrive(q.empty(smem));
@@ -371,7 +410,7 @@ struct Consumer {
       end_turn();  // warpgroup 0 begins
     }
     const Queue queue(smem);
-    Item it = item(queue.wait(0));
+    Item it = item(queue, 0);
     bool started = false;
 #pragma unroll 1
     for (i32 i = 0; it.work.valid(); ++i) {
@@ -380,7 +419,7 @@ struct Consumer {
         start(it, q);
       }
       if (it.has_keys()) {
-        run_steps(it, q.slice(smem));
+        run_steps(it, q);
       }
       bool finished = !it.has_keys();
       if constexpr (Cfg::kLocal || Cfg::kChunk) {
@@ -390,7 +429,7 @@ struct Consumer {
           finished = true;
         }
       }
-      const Item next = item(queue.wait(i + 1));
+      const Item next = item(queue, i + 1);
       RowSoftmax done;
       started = !finished && may_overlap(it, next);
       if (started) {
@@ -419,7 +458,7 @@ DEVICE void init_barriers(u32 smem) {
   Queue(smem).init();
   for (i32 i = 0; i < Cfg::kNumQBuffers * kNumWgs; ++i) {
     mbarrier_init(smem + Smem::kBarQFull + u32(8 * i), 1);
-    mbarrier_init(smem + Smem::kBarQEmpty + u32(8 * i), 1);
+    mbarrier_init(smem + Smem::kBarQEmpty + u32(8 * i), kStageOInP ? 4 : 1);
   }
   fence_mbarrier_init();
 }

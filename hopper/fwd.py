@@ -28,7 +28,7 @@ from .tensor_maps import MapPlan
 # K and V of the units that run together should stay in L2 (50 MB), with room for Q and O.
 L2_BUDGET_BYTES = 32 * 2**20
 # CTAs, where no device can be asked: of an H100 SXM, and few, so that each draws several tiles.
-DEFAULT_SMS, SIMULATED_SMS = 132, 2
+DEFAULT_SMS, SIMULATED_SMS = tiles.SMS, 2
 
 # Tensor arguments of `run` that a problem may lack, in its order: fields of HopperFwdParams.
 _OPTIONAL = (

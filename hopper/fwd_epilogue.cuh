@@ -16,7 +16,7 @@ struct Epilogue {
   // Normalises O and stores the rows that the sequence owns; writes softmax_lse if it is wanted.
   // Rows without visible keys get zeros and -inf. Ends with a barrier of the warpgroup, behind its
   // last use of Q.
-  //   row: of the first row, as in Item.  slice: shared address of Q, over which O is staged.
+  //   row: of the first row, as in Item.  slice: shared address of Q or P, where O is staged.
   DEVICE void store(const Work& work, i32 row, RowSoftmax& done, const f32 (&rO)[kRegsO],
                     u32 slice) const {
     const f32 to_log2 = Score<Cfg>::kPrescaled ? 1.0f : p.softmax_scale_log2;
@@ -78,11 +78,12 @@ struct Epilogue {
     }
   }
 
-  // O of one head's rows, staged over Q. The leader's TMA store goes on reading the slice.
+  // O of one head's rows, staged in shared memory. The leader's TMA store goes on reading the
+  // slice.
   DEVICE void store_tile(const Work& work, const f32 (&rO)[kRegsO], const bool (&empty)[2],
                          const f32 (&scale)[2], u32 slice) const {
-    if constexpr (Cfg::kSwizzleQk != Cfg::kSwizzleV) {
-      // A warp's rows of O lie over other warps' rows of Q.
+    if constexpr (Cfg::kSwizzleV != (kStageOInP ? 128 : Cfg::kSwizzleQk)) {
+      // A warp's rows of O lie over other warps' rows of Q or P.
       named_barrier_sync(kBarOutput + wg_idx, 128);
     }
 #pragma unroll

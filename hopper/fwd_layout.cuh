@@ -19,12 +19,14 @@ constexpr i32 kRegsO = Cfg::kWgmmaPvN / 2;
 // Columns are cut into chunks of one swizzle; TMA fills those past the head dim with zeros.
 using ChunkQk = SwizzledChunk<Cfg::kSwizzleQk>;
 using ChunkV = SwizzledChunk<Cfg::kSwizzleV>;
+using ChunkP = SwizzledChunk<128>;
 constexpr i32 kChunksQk = ceil_div(Cfg::kHeadDimQk, ChunkQk::kCols);
 constexpr i32 kChunksO = ceil_div(Cfg::kWgmmaPvN, ChunkV::kCols);  // of one warpgroup's O
 constexpr i32 kChunksV = kChunksO * Cfg::kVSplit;
 constexpr i32 kQChunkBytes = kWgRows * Cfg::kSwizzleQk,
               kKChunkBytes = Cfg::kBlockN * Cfg::kSwizzleQk;
 constexpr i32 kOChunkBytes = kWgRows * Cfg::kSwizzleV, kVChunkBytes = Cfg::kBlockN * Cfg::kSwizzleV;
+constexpr i32 kPChunkBytes = kWgRows * 128;
 
 static_assert(Cfg::kNumThreads == 128 * (kNumWgs + 1) && kNumWgs % Cfg::kVSplit == 0);
 static_assert(Cfg::kBlockM == kWgRows * kNumWgs / Cfg::kVSplit && Cfg::kWgmmaQkN == Cfg::kBlockN);
@@ -36,32 +38,36 @@ static_assert(Cfg::kVSplit == 1 || Cfg::kWgmmaPvN % ChunkV::kCols == 0);
 
 // Shared memory in address order.
 struct Smem {
-  // A warpgroup's Q; its O is staged over it once its last scores are computed.
   static constexpr u32 kQBytes = kChunksQk * kQChunkBytes;
   static constexpr u32 kQLoadBytes = kChunksQk * kWgQueries * kGqaGroup * Cfg::kSwizzleQk;
-  static constexpr u32 kSliceBytes = kQBytes > u32(kChunksO* kOChunkBytes)
-                                         ? kQBytes
-                                         : u32(kChunksO * kOChunkBytes);
+  static constexpr u32 kOBytes = kChunksO * kOChunkBytes;
+  static constexpr u32 kPBytes =
+      Cfg::kPInSmem ? ceil_div(Cfg::kBlockN, ChunkP::kCols) * kPChunkBytes : 0;
+  // A warpgroup's O is staged over its Q, once its last scores are computed, or over its P.
+  static constexpr bool kStageOInP = Cfg::kNumQBuffers == 1 && kPBytes >= kOBytes;
+  static constexpr u32 kSliceBytes = kStageOInP || kQBytes > kOBytes ? kQBytes : kOBytes;
   static constexpr u32 kKBytes = kChunksQk * kKChunkBytes;
   static constexpr u32 kVBytes = kChunksV * kVChunkBytes;
 
   static constexpr u32 kQ = 0;  // [kNumQBuffers][kNumWgs]
   static constexpr u32 kK = kQ + Cfg::kNumQBuffers * kNumWgs * kSliceBytes;
   static constexpr u32 kV = kK + Cfg::kNumStages * kKBytes;
-  static constexpr u32 kWork = kV + Cfg::kNumStages * kVBytes;  // records of the work queue
+  static constexpr u32 kP = kV + Cfg::kNumStages * kVBytes;  // [kNumWgs], if kPInSmem
+  static constexpr u32 kWork = kP + kNumWgs * kPBytes;       // records of the work queue
 
   static constexpr u32 kBarKFull = kWork + 4 * kWorkBytes;
   static constexpr u32 kBarKEmpty = kBarKFull + 8 * Cfg::kNumStages;
   static constexpr u32 kBarVFull = kBarKEmpty + 8 * Cfg::kNumStages;
   static constexpr u32 kBarVEmpty = kBarVFull + 8 * Cfg::kNumStages;
   // [kNumQBuffers][kNumWgs]. Full: bytes of TMA loads; consumers wait. Empty: the thread that
-  // stored O over the slice; the producer waits.
+  // stored O over the slice, or if O is elsewhere, each warp that has read it; the producer waits.
   static constexpr u32 kBarQFull = kBarVEmpty + 8 * Cfg::kNumStages;
   static constexpr u32 kBarQEmpty = kBarQFull + 8 * Cfg::kNumQBuffers * kNumWgs;
   static constexpr u32 kBarWorkFull = kBarQEmpty + 8 * Cfg::kNumQBuffers * kNumWgs;
   static constexpr u32 kBarWorkTaken = kBarWorkFull + 4 * 8;
   static constexpr u32 kEnd = kBarWorkTaken + 8;
 };
+static_assert(!Cfg::kPInSmem || Smem::kP % ChunkP::kAtomBytes == 0);
 static_assert(Smem::kEnd <= Cfg::kSmemBytes,
               "hopper/tiles.py and this file agree on shared memory");
 
@@ -85,6 +91,7 @@ struct QSlot {
   DEVICE u32 full(u32 smem) const { return smem + Smem::kBarQFull + index * 8; }
   DEVICE u32 empty(u32 smem) const { return smem + Smem::kBarQEmpty + index * 8; }
 };
+constexpr bool kStageOInP = Smem::kStageOInP;
 // With two Q buffers the last product of a tile and the first of the next are issued together.
 constexpr bool kOverlapTiles = Cfg::kNumQBuffers == 2;
 

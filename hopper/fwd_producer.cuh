@@ -1,6 +1,5 @@
 // The producer thread of hopper/fwd.cu: all loads of a CTA. Included by fwd.cu only.
 #pragma once
-#include "common/device/mask.cuh"
 #include "common/ptx/tma.cuh"
 #include "hopper/fwd_layout.cuh"
 
@@ -94,7 +93,7 @@ struct Producer {
       if (!work.valid()) {
         break;
       }
-      const TileRange tiles = key_tiles<Cfg>(p, work.seq, work.first_row, Cfg::kQueryRows);
+      const TileRange tiles = queue.row_tiles<Cfg>(p, i, work, 0);
       const bool has_keys = tiles.begin < tiles.end;
       const i32 draw_at = imin(tiles.begin + kDrawAhead, tiles.end - 2);
       if (draw_at < tiles.begin) {

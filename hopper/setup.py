@@ -16,6 +16,7 @@ from typing import Any
 from setuptools import setup
 from setuptools.command.build_py import build_py
 from setuptools.command.egg_info import egg_info
+from setuptools.command.install_lib import install_lib
 
 # setuptools resolves package_dir from here, whatever folder the build was started in.
 ROOT = Path(__file__).resolve().parent
@@ -88,6 +89,17 @@ class BuildPy(build_py):
         return [module for module in modules if module[1] not in ("setup", *MODULES)]
 
 
+class InstallLib(install_lib):
+    """Takes kernels away that an earlier `setup.py install` listed and this one does not."""
+
+    def install(self) -> list[str]:
+        prebuild = load_prebuild()
+        if prebuild is not None:
+            folders = (self.install_dir, self.build_dir)
+            prebuild.remove_unlisted(*(Path(f, "flash_attn_3", "_prebuilt") for f in folders))
+        return super().install()
+
+
 def build_requires() -> list[str]:
     """What an isolated build (PEP 517) has to install first; nobody else asks."""
     prebuild = load_prebuild() if "setuptools.build_meta" in sys.modules else None
@@ -114,7 +126,7 @@ setup(
     package_data={"flash_attn_3": ["*.cu", "*.cuh", "py.typed"]},
     include_package_data=False,
     entry_points={"flash_attn_interface.backends": ["hopper = flash_attn_3:BACKEND"]},
-    cmdclass={"build_py": BuildPy, "egg_info": EggInfo},
+    cmdclass={"build_py": BuildPy, "egg_info": EggInfo, "install_lib": InstallLib},
     setup_requires=build_requires(),
     zip_safe=False,  # NVRTC is given the files' texts, the simulator's compiler real files
 )

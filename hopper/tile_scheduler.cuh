@@ -4,12 +4,13 @@
 // sequence or of all packed sequences) whose K and V fit in L2; inside a group the tiles with most
 // keys first, units fastest.
 #pragma once
+#include "common/device/mask.cuh"
 #include "common/device/packed_tiles.cuh"
 #include "common/device/params.cuh"
 #include "common/device/seqlen.cuh"
 #include "hopper/pipeline.cuh"
 
-// One query tile. In shared memory it is 32 bytes, written by the scheduler's warp.
+// One query tile. In shared memory it is a record of kWorkBytes, written by the scheduler's warp.
 struct Work {
   i32 batch_idx;  // negative: there is no more work
   i32 head_idx;   // the first one of Cfg::kGqaGroup
@@ -18,7 +19,24 @@ struct Work {
 
   DEVICE bool valid() const { return batch_idx >= 0; }
 };
-constexpr u32 kWorkBytes = 32;
+// Behind the Work in a record: key tiles of the CTA and of each of its up to four times 64 rows,
+// with a window or chunks. Finding them takes divisions, and tensor cores wait while every warp
+// does: 4 % of the time with chunks of 1024. Else they are cheap, and cost fewer registers found
+// than read.
+constexpr u32 kRangesAt = 32, kRangeBytes = 16;
+constexpr u32 kWorkBytes = kRangesAt + 5 * kRangeBytes;
+template <class Cfg>
+constexpr bool kPublishesTiles = Cfg::kLocal || Cfg::kChunk;
+template <class Cfg>
+constexpr i32 kSlices = Cfg::kNumMmaWarpgroups / Cfg::kVSplit;
+
+// rows: 0 for all rows of the tile, 1 + s for its s-th 64.
+template <class Cfg>
+DEVICE TileRange find_tiles(const HopperFwdParams& p, const Work& work, i32 rows) {
+  constexpr i32 kSliceRows = Cfg::kQueryRows / kSlices<Cfg>;
+  return key_tiles<Cfg>(p, work.seq, work.first_row + imax(rows - 1, 0) * kSliceRows,
+                        rows == 0 ? Cfg::kQueryRows : kSliceRows);
+}
 
 DEVICE void write_work(u32 addr, const Work& work) {
   st_shared_v4(
@@ -105,6 +123,18 @@ struct WorkQueue {
     return read_work(record(i));
   }
 
+  // Key tiles of `work`, which wait(i) returned. rows: 0 for those of the CTA, 1 + s for its
+  // s-th 64.
+  template <class Cfg>
+  DEVICE TileRange row_tiles(const HopperFwdParams& p, i32 i, const Work& work, i32 rows) const {
+    if constexpr (kPublishesTiles<Cfg>) {
+      u32 a[4];
+      ld_shared_v4(a, record(i) + kRangesAt + u32(rows) * kRangeBytes);
+      return {i32(a[0]), i32(a[1]), i32(a[2]), i32(a[3])};
+    }
+    return find_tiles<Cfg>(p, work, rows);
+  }
+
   DEVICE void take() const { mbarrier_arrive(smem + kTaken); }
 
   // The scheduler's role, by one warp. The launch draws one tile per tile worked on, so the draw
@@ -123,11 +153,7 @@ struct WorkQueue {
         tile = draw(p, tile, lane_idx);  // past the end of a packed buffer
         work.batch_idx = -1;
       }
-      if (lane_idx == 0) {
-        write_work(record(i), work);
-        mbarrier_arrive(smem + kFull + u32(i % kSlots * 8));
-      }
-      warp_sync();
+      publish<Cfg>(p, i, work, lane_idx);
       if (!work.valid()) {
         break;
       }
@@ -140,6 +166,30 @@ struct WorkQueue {
   }
 
  private:
+  // Lane 0 writes the work itself, and lane s the key tiles of rows s, as row_tiles() reads them.
+  template <class Cfg>
+  DEVICE void publish(const HopperFwdParams& p, i32 i, const Work& work, i32 lane_idx) const {
+    if constexpr (kPublishesTiles<Cfg>) {
+      static_assert(kRangesAt + (1 + kSlices<Cfg>)*kRangeBytes <= kWorkBytes);
+      if (lane_idx <= kSlices<Cfg>) {
+        TileRange tiles{0, 0, 0, 0};
+        if (work.valid()) {
+          tiles = find_tiles<Cfg>(p, work, lane_idx);
+        }
+        st_shared_v4(
+            record(i) + kRangesAt + u32(lane_idx) * kRangeBytes,
+            {u32(tiles.begin), u32(tiles.end), u32(tiles.interior_begin), u32(tiles.interior_end)});
+      }
+    }
+    if (lane_idx == 0) {
+      write_work(record(i), work);
+    }
+    warp_sync();
+    if (lane_idx == 0) {
+      mbarrier_arrive(smem + kFull + u32(i % kSlots * 8));
+    }
+  }
+
   DEVICE static i32 draw(const HopperFwdParams& p, i32 tile, i32 lane_idx) {
     if (p.tile_counter == nullptr) {
       return tile + grid_dim();

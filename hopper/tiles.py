@@ -20,8 +20,9 @@ ARCH = "sm_90a"
 ELEM_BYTES = 2
 WG_ROWS = gqa_packing.WG_ROWS  # rows of a consumer warpgroup: M of every WGMMA
 MAX_WGMMA_N = 256
+SMS = 132  # of an H100 SXM
 # Work records and barriers, at the end of `Smem` in fwd.cu.
-SMEM_TAIL_BYTES = 512
+SMEM_TAIL_BYTES = 1024
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,10 @@ class ForwardTile:
     block_n: int  # keys of a tile: a multiple of 16, with dropout of 32
     num_stages: int = 2  # K and V tiles in flight, each
     num_q_buffers: int = 2  # 2: the next tile's first product overlaps the last one of this tile
-    ping_pong: bool = False
+    ping_pong: bool = False  # consumers issue their products in turn
     swizzle_qk: int = 0  # bytes; 0: the widest without waste
     swizzle_v: int = 0
+    p_in_smem: bool = False  # products take P from shared memory: frees block_n / 4 registers
 
     def smem_bytes(self, head_dim_qk: int, head_dim_v: int) -> int:
         """Shared memory of `Smem` in fwd.cu."""
@@ -45,7 +47,11 @@ class ForwardTile:
         columns_o = _round_up(wgmma_pv_n(head_dim_v), chunk_v)
         slices = self.num_q_buffers * self.num_mma_warpgroups * WG_ROWS
         ring = self.num_stages * self.block_n * (columns_qk + parts * columns_o)
-        return (slices * max(columns_qk, columns_o) + ring) * ELEM_BYTES + SMEM_TAIL_BYTES
+        p_columns = _round_up(self.block_n, 64) if self.p_in_smem else 0
+        p = self.num_mma_warpgroups * WG_ROWS * p_columns
+        o_over_p = self.num_q_buffers == 1 and p_columns >= columns_o
+        slice_columns = columns_qk if o_over_p else max(columns_qk, columns_o)
+        return (slices * slice_columns + ring + p) * ELEM_BYTES + SMEM_TAIL_BYTES
 
 
 def _round_up(count: int, multiple: int) -> int:
@@ -85,12 +91,18 @@ CONSUMER_REGISTERS = {consumers: registers for consumers, (_, registers) in _REG
 # and to a sequence's last rows.
 ByLength = tuple[tuple[int, ForwardTile], ...]
 
-_PING_PONG_32_64 = ForwardTile(3, 128, num_stages=3, ping_pong=True)
 _THREE_64 = ForwardTile(3, 128, num_stages=3)  # a third softmax hides behind two products
+_TURNS_64 = replace(_THREE_64, ping_pong=True)  # 2k tokens 468 -> 475, causal 16k 521 -> 547
+# Not causal, TFLOP/s at 8k and 16k: 511 and 536, with 128 keys 494 and 512; at 2k 465 against 468.
+_LONG_64 = ForwardTile(3, 192, ping_pong=True, p_in_smem=True)
 _FOUR_64 = ForwardTile(4, 64, num_stages=4)  # the diagonal cuts off less of 64 keys
-_TWO_64_128, _THREE_64_128 = ForwardTile(2, 128, num_stages=3), ForwardTile(3, 80, num_stages=4)
-_SHORT_64_128 = ForwardTile(3, 64, num_stages=4)
-_TWO_128, _THREE_128 = ForwardTile(2, 128), ForwardTile(3, 80)
+# O of 128 columns and S of 128 keys leave three consumers no registers for P. TFLOP/s at 1k, 4k
+# and 16k against the best tile with P in registers: (64,128) 542, 607, 641 against 504, 561, 603,
+# causal 407, 582, 642 against 405, 522, 563; (128,128) 580, 660, 704 against 569, 637, 678, causal
+# 437, 649, 688 against 429, 609, 651. Ping-pong is worth 3-7 % of that when causal, else nothing.
+_THREE_128 = ForwardTile(3, 128, num_q_buffers=1, ping_pong=True, p_in_smem=True)
+_TWO_64_128, _SHORT_64_128 = ForwardTile(2, 128, num_stages=3), ForwardTile(3, 64, num_stages=4)
+_TWO_128 = ForwardTile(2, 128)
 _SHORT_192_128, _TWO_192_128 = ForwardTile(2, 64, num_stages=3), ForwardTile(2, 96)
 _WIDE_192_128 = ForwardTile(2, 128, num_q_buffers=1)
 _SHORT_96_192, _TWO_96_192 = ForwardTile(2, 64, num_stages=3), ForwardTile(2, 96)
@@ -109,18 +121,27 @@ def _always(tile: ForwardTile) -> tuple[ByLength, ByLength]:
 # (head_dim_qk, head_dim_v) up to which a row is meant -> tiles not causal, tiles causal. The first
 # row that holds both dims is taken, so rows are sorted by what they cost.
 _TILES: tuple[tuple[int, int, tuple[ByLength, ByLength]], ...] = (
-    (32, 64, (((0, _PING_PONG_32_64),), ((0, _FOUR_64), (6144, _PING_PONG_32_64)))),
-    (64, 64, (((0, _THREE_64),), ((0, _FOUR_64), (3072, _THREE_64)))),
+    (32, 64, (((0, _TURNS_64),), ((0, _FOUR_64), (6144, _TURNS_64)))),
+    (
+        64,
+        64,
+        (
+            ((0, _THREE_64), (768, _TURNS_64), (6144, _LONG_64)),
+            ((0, _FOUR_64), (3072, _TURNS_64)),
+        ),
+    ),
     (128, 64, _always(ForwardTile(3, 128, num_stages=2))),
     (
         64,
         128,
         (
-            ((0, _TWO_64_128), (1536, _THREE_64_128)),
-            ((0, _SHORT_64_128), (768, _TWO_64_128), (6144, _THREE_64_128)),
+            ((0, _TWO_64_128), (768, _THREE_128)),
+            ((0, _SHORT_64_128), (768, _THREE_128)),
         ),
     ),
-    (128, 128, (((0, _TWO_128), (1536, _THREE_128)), ((0, _TWO_128), (6144, _THREE_128)))),
+    # (80, 80), 4k tokens: 522 TFLOP/s, causal 462; with the next row's tiles 495 and 449.
+    (80, 80, _always(ForwardTile(3, 112))),
+    (128, 128, _both((0, _TWO_128), (768, _THREE_128))),
     (
         192,
         128,
@@ -166,12 +187,21 @@ def forward_tile(problem: Problem) -> ForwardTile:
     for head_dim_qk, head_dim_v, (full, causal) in _TILES:
         if problem.head_dim_qk <= head_dim_qk and problem.head_dim_v <= head_dim_v:
             if _needs_registers(problem):
-                return _with_features(full[0][1], problem)
+                return _with_features(head_dim_qk, head_dim_v, full[0][1], problem)
             by_length = full[:1] if problem.local else causal if problem.causal else full
-            return [tile for keys, tile in by_length if problem.seqlen_k >= keys][-1]
+            tile = [tile for keys, tile in by_length if problem.seqlen_k >= keys][-1]
+            if tile.p_in_smem and (problem.attention_chunk or _few_tiles(tile, problem)):
+                return by_length[0][1]
+            return tile
     raise NotImplementedError(
         f"no forward tile of head dims ({problem.head_dim_qk}, {problem.head_dim_v})"
     )
+
+
+def _few_tiles(tile: ForwardTile, problem: Problem) -> bool:
+    """Whether the last round of CTAs, partly idle, weighs more than what a taller tile saves."""
+    rows = WG_ROWS * tile.num_mma_warpgroups // v_split(problem.head_dim_v)
+    return problem.num_heads_q * problem.total_q < 3 * SMS * rows
 
 
 def _needs_registers(problem: Problem) -> bool:
@@ -179,8 +209,23 @@ def _needs_registers(problem: Problem) -> bool:
     return problem.dropout or problem.softcap > 0.0 or problem.alibi
 
 
-def _with_features(tile: ForwardTile, problem: Problem) -> ForwardTile:
+# Rows of _TILES with tiles of their own for softcap or ALiBi. Three consumers have registers
+# enough: at 16k tokens on an H100 softcap 319 TFLOP/s against 281 at 64, causal 476 against 433 at
+# 128; ALiBi causal 571 against 521 at 128. Beside 256 columns of O, 80 keys would spill.
+_WITH_SCORES = {
+    (64, 64): ForwardTile(3, 96, num_stages=3),
+    (128, 128): ForwardTile(3, 80),
+    (128, 256): _TWO_128_256,
+}
+
+
+def _with_features(
+    head_dim_qk: int, head_dim_v: int, tile: ForwardTile, problem: Problem
+) -> ForwardTile:
     """Two consumers have more registers each; dropout's patches are 32 keys wide."""
+    one = not problem.dropout and not (problem.alibi and problem.softcap > 0.0)
+    if one and (head_dim_qk, head_dim_v) in _WITH_SCORES:
+        return _WITH_SCORES[head_dim_qk, head_dim_v]
     tile = replace(tile, num_mma_warpgroups=2)
     if problem.dropout:
         tile = replace(tile, block_n=max(32, tile.block_n // 32 * 32))
@@ -199,6 +244,10 @@ def refuses_tile(tile: ForwardTile, problem: Problem, arch: str) -> str | None:
         return "num_stages is 1 to 4, num_q_buffers 1 or 2"
     if not {tile.swizzle_qk, tile.swizzle_v} <= {0, 32, 64, 128}:
         return "swizzle_qk and swizzle_v are 0 (the widest without waste), 32, 64 or 128"
+    swizzles = {tile.swizzle_qk or swizzle_bytes(problem.head_dim_qk)}
+    swizzles.add(tile.swizzle_v or swizzle_bytes(problem.head_dim_v))
+    if tile.p_in_smem and 32 in swizzles and tile.num_stages * tile.block_n % 32:
+        return "p_in_smem needs rings of whole KiB, with a swizzle of 32 bytes an even number of 16"
     if parts == 2 and wgmma_pv_n(problem.head_dim_v) % (tile.swizzle_v // ELEM_BYTES or 64):
         return "a wide v needs whole chunks of columns in each warpgroup"
     smem = tile.smem_bytes(problem.head_dim_qk, problem.head_dim_v)
@@ -243,6 +292,7 @@ def forward_spec(
         num_q_buffers=tile.num_q_buffers,
         v_split=parts,
         ping_pong=tile.ping_pong,
+        p_in_smem=tile.p_in_smem,
         swizzle_qk=tile.swizzle_qk or swizzle_bytes(problem.head_dim_qk),
         swizzle_v=tile.swizzle_v or swizzle_bytes(problem.head_dim_v),
         wgmma_qk_n=tile.block_n,

@@ -23,7 +23,7 @@ OTHER_REGISTERS = 25
 
 def _consumer_registers(tile: ForwardTile, problem: Problem) -> int:
     """O, S and P of a consumer's thread, see tiles.py."""
-    of_scores = tile.block_n // 2 + tile.block_n // 4
+    of_scores = tile.block_n // 2 + (0 if tile.p_in_smem else tile.block_n // 4)
     return tiles.wgmma_pv_n(problem.head_dim_v) // 2 + of_scores + OTHER_REGISTERS
 
 
@@ -34,17 +34,18 @@ def _swizzles(head_dim: int) -> tuple[int, ...]:
 
 def _forward_space(problem: Problem, arch: str) -> Iterator[ForwardTile]:
     step = 32 if problem.dropout else 16
-    for consumers, block_n, stages, q_buffers, swizzle_qk, swizzle_v, ping_pong in product(
+    for fields in product(
         tiles.CONSUMER_REGISTERS,
         range(32, tiles.MAX_WGMMA_N + 1, step),
         (1, 2, 3, 4),
         (1, 2),
+        (False, True),  # ping_pong
         _swizzles(problem.head_dim_qk),
         _swizzles(problem.head_dim_v),
-        (False, True),
+        (False, True),  # p_in_smem
     ):
-        tile = ForwardTile(consumers, block_n, stages, q_buffers, ping_pong, swizzle_qk, swizzle_v)
-        if _consumer_registers(tile, problem) <= tiles.CONSUMER_REGISTERS[consumers]:
+        tile = ForwardTile(*fields)
+        if _consumer_registers(tile, problem) <= tiles.CONSUMER_REGISTERS[tile.num_mma_warpgroups]:
             yield tile
 
 
@@ -53,8 +54,9 @@ def _forward_cost(tile: ForwardTile, problem: Problem) -> float:
     qk, v = problem.head_dim_qk, problem.head_dim_v
     products = (qk + v) / WGMMA_PER_CYCLE
     rows = tiles.WG_ROWS * tile.num_mma_warpgroups // tiles.v_split(v)
-    bytes_read = (2 * qk + 2 * v) / tiles.WG_ROWS + 2 * qk / tile.block_n
-    traffic = bytes_read / SMEM_BYTES_PER_CYCLE
+    bytes_moved = (2 * qk + 2 * v) / tiles.WG_ROWS + 2 * qk / tile.block_n
+    bytes_moved += 4 if tile.p_in_smem else 0  # written once, read once
+    traffic = bytes_moved / SMEM_BYTES_PER_CYCLE
     step = STEP_CYCLES + (COPY_CYCLES if tile.num_stages == 1 else 0)
     softmax = 0.06 / tile.num_mma_warpgroups
     per_tile = 0.004 * (tile.num_q_buffers == 1)  # a tile's first product waits for the last store

@@ -213,6 +213,8 @@ MASKS = [
 
 SCORES = [
     Case(softcap=1.5),
+    Case(softcap=30.0),
+    Case(softcap=4.0, q_factor=2.0, window_size=(40, 20)),
     Case(softcap=30.0, q_factor=20.0, causal=True, dtype="fp16"),
     Case(alibi="heads"),
     Case(alibi="batched", causal=True, batch=2),
@@ -221,6 +223,16 @@ SCORES = [
     Case(softmax_scale=0.3),
     Case(softmax_scale=0.0, causal=True),
     Case(q_factor=60.0),
+]
+
+# For `test_softcap.check`, which takes only these two from a case.
+SOFTCAPS = [
+    Case(softcap=30.0, softmax_scale=0.125),
+    Case(softcap=1.5, softmax_scale=3.0),
+    Case(softcap=50.0, softmax_scale=-0.02),
+    Case(softcap=1e4, softmax_scale=0.125),
+    Case(softcap=1e7, softmax_scale=0.001),
+    Case(softcap=1e-6, softmax_scale=1.0),
 ]
 
 DROPOUT = [

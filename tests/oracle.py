@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from cases import Case
+from conftest import Runner
 from inputs import Inputs
 from torch import Tensor
 
+import flash_attn_interface
 from flash_attn_interface.reference import attention_reference
 
 
@@ -139,3 +141,33 @@ def _first(mask: Tensor) -> tuple[int, ...]:
 
 def _max_abs(x: Tensor) -> float:
     return float(x.abs().max()) if x.numel() else 0.0
+
+
+def check_softcap(runner: Runner, case: Case) -> None:
+    """softcap * tanh(score / softcap) for scores of any size. With one key, softmax_lse is it.
+
+    Kernels take a shorter way where all scores of a warp are small. It has no absolute error: there
+    the bound is relative, which the general way would miss.
+    """
+    assert case.softmax_scale is not None
+    ratio = torch.logspace(-3, 1.5, 256).mul(torch.tensor([1.0, -1.0]).repeat(128))
+    q = torch.zeros(1, 256, 1, 64)
+    q[0, :, 0, 5] = ratio * case.softcap / case.softmax_scale
+    q = q.to(runner.device, torch.bfloat16)
+    k, v = torch.zeros_like(q[:, :1]), torch.ones_like(q[:, :1])
+    k[..., 5] = 1.0
+    _, softmax_lse = runner.call(
+        flash_attn_interface.flash_attn_func,
+        *(q, k, v),
+        softmax_scale=case.softmax_scale,
+        softcap=case.softcap,
+        return_attn_probs=True,
+    )
+    x = q[0, :, 0, 5].double() * case.softmax_scale / case.softcap
+    expected = case.softcap * x.tanh()
+    error = (softmax_lse[0, 0].double() - expected).abs()
+    assert (error <= 2e-6 * expected.abs() + 5e-7 * case.softcap).all()
+    if 1e-4 < case.softcap < 1e5:  # else the polynomial leaves the range of fp32
+        small = x.abs().view(-1, 64).amax(1, keepdim=True).expand(-1, 64).flatten() < 0.49
+        assert small.sum() >= 64
+        assert (error <= 2e-6 * expected.abs())[small].all()

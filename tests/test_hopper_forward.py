@@ -118,6 +118,10 @@ def test_head_counts(machine: Runner, case: Case, hopper_plans: list[Any]):
         Case(attention_chunk=64, seqlen_q=400, seqlen_k=450, batch=1).with_dims(64, 64),
         Case(attention_chunk=100, seqlen_q=450, seqlen_k=400, batch=1).with_dims(128, 128),
         Case(window_size=(30, 10), seqlen_q=500, seqlen_k=400, batch=1).with_dims(256, 256),
+        # Both edges in one key tile, edges between a lane's columns, tiles of 112 and 128 keys.
+        Case(window_size=(3, 2), seqlen_q=300, seqlen_k=300, batch=1).with_dims(80, 80),
+        Case(window_size=(127, 1), seqlen_q=300, seqlen_k=407, batch=1).with_dims(64, 64),
+        Case(window_size=(200, -1), seqlen_q=300, seqlen_k=300, batch=1).with_dims(128, 128),
         # A warpgroup lets more key tiles pass, to its left or right, than the rings hold, and the
         # next tile is drawn only then.
         Case(attention_chunk=1024, seqlen_q=1152, seqlen_k=1152, batch=1)
@@ -136,6 +140,12 @@ def test_masks(machine: Runner, case: Case, hopper_plans: list[Any]):
 @pytest.mark.filterwarnings("ignore:softmax_scale=0.0")
 def test_scores(machine: Runner, case: Case, hopper_plans: list[Any]):
     check_case(machine, case, hopper_plans)
+
+
+@on_hopper(cases.SOFTCAPS)
+def test_softcap_of_any_score(machine: Runner, case: Case, hopper_plans: list[Any]):
+    oracle.check_softcap(machine, case)
+    assert hopper_plans
 
 
 MANY = Case(lengths_q=tuple(range(1, 70)), lengths_k=tuple(range(70, 1, -1)), causal=True)
@@ -257,6 +267,8 @@ TILES = {
     "one-q-buffer": TILE(2, 128, num_q_buffers=1),
     "three-by-64": TILE(3, 64, num_stages=3),
     "narrow-swizzles": TILE(2, 96, swizzle_qk=64, swizzle_v=32),
+    "p-in-smem": TILE(2, 64, p_in_smem=True),
+    "p-in-smem-under-o": TILE(3, 80, num_q_buffers=1, ping_pong=True, p_in_smem=True),
 }
 
 
@@ -359,6 +371,28 @@ def test_when_heads_share_tiles():
     assert group(pack_gqa=False) == group(alibi=True) == group(dropout_p=0.1, pack_gqa=True) == 1
     assert group(num_heads_q=24, num_heads_k=2, num_heads_v=3, pack_gqa=True) == 4
     assert group(num_heads_q=67, num_heads_k=1, num_heads_v=1, pack_gqa=True) == 1  # 67 > 64 rows
+
+
+def test_tall_tiles_are_for_many_rows():
+    """192 rows of three consumers, P in shared memory: not for a few tiles, windows or chunks."""
+    problem = Problem("bf16", 128, 128, 16, 16, 16, 4, 4096, 4096, 4 * 4096, 4 * 4096, 0.1)
+
+    def tall(**changes: Any) -> bool:
+        return TREE.tiles.forward_tile(replace(problem, **changes)).p_in_smem
+
+    assert tall() and tall(causal=True, window_right=0) and tall(head_dim_qk=64)
+    assert not tall(seqlen_k=512)
+    assert not tall(batch=1, total_q=4096)
+    assert not tall(batch=64, seqlen_q=1, total_q=64)
+    assert not tall(window_left=100) and not tall(attention_chunk=256) and not tall(softcap=9.0)
+
+
+def test_o_lies_over_p_where_it_fits():
+    tile = TILE(3, 128, num_q_buffers=1, p_in_smem=True)
+    q, k, v, p = 3 * 64 * 64 * 2, 2 * 128 * 64 * 2, 2 * 128 * 128 * 2, 3 * 64 * 128 * 2
+    assert tile.smem_bytes(64, 128) == q + k + v + p + TREE.tiles.SMEM_TAIL_BYTES
+    assert replace(tile, num_q_buffers=2).smem_bytes(64, 128) - tile.smem_bytes(64, 128) == 3 * q
+    assert replace(tile, p_in_smem=False).smem_bytes(64, 128) == tile.smem_bytes(64, 128) + q - p
 
 
 def test_sm_margin_leaves_sms_to_others():

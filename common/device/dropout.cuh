@@ -28,9 +28,19 @@ DEVICE Philox philox4x32_10(u32 c0, u32 c1, u32 c2, u32 c3, u32 key0, u32 key1) 
   return {{c0, c1, c2, c3}};
 }
 
+// Which elements of a lane's 16 in a patch are kept.
+struct KeepBits {
+  u32 word[4];  // [n tile]: the highest bit of byte e belongs to element e
+
+  DEVICE bool keep(i32 n_tile, i32 e) const { return (word[n_tile] & (0x80u << (8 * e))) != 0; }
+};
+
 struct Dropout {
   u32 key0, key1, offset, batch_head, keep_threshold;
 
+  Dropout() = default;  // nothing: where dropout is off
+
+  // Waits for memory: not once per tile.
   template <class Params>
   DEVICE Dropout(const Params& p, i32 batch_idx, i32 head_idx) {
     const u64 seed = u64(ld_global_i64(p.rng_state));
@@ -38,8 +48,12 @@ struct Dropout {
     key0 = u32(seed);
     key1 = u32(seed >> 32) ^ u32(offset64 >> 32);
     offset = u32(offset64);
-    batch_head = u32(batch_idx) * u32(p.num_heads_q) + u32(head_idx);
     keep_threshold = p.keep_threshold;
+    set_head(p, batch_idx, head_idx);
+  }
+  template <class Params>
+  DEVICE void set_head(const Params& p, i32 batch_idx, i32 head_idx) {
+    batch_head = u32(batch_idx) * u32(p.num_heads_q) + u32(head_idx);
   }
 
   // Random bytes of this lane in the patch at (row, col), multiples of 16 and 32.
@@ -47,8 +61,18 @@ struct Dropout {
     return philox4x32_10(u32(col + lane_idx), u32(row / 16), batch_head, offset, key0, key1);
   }
 
-  // Whether element e of the patch's n tile (0..3) is kept.
-  DEVICE bool keep(const Philox& random, i32 n_tile, i32 e) const {
-    return ((random.word[n_tile] >> (8 * e)) & 0xffu) <= keep_threshold;
+  // Of the patch: byte <= keep_threshold, four bytes at a time.
+  DEVICE KeepBits keep_bits(i32 row, i32 col, i32 lane_idx) const {
+    constexpr u32 kHigh = 0x80808080u;
+    const Philox random = patch(row, col, lane_idx);
+    const u32 limit = keep_threshold * 0x01010101u;
+    KeepBits bits;
+#pragma unroll
+    for (i32 i = 0; i < 4; ++i) {
+      const u32 x = random.word[i];
+      const u32 low_fits = (limit | kHigh) - (x & ~kHigh);  // no borrow leaves its byte
+      bits.word[i] = (limit & ~x) | (~(limit ^ x) & low_fits);
+    }
+    return bits;
   }
 };

@@ -5,6 +5,7 @@
 #include "common/device/seqlen.cuh"
 #include "common/ptx/math.cuh"
 #include "common/ptx/memory.cuh"
+#include "common/ptx/shuffle.cuh"
 
 constexpr f32 kLog2e = 1.44269504088896340736f;
 constexpr f32 kLn2 = 0.69314718055994530942f;
@@ -13,6 +14,36 @@ constexpr f32 kLn2 = 0.69314718055994530942f;
 // too coarse once multiplied by a softcap of 50.
 DEVICE f32 tanh_of_log2(f32 y) { return 1.0f - 2.0f * rcp_approx(1.0f + ex2_approx(y)); }
 
+// In a forward most |x| are small, and there special functions are what limits a softmax already.
+// tanh(x) = x * (c0 + c1 x^2 + c2 x^4 + c3 x^6) for |x| <= kSmallTanh, relative error 6e-7.
+constexpr f32 kSmallTanh = 0.5f;
+struct SmallTanh {
+  static constexpr f32 c0 = 0.999999456f, c1 = -0.333263179f, c2 = 0.131902966f,
+                       c3 = -0.0444022258f;
+};
+
+// Largest absolute value of a lane's products: of a WGMMA's accumulator, or of fragments.
+template <i32 kN>
+DEVICE f32 largest_of(const f32 (&rS)[kN]) {
+  f32 partial[2] = {fabsf(rS[0]), fabsf(rS[1])};
+#pragma unroll
+  for (i32 i = 2; i < kN; ++i) {
+    partial[i % 2] = fmaxf(partial[i % 2], fabsf(rS[i]));
+  }
+  return fmaxf(partial[0], partial[1]);
+}
+template <i32 kMTiles, i32 kNTiles>
+DEVICE f32 largest_of(const f32 (&rS)[kMTiles][kNTiles][4]) {
+  f32 largest = 0.0f;
+#pragma unroll
+  for (i32 m = 0; m < kMTiles; ++m) {
+#pragma unroll
+    for (i32 n = 0; n < kNTiles; ++n) {
+      largest = fmaxf(largest, largest_of(rS[m][n]));
+    }
+  }
+  return largest;
+}
 // What one (batch, head) pair needs.
 template <class Cfg>
 struct Score {
@@ -21,6 +52,8 @@ struct Score {
   // largest score.
   static constexpr bool kPrescaled = Cfg::kSoftcap || Cfg::kAlibi || Cfg::kPrescale;
   f32 scale_log2, softcap_in_log2, softcap_out, slope_log2;
+  f32 small_product;  // products up to this size are capped by the polynomial alone
+  f32 poly[4];        // the polynomial, of a product rather than x
 
   template <class Params>
   DEVICE Score(const Params& p, i32 batch_idx, i32 head_idx) {
@@ -28,6 +61,16 @@ struct Score {
     if constexpr (Cfg::kSoftcap) {
       softcap_in_log2 = p.softcap_in * (2.0f * kLog2e);
       softcap_out = p.softcap_out;
+      const f32 square = p.softcap_in * p.softcap_in;
+      const f32 factor = p.softcap_in * p.softcap_out;
+      poly[0] = SmallTanh::c0 * factor;
+      poly[1] = SmallTanh::c1 * factor * square;
+      poly[2] = SmallTanh::c2 * factor * (square * square);
+      poly[3] = SmallTanh::c3 * factor * (square * square * square);
+      // Where products of huge or tiny scales leave the range of f32, terms are missing, or all is.
+      const f32 last = fabsf(poly[3]);
+      const f32 limit = last > 1e-36f ? kSmallTanh : 0.1f * kSmallTanh;
+      small_product = last < 1e36f ? fabsf(limit / p.softcap_in) : -1.0f;
     }
     if constexpr (Cfg::kAlibi) {
       slope_log2 =
@@ -38,10 +81,25 @@ struct Score {
   // What the softmax multiplies scores by to get units of log2.
   DEVICE f32 to_log2() const { return kPrescaled ? 1.0f : scale_log2; }
 
-  // aligned: row + seqlen_k - seqlen_q, the key on the row's diagonal.
+  // Whether kSmall holds for all products of a warp. largest: |product|, of this lane's.
+  DEVICE bool all_small(f32 largest) const { return !vote_any(!(largest <= small_product)); }
+
+  // distance: of the key from the one on the row's diagonal, row + seqlen_k - seqlen_q.
+  // kSmall: all_small() said so. Matters to softcap only.
+  template <bool kSmall>
+  DEVICE f32 get(f32 s, f32 distance) const {
+    if constexpr (Cfg::kSoftcap && kSmall) {
+      const f32 square = s * s;
+      s *= poly[0] + square * (poly[1] + square * (poly[2] + square * poly[3]));
+    } else if constexpr (Cfg::kSoftcap) {
+      s = softcap_out - 2.0f * softcap_out * rcp_approx(1.0f + ex2_approx(s * softcap_in_log2));
+    } else if constexpr (kPrescaled) {
+      s *= scale_log2;
+    }
+    return biased(s, distance);
+  }
   DEVICE f32 operator()(f32 s, i32 aligned, i32 col) const {
-    f32 derivative;
-    return with_derivative(s, aligned, col, derivative);
+    return get<false>(s, f32(aligned - col));
   }
 
   // The same for the backward. derivative: of the score by softmax_scale * s, which only softcap
@@ -51,12 +109,15 @@ struct Score {
     if constexpr (Cfg::kSoftcap) {
       const f32 t = tanh_of_log2(s * softcap_in_log2);
       derivative = 1.0f - t * t;
-      s = t * softcap_out;
-    } else if constexpr (kPrescaled) {
-      s *= scale_log2;
+      return biased(t * softcap_out, f32(aligned - col));
     }
+    return (*this)(s, aligned, col);
+  }
+
+ private:
+  DEVICE f32 biased(f32 s, f32 distance) const {
     if constexpr (Cfg::kAlibi) {
-      s -= slope_log2 * fabsf(f32(aligned - col));
+      s -= slope_log2 * fabsf(distance);
     }
     return s;
   }
