@@ -1,9 +1,10 @@
 """Decoding speed: TB/s of cache that one new token per sequence makes a kernel read.
 
-32 query heads, every key valid, beside SDPA and, where it is found (see peers.py), FA3. The figure
-to compare with is the machine's own copy rate, which is measured first. Every result is checked
-against float32 attention before it is timed. Caches below 200 MB are used in turn with copies of
-themselves, so that none is found in L2.
+32 query heads, every key valid, beside SDPA and, where it is found (see peers.py), FA3; then rows
+of absorbed latent attention: qv, head dims 64 and 512, one key head, 16, 32 and 128 query heads.
+The figure to compare with is the machine's own copy rate, which is measured first. Every result is
+checked against float32 attention before it is timed. Caches below 200 MB are used in turn with
+copies of themselves, so that none is found in L2.
 
     python benchmarks/bench_decode.py                  up to 90 seconds, compilation included
     python benchmarks/bench_decode.py --seconds 600    all rows, however slow the machine
@@ -35,6 +36,7 @@ from harness import Contestant
 from torch import Tensor
 
 NUM_HEADS_Q = 32
+LATENT_HEADS, LATENT_DIMS, LATENT_PAGES = "16,32,128", (64, 512), (0, 64)
 DIMS = "128,64x128,192x128"
 HEADS = "8,4,1"
 SHAPES = "1x65536,16x8192,64x8192,128x2048"
@@ -53,6 +55,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--dims", default=DIMS, help="QK or QKxV, comma-separated")
     parser.add_argument("--heads", default=HEADS, help="key and value heads")
+    parser.add_argument(
+        "--latent-heads", default=LATENT_HEADS, help="query heads of the rows with qv; %(default)s"
+    )
     parser.add_argument("--shapes", default=None, help=f"BATCHxKEYS, default {SHAPES}")
     parser.add_argument("--pages", default=None, help=f"page sizes, 0 = contiguous; {PAGES}")
     parser.add_argument("--dtype", choices=list(harness.DTYPES), default="bf16")
@@ -76,21 +81,31 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def make_rows(options: argparse.Namespace) -> list[Row]:
     """Those of --quick first, since the time may not suffice for all."""
-    rows = [
+    shapes = [tuple(map(int, text.split("x"))) for text in options.shapes.split(",")]
+    pages = [int(text) for text in options.pages.split(",")]
+    heads_k = [int(text) for text in options.heads.split(",")]
+    latent_heads = [int(text) for text in options.latent_heads.split(",") if text]
+    latent_pages = [n for n in LATENT_PAGES if n in pages]
+    combinations = [
+        *itertools.product(
+            harness.parse_dims(options.dims), [False], [NUM_HEADS_Q], heads_k, shapes, pages
+        ),
+        *itertools.product([LATENT_DIMS], [True], latent_heads, [1], shapes, latent_pages),
+    ]
+    rows: list[Row] = [
         {
             "dtype": options.dtype,
             "head_dim_qk": head_dim_qk,
             "head_dim_v": head_dim_v,
-            "num_heads_k": heads,
+            "qv": qv,
+            "num_heads_q": num_heads_q,
+            "num_heads_k": num_heads_k,
             "batch": batch,
             "seqlen": seqlen,
             "page_size": page_size,
         }
-        for (head_dim_qk, head_dim_v), heads, (batch, seqlen), page_size in itertools.product(
-            harness.parse_dims(options.dims),
-            [int(text) for text in options.heads.split(",")],
-            [tuple(map(int, text.split("x"))) for text in options.shapes.split(",")],
-            [int(text) for text in options.pages.split(",")],
+        for (head_dim_qk, head_dim_v), qv, num_heads_q, num_heads_k, (batch, seqlen), page_size in (
+            combinations
         )
     ]
     return sorted(
@@ -124,11 +139,13 @@ def draw(row: Row, cold: bool = True) -> Decode:
     k = tensor(*leading, row["num_heads_k"], row["head_dim_qk"])
     v = tensor(*leading, row["num_heads_k"], row["head_dim_v"])
     copies = int(COLD_BYTES / cache_bytes(row)) if cold else 0
+    heads_q = row["num_heads_q"]
     return Decode(
-        tensor(batch, 1, NUM_HEADS_Q, row["head_dim_qk"]),
+        tensor(batch, 1, heads_q, row["head_dim_qk"]),
         [(k, v), *((k.clone(), v.clone()) for _ in range(copies))],
         table,
         torch.full((batch,), seqlen, device="cuda", dtype=torch.int32),
+        tensor(batch, 1, heads_q, row["head_dim_v"]) if row["qv"] else None,
     )
 
 
@@ -136,7 +153,7 @@ class Oracle:
     """float32 attention of all heads of a few sequences."""
 
     def __init__(self, problem: Decode) -> None:
-        batch, _, num_heads_q, head_dim_qk = problem.q.shape
+        batch, _, num_heads_q, _ = problem.q.shape
         self.samples = sorted({0, batch // 2, batch - 1})[-SAMPLED_SEQUENCES:]
         self.expected, self.pytorch_error = [], 0.0
         for b in self.samples:
@@ -145,11 +162,12 @@ class Oracle:
                 k, v = k[b], v[b]
             else:
                 k, v = (x[problem.page_table[b].long()].flatten(0, 1) for x in (k, v))
-            group = num_heads_q // k.shape[1]
-            inputs = [problem.q[b, 0].unflatten(0, (-1, group)), k.transpose(0, 1),
-                      v.transpose(0, 1)]  # fmt: skip
-            exact = _attention(*(x.float() for x in inputs), head_dim_qk**-0.5)
-            rounded = _attention(*inputs, head_dim_qk**-0.5)
+            group, q = num_heads_q // k.shape[1], problem.q[b, 0]
+            if problem.qv is not None:
+                q, k = torch.cat([q, problem.qv[b, 0]], -1), torch.cat([k, v], -1)
+            inputs = [q.unflatten(0, (-1, group)), k.transpose(0, 1), v.transpose(0, 1)]
+            exact = _attention(*(x.float() for x in inputs), problem.softmax_scale)
+            rounded = _attention(*inputs, problem.softmax_scale)
             self.expected.append(exact)
             self.pytorch_error = max(self.pytorch_error, _largest(rounded.float() - exact))
 
@@ -226,16 +244,17 @@ def bench_row(
             contestant = implementation.make(problem)
             out = harness.run_once(contestant)
             torch.cuda.synchronize()  # a fault is this implementation's
+            accuracies[key] = accuracy = oracle.check(out)
         except Exception as error:  # a peer may refuse in any way; ours is reported as failed
-            notes[key] = f"{type(error).__name__}: {error}".splitlines()[0]
+            notes[key] = harness.brief(error)
             continue
-        accuracies[key] = accuracy = oracle.check(out)
         if accuracy.good:
             contestants.append(contestant)
         else:
             bound = f"bound 2 x {accuracy.pytorch_error:.2e}"
             notes[key] = f"wrong: error {accuracy.error:.2e}, {bound}"
-    timings = harness.measure(contestants, rounds, burst_us=4000.0) if contestants else {}
+    timings, failures = harness.measure_guarded(contestants, rounds, burst_us=4000.0)
+    notes |= failures
     records = []
     for key in (i.key for i in implementations):
         timing, accuracy = timings.get(key), accuracies.get(key)
@@ -251,7 +270,7 @@ def bench_row(
                 "slowest_us": None if timing is None else round(timing.slowest_us, 2),
                 "calls": 0 if timing is None else timing.calls,
                 "cache_mb": round(cache_bytes(row) / 1e6, 1),
-                "copies": len(problem.caches),
+                "copies": None if problem is None else len(problem.caches),
                 "max_error": None if accuracy is None else accuracy.error,
                 "pytorch_error": None if oracle is None else oracle.pytorch_error,
                 "note": notes.get(key, ""),
@@ -264,7 +283,8 @@ def host_times(implementations: Sequence[decode_peers.Implementation]) -> dict[s
     """Median host microseconds of a warm eager call, the GPU having next to nothing to do."""
     from flash_attn_interface import flash_attn_with_kvcache
 
-    row: Row = {"dtype": "bf16", "head_dim_qk": 128, "head_dim_v": 128, "num_heads_k": 8,
+    row: Row = {"dtype": "bf16", "head_dim_qk": 128, "head_dim_v": 128, "qv": False,
+                "num_heads_q": NUM_HEADS_Q, "num_heads_k": 8,
                 "batch": 4, "seqlen": 512, "page_size": 16}  # fmt: skip
     found = {}
     for implementation in implementations:
@@ -310,7 +330,8 @@ def print_row(records: Sequence[Row]) -> None:
     dims = f"({row['head_dim_qk']},{row['head_dim_v']})"
     shape = f"{row['batch']}x{row['seqlen']}"
     pages = f"page {row['page_size']}" if row["page_size"] else "contiguous"
-    print(f"{dims:>9} kv {row['num_heads_k']}  {shape:<8} {pages:<10}  {'   '.join(cells)}",
+    heads = f"{row['num_heads_q']}/{row['num_heads_k']}{' qv' if row['qv'] else ''}"
+    print(f"{dims:>9} {heads:<8}  {shape:<8} {pages:<10}  {'   '.join(cells)}",
           flush=True)  # fmt: skip
 
 
@@ -320,11 +341,12 @@ def main() -> int:
     peers.prepare(options.peers.split(","))
     chosen = [decode_peers.PEERS[p] for p in options.peers.split(",") if p]
     implementations = [decode_peers.OURS, *chosen]
+    panel = ("head_dim_qk", "head_dim_v", "num_heads_q", "num_heads_k", "page_size")
     layout = report.Layout(
         title="Decoding: one token a sequence over a cache",
         formula="bytes of valid keys and values / time",
-        row=("head_dim_qk", "head_dim_v", "num_heads_k", "page_size", "batch", "seqlen"),
-        panel=("head_dim_qk", "head_dim_v", "num_heads_k", "page_size"),
+        row=(*panel, "batch", "seqlen"),
+        panel=panel,
         x="batch",
         value="tb_per_s",
         unit="TB/s",
@@ -351,6 +373,9 @@ def main() -> int:
             break
         records += bench_row(row, implementations, options.rounds, copied)
         print_row(records[-len(implementations) :])
+        if not harness.gpu_answers():
+            print(f"a kernel of this row failed: {len(rows) - done - 1} rows are left out")
+            break
         torch.cuda.empty_cache()
 
     for note in dict.fromkeys(f"{r['implementation']}: {r['note']}" for r in records if r["note"]):

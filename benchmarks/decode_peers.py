@@ -26,6 +26,11 @@ class Decode:
     caches: Sequence[tuple[Tensor, Tensor]]
     page_table: Tensor | None
     cache_seqlens: Tensor
+    qv: Tensor | None = None  # (batch, 1, num_heads_q, head_dim_v)
+
+    @property
+    def softmax_scale(self) -> float:
+        return float(self.q.shape[-1] + (0 if self.qv is None else self.qv.shape[-1])) ** -0.5
 
     def contestant(self, name: str, call: Callable[[Tensor, Tensor], Tensor]) -> Contestant:
         turns = itertools.cycle(self.caches)
@@ -47,7 +52,7 @@ def make_ours(problem: Decode) -> Contestant:
     def call(k: Tensor, v: Tensor) -> Tensor:
         out = flash_attn_with_kvcache(
             problem.q, k, v, cache_seqlens=problem.cache_seqlens, page_table=problem.page_table,
-            causal=True,
+            causal=True, qv=problem.qv,
         )  # fmt: skip
         assert isinstance(out, Tensor)
         return out
@@ -60,7 +65,7 @@ def make_fa3(problem: Decode) -> Contestant:
     peers.load_fa3()
     if torch.cuda.get_device_capability() != (9, 0):
         raise Unavailable("FA3 needs compute capability 9.0")
-    forward, scale = torch.ops.flash_attn_3.fwd, problem.q.shape[-1] ** -0.5
+    forward = torch.ops.flash_attn_3.fwd
     head_dim_v = problem.caches[0][1].shape[-1]
 
     def contestant(width: int | None) -> Contestant:
@@ -73,22 +78,26 @@ def make_fa3(problem: Decode) -> Contestant:
         def call(k: Tensor, v: Tensor) -> Tensor:
             out = forward(
                 q, k, v, seqused_k=problem.cache_seqlens, page_table=problem.page_table,
-                softmax_scale=scale, is_causal=True, num_splits=0,
+                softmax_scale=problem.softmax_scale, is_causal=True, num_splits=0, q_v=problem.qv,
             )[0]  # fmt: skip
             return out[..., :head_dim_v]
 
         return Decode(q, stored, None, problem.cache_seqlens).contestant("fa3", call)
 
     # Never the caches as they are where head dims differ: builds without kernels for that do not
-    # refuse, and may read past the end of the values.
+    # refuse, and may read past the end of the values. With qv there is no other way: such builds
+    # give wrong results, which are not timed.
     head_dim_qk = problem.q.shape[-1]
-    return contestant(None if head_dim_qk == head_dim_v else max(head_dim_qk, head_dim_v))
+    as_they_are = head_dim_qk == head_dim_v or problem.qv is not None
+    return contestant(None if as_they_are else max(head_dim_qk, head_dim_v))
 
 
 def make_sdpa(problem: Decode) -> Contestant:
     """torch's scaled_dot_product_attention, whichever of its kernels takes the call."""
     if problem.page_table is not None:
         raise Unavailable("SDPA reads no pages")
+    if problem.qv is not None:
+        raise Unavailable("SDPA has no second query")
     q = problem.q.transpose(1, 2)
 
     def call(k: Tensor, v: Tensor) -> Tensor:

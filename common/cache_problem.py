@@ -33,7 +33,6 @@ class CacheProblem:
     one_length: bool = False  # cache_seqlens is an int, that of all sequences; run() gets it
     k_new_strides: Strides = (0, 0, 0)  # as Problem.k_strides
     v_new_strides: Strides = (0, 0, 0)
-    qv: bool = False  # a second query, whose products with v are added to the scores
     sm_margin: int = 0  # SMs that the caller would like to keep for others
     rotary_rows: int = 0  # rows of the rotary tables; positions beyond them stay unrotated
     new_vector_bytes: int = 16  # as Problem.vector_bytes, of k_new and v_new
@@ -54,7 +53,7 @@ class CacheProblem:
             f"append {self.seqlen_new}": self.appends and not self.varlen_new,
             f"append up to {self.seqlen_new}": self.appends and self.varlen_new,
             f"rotary {self.rotary_dim}": self.rotary,
-            "qv": self.qv,
+            "qv": self.forward.qv,
             f"num_splits={self.num_splits}": self.num_splits > 0,
             f"sm_margin={self.sm_margin}": self.sm_margin > 0,
         }

@@ -99,6 +99,10 @@ def check_cache(call: CacheCall) -> CacheProblem:
     q_strides = strides_of(q, varlen_q)
     k_strides, v_strides = strides_of(k_cache, False), strides_of(v_cache, False)
     scale_dim = heads.head_dim_qk + (0 if call.qv is None else heads.head_dim_v)
+    tensors, strides = [q, k_cache, v_cache], [q_strides, k_strides, v_strides]
+    if call.qv is not None:
+        tensors.append(call.qv)
+        strides.append(strides_of(call.qv, varlen_q))
     forward = Problem(
         dtype=DTYPE_NAMES[q.dtype],
         head_dim_qk=heads.head_dim_qk,
@@ -125,11 +129,13 @@ def check_cache(call: CacheCall) -> CacheProblem:
         q_strides=q_strides,
         k_strides=k_strides,
         v_strides=v_strides,
-        vector_bytes=common_vector_bytes((q, k_cache, v_cache), (q_strides, k_strides, v_strides)),
+        vector_bytes=common_vector_bytes(tensors, strides),
         page_size=0 if call.page_table is None else k_cache.shape[1],
         cache_batch_idx=call.cache_batch_idx is not None,
         leftpad_k=call.cache_leftpad is not None,
         cache_slots=k_cache.shape[0],
+        qv=call.qv is not None,
+        qv_strides=(0, 0, 0) if call.qv is None else strides[-1],
     )
     problem = CacheProblem(
         forward,
@@ -141,7 +147,6 @@ def check_cache(call: CacheCall) -> CacheProblem:
         has_rotary_seqlens=call.rotary_seqlens is not None,
         has_cache_seqlens=call.cache_seqlens is not None,
         one_length=not isinstance(call.cache_seqlens, Tensor | None),
-        qv=call.qv is not None,
         sm_margin=check_values.non_negative("sm_margin", call.sm_margin),
     )
     if call.k is None or call.v is None or seqlen_new == 0:

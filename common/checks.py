@@ -13,7 +13,7 @@ NotImplementedError: meaningful, but not served.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -377,7 +377,7 @@ def strides_of(tensor: Tensor, packed: bool) -> Strides:
     return (0 if packed or sizes[0] <= 1 else steps[0], row, head)
 
 
-def common_vector_bytes(tensors: tuple[Tensor, ...], strides: tuple[Strides, ...]) -> int:
+def common_vector_bytes(tensors: Sequence[Tensor], strides: Sequence[Strides]) -> int:
     """Largest access aligned everywhere: in bytes, what divides all pointers and strides."""
     bits = _MAX_VECTOR_BYTES
     for tensor, steps in zip(tensors, strides, strict=True):

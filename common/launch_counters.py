@@ -1,10 +1,10 @@
 """Counters of a launch: zeroed device memory by which its CTAs learn who of them is the last
 (flash2/decode.cu) or draw their tiles (hopper/tile_scheduler.cuh).
 
-A launch leaves its counters at zero (`atomic_inc_acq_rel_global_u32` of ptx/memory.cuh wraps, the
-last to draw a tile stores 0), so launches that follow each other may share them, concurrent ones
-may not. Launches on one stream follow each other; launches captured into CUDA graphs may be
-replayed at any time, so each gets counters of its own.
+A launch leaves its counters at zero (the last of its CTAs to look at one stores 0), so launches
+that follow each other may share them, concurrent ones may not. Launches on one stream follow each
+other; launches captured into CUDA graphs may be replayed at any time, so each gets counters of its
+own.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ MAX_COUNTERS = 4096
 
 _BLOCK = 1 << 18  # counters that are allocated at a time: 1 MiB
 _COUNTER_BYTES = 4
+_ALIGNMENT = 4  # counters: what a launch gets begins at a multiple of 16 bytes
 
 
 class _Pool:
@@ -41,6 +42,7 @@ class _Pool:
                 self._end = self._next + _BLOCK * _COUNTER_BYTES
 
     def take(self, count: int) -> int:
+        count = -(-count // _ALIGNMENT) * _ALIGNMENT
         with self._guard:
             address = self._next
             if self._end - address < count * _COUNTER_BYTES:

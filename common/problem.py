@@ -87,6 +87,10 @@ class Problem:
     cache_batch_idx: bool = False  # a sequence's slot, or row of the page table, is given by index
     leftpad_k: bool = False  # first key of each sequence given; masks count from there
     cache_slots: int = 0  # 0: no cache
+    # A second query, (batch, seqlen_q, num_heads_q, head_dim_v): its products with v are added to
+    # those of q and k. Only with a cache.
+    qv: bool = False
+    qv_strides: Strides = (0, 0, 0)
     # Hints, without influence on the result.
     sm_margin: int = 0  # SMs to leave to others
     pack_gqa: bool | None = None  # rows of heads that share K and V in one tile; None: if it pays

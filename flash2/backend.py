@@ -5,15 +5,21 @@ Called by `flash_attn_interface/dispatch.py`.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from .._common.backward_problem import BackwardProblem
 from .._common.cache_problem import CacheProblem
 from .._common.problem import Problem, Target
-from .._common.tuning import Tunable
-from .bwd import BackwardPlan
-from .cache import CachePlan
 from .fwd import ForwardPlan
 
+if TYPE_CHECKING:  # imported where they are planned: a process that only infers needs half of it
+    from .._common.tuning import Tunable
+    from .bwd import BackwardPlan
+    from .cache import CachePlan
+
 MAX_HEAD_DIM = 256
+# decode.cu divides the columns of V among warps; fwd.cu does not.
+MAX_CACHED_HEAD_DIM_V = 512
 # Row and column arithmetic in the kernels is 32-bit: row + seqlen_k + window must not wrap.
 MAX_SEQLEN = 2**29
 
@@ -25,14 +31,7 @@ class Flash2Backend:
 
     def refuses_forward(self, problem: Problem, target: Target) -> str | None:
         """Why this problem cannot be served on this target; None if it can."""
-        if max(problem.head_dim_qk, problem.head_dim_v) > MAX_HEAD_DIM:
-            return f"head dims are limited to {MAX_HEAD_DIM}"
-        packed_k = 0 if problem.cache_slots else problem.total_k
-        if max(problem.seqlen_q, problem.seqlen_k, problem.total_q, packed_k) >= MAX_SEQLEN:
-            return f"sequences and packed buffers are limited to {MAX_SEQLEN - 1} tokens"
-        if problem.page_size and problem.return_softmax:
-            return "S_dmask, a debugging output, is not written for paged keys"
-        return None
+        return _refuses(problem, MAX_HEAD_DIM)
 
     def plan_forward(self, problem: Problem, target: Target) -> ForwardPlan:
         return ForwardPlan(problem, target)
@@ -42,15 +41,17 @@ class Flash2Backend:
         return problem.forward.refuses_backward() or self.refuses_forward(problem.forward, target)
 
     def plan_backward(self, problem: BackwardProblem, target: Target) -> BackwardPlan:
+        from .bwd import BackwardPlan
+
         return BackwardPlan(problem, target)
 
     def refuses_cache(self, problem: CacheProblem, target: Target) -> str | None:
         """As refuses_forward, of attention over a key and value cache."""
-        if problem.qv:
-            return "qv, a second query for the values, is not supported"
-        return self.refuses_forward(problem.forward, target)
+        return _refuses(problem.forward, MAX_CACHED_HEAD_DIM_V)
 
     def plan_cache(self, problem: CacheProblem, target: Target) -> CachePlan:
+        from .cache import CachePlan
+
         return CachePlan(problem, target)
 
     def tunables(self) -> tuple[Tunable, ...]:
@@ -58,6 +59,19 @@ class Flash2Backend:
         from .tuning import TUNABLES
 
         return TUNABLES
+
+
+def _refuses(problem: Problem, max_head_dim_v: int) -> str | None:
+    if problem.head_dim_qk > MAX_HEAD_DIM or problem.head_dim_v > max_head_dim_v:
+        return f"head dims are limited to {MAX_HEAD_DIM}" + (
+            f", that of v to {max_head_dim_v}" if max_head_dim_v > MAX_HEAD_DIM else ""
+        )
+    packed_k = 0 if problem.cache_slots else problem.total_k
+    if max(problem.seqlen_q, problem.seqlen_k, problem.total_q, packed_k) >= MAX_SEQLEN:
+        return f"sequences and packed buffers are limited to {MAX_SEQLEN - 1} tokens"
+    if problem.page_size and problem.return_softmax:
+        return "S_dmask, a debugging output, is not written for paged keys"
+    return None
 
 
 BACKEND = Flash2Backend()

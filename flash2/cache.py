@@ -25,17 +25,21 @@ ONE_TILE_ROWS = 64
 # With more rows, the forward serves unless it leaves the machine emptier than this.
 FORWARD_MIN_OCCUPANCY = 0.75
 LENGTH_BYTES = 4
+MAX_HEAD_DIM_V_OF_FORWARD = 256
 
 
 def attends_by_decode(problem: CacheProblem, target: Target) -> bool:
     """Whether decode.cu serves the attention, rather than fwd.cu.
 
     num_splits 1 is a promise: the bits of flash_attn_func, whatever else is in the batch. More
-    splits are an order. 0 leaves the choice to speed.
+    splits are an order. 0 leaves the choice to speed. What fwd.cu has not, decode.cu serves, and
+    its results too do not depend on what else is in the batch when there is one split.
     """
+    p = problem.forward
+    if p.qv or p.head_dim_v > MAX_HEAD_DIM_V_OF_FORWARD:
+        return True
     if problem.num_splits > 0:
         return problem.num_splits > 1
-    p = problem.forward
     if decode_tiles.packed_rows(p) <= ONE_TILE_ROWS:
         return True
     block_m = tiles.forward_tile(p, target.arch).block_m
@@ -95,7 +99,7 @@ class CachePlan:
             if append is None:
                 return decode.run(
                     q, k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, page_table,
-                    cu_seqlens_q, alibi_slopes,
+                    cu_seqlens_q, alibi_slopes, qv,
                 )  # fmt: skip
             # One allocation: partial results, then the rotated queries, then the lengths.
             scratch = decode.scratch()
@@ -109,7 +113,7 @@ class CachePlan:
             return decode.launch(
                 q_rotated if append.rotated_bytes else q.data_ptr(), seqused_k, (q, scratch),
                 scratch, k_cache, v_cache, cache_batch_idx, cache_leftpad, page_table,
-                cu_seqlens_q, alibi_slopes,
+                cu_seqlens_q, alibi_slopes, qv,
             )  # fmt: skip
         if append is not None:
             q, cache_seqlens = append.run(

@@ -6,6 +6,7 @@ Called by `cache.py`. Tile and split choices: `decode_tiles.py`. The large merge
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -16,14 +17,17 @@ from .._common import kernels, launch_counters
 from .._common.cache_problem import CacheProblem
 from .._common.plan_values import TORCH_DTYPES, score_values, template
 from .._common.problem import Target
-from . import decode_tiles, tiles
+from . import decode_merge, decode_tiles, tiles
 from .combine import CombinePlan, CombineProblem, device_of
 
 # What split choices assume when simulated: an A100.
 SIMULATED_SMS = 108
 
+# launch_counters has 32-bit ones, decode_output.cuh uses 64 bits.
+COUNTERS_PER_TILE = 2
+
 # Tensor arguments that few problems have: fields of DecodeParams.
-_RARE = ("cache_batch_idx", "leftpad_k", "cu_seqlens_q", "alibi_slopes")
+_RARE = ("qv", "cache_batch_idx", "leftpad_k", "cu_seqlens_q", "alibi_slopes")
 
 
 @cache
@@ -45,6 +49,14 @@ def chosen_num_splits(
     return decode_tiles.choose_num_splits(problem.forward, tile, sms)
 
 
+def _chosen_tile(problem: CacheProblem, target: Target) -> decode_tiles.DecodeTile:
+    p = problem.forward
+    if problem.num_splits == 1 and p.varlen_q:
+        # The promise of one split: the longest of the other sequences changes nothing.
+        p = replace(p, seqlen_q=1)
+    return decode_tiles.chosen_tile(p, target)
+
+
 class DecodePlan:
     """Attention of a CacheProblem's query rows over the cache: one launch, two for large merges.
 
@@ -63,7 +75,7 @@ class DecodePlan:
         """reserved_bytes: to have at the end of the scratch memory, see `scratch`."""
         p = self.problem = problem.forward
         self.target = target
-        self.tile = tile or decode_tiles.chosen_tile(p, target)
+        self.tile = tile or _chosen_tile(problem, target)
         self.num_splits = chosen_num_splits(problem, target, self.tile)
         self.heads_per_unit = decode_tiles.heads_per_unit(p)
         self.num_tiles = decode_tiles.num_tiles(p, self.tile.block_m)
@@ -78,16 +90,20 @@ class DecodePlan:
         self.batch, self.rows = (1, p.total_q) if p.varlen_q else (p.batch, p.seqlen_q)
         self.spec = decode_tiles.decode_spec(p, target.arch, self.num_splits > 1, self.tile)
         self.device = device_of(target)
-        self.num_counters = self.num_tiles * (p.num_heads_q // self.heads_per_unit)
+        self.num_counters = (
+            COUNTERS_PER_TILE * self.num_tiles * (p.num_heads_q // self.heads_per_unit)
+        )
+        facts = (p, self.tile, self.num_splits, num_sms(target))
+        self.num_mergers = decode_merge.num_mergers(*facts)
         self.merges_in_place = (
             self.num_splits > 1
             and self.num_counters <= launch_counters.MAX_COUNTERS
-            and decode_tiles.merges_in_place(p, self.tile, self.num_splits)
+            and decode_merge.merges_in_place(*facts)
         )
         merged_later = self.num_splits > 1 and not self.merges_in_place
         self.combine = self._combine_plan() if merged_later else None
         self._reserved_bytes = reserved_bytes
-        self._has_rare = p.cache_batch_idx or p.leftpad_k or p.varlen_q or p.alibi
+        self._has_rare = p.qv or p.cache_batch_idx or p.leftpad_k or p.varlen_q or p.alibi
         self._kernel: kernels.Kernel | None = None  # loaded, maybe compiled, by the first run
 
     def _combine_plan(self) -> CombinePlan:
@@ -175,6 +191,7 @@ class DecodePlan:
         page_table: Tensor | None = None,
         cu_seqlens_q: Tensor | None = None,
         alibi_slopes: Tensor | None = None,
+        qv: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """(out, softmax_lse or None) of tensors that fit the problem.
 
@@ -192,7 +209,7 @@ class DecodePlan:
             self._seqlen_k.value = seqused_k
         return self.launch(
             q.data_ptr(), address, (q, lengths), scratch, k_cache, v_cache, cache_batch_idx,
-            leftpad_k, page_table, cu_seqlens_q, alibi_slopes,
+            leftpad_k, page_table, cu_seqlens_q, alibi_slopes, qv,
         )  # fmt: skip
 
     def scratch(self) -> Tensor:
@@ -215,6 +232,7 @@ class DecodePlan:
         page_table: Tensor | None,
         cu_seqlens_q: Tensor | None,
         alibi_slopes: Tensor | None,
+        qv: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """As `run`, with q and seqused_k at addresses, which lie in the tensors `memory`.
 
@@ -227,7 +245,7 @@ class DecodePlan:
             self._page_table.value = page_table.data_ptr()
             self._page_table_stride.value = page_table.stride()[0]
             self._last_table_row.value = page_table.shape[0] - 1
-        rare = (cache_batch_idx, leftpad_k, cu_seqlens_q, alibi_slopes)
+        rare = (qv, cache_batch_idx, leftpad_k, cu_seqlens_q, alibi_slopes)
         if self._has_rare:
             for slot, tensor in zip(self._rare, rare, strict=True):
                 if tensor is not None:
@@ -274,7 +292,7 @@ class DecodePlan:
             f"{p.num_heads_q // self.heads_per_unit} units of {self.heads_per_unit} query heads",
         ]
         if self.merges_in_place:
-            lines.append("splits: merged by the last CTA of each tile")
+            lines.append(f"splits: merged by the last {self.num_mergers} CTAs of each tile")
         if self.combine is not None:
             lines.append(self.combine.describe())
         return "\n".join(lines)
@@ -305,16 +323,23 @@ class DecodePlan:
             "num_tiles": self.num_tiles,
             "tiles_per_sequence": max(1, self.num_tiles // p.batch),
             "num_splits": self.num_splits,
+            "num_mergers": self.num_mergers,
             "batch": p.batch,
             "seqlen_q": p.seqlen_q,
             "seqlen_k": p.seqlen_k,
             "total_q": p.total_q,
-            "qhead_per_khead": p.qhead_per_khead,
-            "qhead_per_vhead": p.qhead_per_vhead,
             "last_slot": p.cache_slots - 1,
             **score_values(p),
+            "by_units": tiles.division(p.num_heads_q // self.heads_per_unit),
+            "by_heads_per_unit": tiles.division(self.heads_per_unit),
+            "by_tiles": tiles.division(max(1, self.num_tiles)),
+            "by_tiles_per_sequence": tiles.division(max(1, self.num_tiles // p.batch)),
+            "by_splits": tiles.division(self.num_splits),
+            "by_khead": tiles.division(p.qhead_per_khead),
+            "by_vhead": tiles.division(p.qhead_per_vhead),
         }
-        for name, strides in (("q", p.q_strides), ("k", p.k_strides), ("v", p.v_strides)):
+        by_name = {"q": p.q_strides, "k": p.k_strides, "v": p.v_strides, "qv": p.qv_strides}
+        for name, strides in by_name.items():
             for axis, stride in zip(("batch", "row", "head"), strides, strict=True):
                 values[f"{name}_{axis}_stride"] = stride
         if p.page_size:

@@ -1,7 +1,7 @@
 """Problem -> KernelSpecs of decode.cu and combine.cu, and the number of splits. Pure functions; the
 reason stands beside each number.
 
-Change tile sizes and split rules here. What a tile may be is fixed by `decode.cu` (its
+Change tile sizes and split rules here. What a tile may be is fixed by `decode_layout.cuh` (its
 static_asserts) and by the arch's limits.
 """
 
@@ -28,19 +28,29 @@ OVERHEAD_BYTES = 64 * 1024
 # As few splits as are this near to the best number. The estimate is no better than that.
 SPLIT_TOLERANCE = 1.05
 
-# Bytes of splits that the last CTA of a tile should read in 2 to 3 us, by the 64 bytes a cycle that
-# an SM gets from L2. More are merged by a launch of its own, which has many CTAs.
-MAX_BYTES_TO_MERGE = 256 * 1024
-
 # Bytes that a CTA has under way while it works on a tile. More gained nothing on an H100, where one
 # CTA on each SM comes to 4 MB: 3 TB/s for 1.4 us. GPUs whose SMs have little shared memory read
 # less per SM, too: a seventh of it is enough for them, and leaves room for two CTAs.
 BYTES_IN_FLIGHT = 32 * 1024
 SMEM_PER_BYTE_IN_FLIGHT = 7
 
-# decode.cu, hand_over(): O is padded against bank conflicts; a maximum and a sum per row.
+# Registers of a thread that Q and O may take, else Q stays in shared memory. More of them with qv:
+# to read it again for each tile costs half of what reading the keys does. ptxas then spills up to
+# 200 bytes, none of them in the loop.
+MAX_REGISTERS, MAX_REGISTERS_WITH_QV = 128, 200
+
+# Query rows up to which mma.sync is no slower (H100, qv, 64 x 8192 keys: 2.76 TB/s against 2.79
+# with 16 heads, 2.63 against 2.73 with 32, 1.0 against 2.0 with 128).
+MAX_ROWS_WITHOUT_WGMMA = 16
+# The code that has WGMMA; columns of a chunk (swizzled_tile.cuh).
+WGMMA_ARCH = "sm_90a"
+WGMMA_CHUNK = 64
+
+# decode_output.cuh, hand_over(): O is padded against bank conflicts; a maximum and a sum per row.
 MERGE_PAD_BYTES = 32
 MERGE_STAT_BYTES = 8
+# decode_layout.cuh: rows of splits that a warp has under way when it merges them.
+MIN_SPLITS_AHEAD = 4
 # Lanes hold vectors of four columns when they merge splits.
 PARTIAL_COLUMN_MULTIPLE = 4
 
@@ -50,28 +60,44 @@ class DecodeTile:
     """How `decode.cu` cuts a problem up. Teams of row_warps * col_warps warps share keys."""
 
     block_m: int  # packed query rows: 16, 32 or 64
-    block_n: int  # keys of a team's tile: 16 or 32
+    block_n: int  # keys of a team's tile: 16 or 32; 64 with wgmma
     row_warps: int  # that divide block_m
     num_teams: int  # they divide the keys
     num_stages: int  # tiles in a team's ring, at least 2
     q_in_registers: bool = True
     min_ctas_per_sm: int = 1
-    col_warps: int = 1  # that divide the columns of V; each computes all scores of its rows
+    col_warps: int = 1  # that divide the columns of V; each needs all scores of its rows
+    wgmma: bool = False  # products by warpgroups, on sm_90 and with qv only
 
     @property
     def num_threads(self) -> int:
         return 32 * self.row_warps * self.col_warps * self.num_teams
 
-    def smem_bytes(self, head_dim_qk: int, head_dim_v: int) -> int:
-        """Shared memory of `Smem` in decode.cu."""
-        columns_v = _columns(head_dim_v, self.col_warps)
-        row_qk = _columns(head_dim_qk) * ELEM_BYTES + ROW_PAD_BYTES
-        row_v = columns_v * ELEM_BYTES + ROW_PAD_BYTES
-        rings = self.num_teams * self.num_stages * self.block_n * (row_qk + row_v)
+    def smem_bytes(self, head_dim_qk: int, head_dim_v: int, qv: bool = False) -> int:
+        """Shared memory of `Smem` in decode_layout.cuh."""
+        multiple_v = (WGMMA_CHUNK if self.wgmma else COLUMN_MULTIPLE) * self.col_warps
+        multiple_qk = COLUMN_MULTIPLE * (self.col_warps if qv else 1)
+        if self.wgmma:
+            multiple_qk = multiple_v if head_dim_qk > WGMMA_CHUNK else WGMMA_CHUNK
+        columns_qk, columns_v = _columns(head_dim_qk, multiple_qk), _columns(head_dim_v, multiple_v)
+        # Rows are padded; for WGMMA swizzled instead.
+        pad = 0 if self.wgmma else ROW_PAD_BYTES
+        queries = self.block_m * (columns_qk * ELEM_BYTES + pad)
+        if self.wgmma:  # the rest of qv gives way to keys
+            queries += self.block_m * WGMMA_CHUNK * self.col_warps * ELEM_BYTES
+        elif qv:
+            queries += self.block_m * (columns_v * ELEM_BYTES + pad)
+        row = (columns_qk + columns_v) * ELEM_BYTES + 2 * pad
+        rings = self.num_teams * self.num_stages * self.block_n * row
+        scores = 0
+        if qv and self.col_warps > 1:  # what each warp has of them
+            scores = self.num_teams * self.col_warps * self.block_m * self.block_n * 4
         merge_row = columns_v * 4 + MERGE_PAD_BYTES + MERGE_STAT_BYTES
-        split_weights = self.num_threads // 32 * MAX_SPLITS * 4
-        of_teams = max(self.block_m * row_qk + rings, self.num_teams * self.block_m * merge_row)
-        return max(of_teams, split_weights)
+        merge = self.num_teams * self.block_m * merge_row
+        num_warps = self.num_threads // 32
+        row = num_warps * -(-head_dim_v // 128) * 512  # of a split, one for each warp
+        splits = 16 + -(-num_warps * MERGE_STAT_BYTES // 16) * 16 + (1 + MIN_SPLITS_AHEAD) * row
+        return max(queries + rings + scores, merge, splits)
 
     def bytes_in_flight(self, head_dim_qk: int, head_dim_v: int) -> int:
         """Keys and values on their way to a CTA while it works on others."""
@@ -79,8 +105,7 @@ class DecodeTile:
         return keys * (head_dim_qk + head_dim_v) * ELEM_BYTES
 
 
-def _columns(head_dim: int, warps: int = 1) -> int:
-    multiple = COLUMN_MULTIPLE * warps
+def _columns(head_dim: int, multiple: int) -> int:
     return -(-head_dim // multiple) * multiple
 
 
@@ -98,8 +123,8 @@ def packed_rows(problem: Problem) -> int:
     return problem.seqlen_q * heads_per_unit(problem)
 
 
-def _candidates(problem: Problem) -> Iterator[DecodeTile]:
-    """Tiles by preference, if they fit the arch.
+def _candidates(problem: Problem, row_warps: int) -> Iterator[DecodeTile]:
+    """Tiles of 16 * row_warps rows by preference, if they fit the arch.
 
     As few rows as there are: each row tile reads all keys. Up to 16 rows four warps with keys of
     their own, and two CTAs on an SM, for grids of more CTAs than SMs; with more rows, which warps
@@ -111,12 +136,16 @@ def _candidates(problem: Problem) -> Iterator[DecodeTile]:
     the best of 14 (9 with 32 rows) tiles in each. Three stages instead of two lose 1 to 2%; with 32
     rows, four warps and two CTAs 2 to 5%.
     """
-    rows = packed_rows(problem)
-    row_warps = 1 if rows <= 16 else 2 if rows <= 32 else 4
+    if problem.qv and problem.head_dim_v > 256 and row_warps == 1:  # 6% faster with 16 heads
+        yield DecodeTile(16, 32, row_warps, 2, 2, col_warps=4)
     # A warp has 255 registers a thread. Q takes head_dim_qk / 4 of them, O head_dim_v / 2: too much
-    # for one warp with the widest V.
+    # for one warp with the widest V. Of qv, as of V, a warp has its columns only.
     col_warps = 2 if problem.head_dim_v > 192 else 1
-    q_in_registers = problem.head_dim_qk + 2 * problem.head_dim_v // col_warps <= 512
+    quarter_registers = problem.head_dim_qk + 2 * problem.head_dim_v // col_warps
+    if problem.qv:
+        quarter_registers = (problem.head_dim_qk + 3 * problem.head_dim_v) // col_warps
+    most_registers = MAX_REGISTERS_WITH_QV if problem.qv else MAX_REGISTERS
+    q_in_registers = quarter_registers <= 4 * most_registers
     sharing = row_warps * col_warps
     shapes = [(4, 2, [(16, 2), (16, 3), (32, 3), (32, 4)])]
     if row_warps > 1:
@@ -143,18 +172,29 @@ def decode_tile(problem: Problem, arch: str) -> DecodeTile:
     dims = (problem.head_dim_qk, problem.head_dim_v)
     limits = arch_table.limits(arch)
     enough = min(BYTES_IN_FLIGHT, limits.smem_per_sm // SMEM_PER_BYTE_IN_FLIGHT)
-    best: DecodeTile | None = None
-    most = 0
-    for tile in _candidates(problem):
-        fitting = limits.max_ctas_per_sm(tile.smem_bytes(*dims), tile.num_threads)
-        in_flight = tile.bytes_in_flight(*dims)
-        if fitting >= tile.min_ctas_per_sm and in_flight > most:
-            best, most = tile, in_flight
-            if in_flight >= enough:
-                break
-    if best is None:
-        raise NotImplementedError(f"no decode tile of head dims {dims} fits {limits.name}")
-    return best
+    rows = packed_rows(problem)
+    if rows > MAX_ROWS_WITHOUT_WGMMA and problem.head_dim_v > 192:
+        for num_stages in (3, 2):
+            tile = DecodeTile(64, 64, 4, 1, num_stages, col_warps=2, wgmma=True)
+            if refuses_tile(tile, problem, arch) is None:
+                return tile
+    row_warps = 1 if rows <= 16 else 2 if rows <= 32 else 4
+    # Where the queries leave no room for keys, tiles of fewer rows, which read all keys again.
+    while row_warps:
+        best: DecodeTile | None = None
+        most = 0
+        for tile in _candidates(problem, row_warps):
+            smem_bytes = tile.smem_bytes(*dims, problem.qv)
+            fitting = limits.max_ctas_per_sm(smem_bytes, tile.num_threads)
+            in_flight = tile.bytes_in_flight(*dims)
+            if fitting >= tile.min_ctas_per_sm and in_flight > most:
+                best, most = tile, in_flight
+                if in_flight >= enough:
+                    break
+        if best is not None:
+            return best
+        row_warps //= 2
+    raise NotImplementedError(f"no decode tile of head dims {dims} fits {limits.name}")
 
 
 def refuses_tile(tile: DecodeTile, problem: Problem, arch: str) -> str | None:
@@ -164,11 +204,19 @@ def refuses_tile(tile: DecodeTile, problem: Problem, arch: str) -> str | None:
         32 * tile.row_warps,
     ):
         return f"block_m={tile.block_m} is not 16 or 32 rows for each of {tile.row_warps} warps"
-    if tile.block_n not in (16, 32) or not 2 <= tile.num_stages <= 8:
-        return "block_n is 16 or 32, num_stages 2 to 8"
-    if tile.col_warps not in (1, 2) or not 1 <= tile.num_threads // 32 <= 8:
-        return f"{tile.num_threads // 32} warps, {tile.col_warps} in a row: 1 to 8, and 1 or 2"
-    smem = tile.smem_bytes(problem.head_dim_qk, problem.head_dim_v)
+    if tile.block_n not in ((64,) if tile.wgmma else (16, 32)) or not 2 <= tile.num_stages <= 8:
+        return "block_n is 16 or 32 (64 with WGMMA), num_stages 2 to 8"
+    if tile.col_warps not in (1, 2, 4) or not 1 <= tile.num_threads // 32 <= 8:
+        return f"{tile.num_threads // 32} warps, {tile.col_warps} in a row: 1 to 8, and 1, 2 or 4"
+    if tile.wgmma:
+        warps = (tile.row_warps, tile.col_warps, tile.num_teams)
+        if arch.rstrip("a") != WGMMA_ARCH.rstrip("a") or not problem.qv:
+            return "WGMMA is for qv on sm_90"
+        if problem.vector_bytes != 16 or tile.block_m != 64 or warps != (4, 2, 1):
+            return "WGMMA needs loads of 16 bytes and 64 rows by two warpgroups"
+        if not tile.q_in_registers or problem.head_dim_v <= WGMMA_CHUNK * tile.col_warps:
+            return "WGMMA takes qv from registers, but for its first columns"
+    smem = tile.smem_bytes(problem.head_dim_qk, problem.head_dim_v, problem.qv)
     fitting = arch_table.limits(arch).max_ctas_per_sm(smem, tile.num_threads)
     if not 1 <= tile.min_ctas_per_sm <= fitting:
         return f"min_ctas_per_sm={tile.min_ctas_per_sm}, but {fitting} fit ({smem} bytes each)"
@@ -211,7 +259,7 @@ def _visible_keys(problem: Problem) -> int:
     return keys
 
 
-def _expected_ctas(problem: Problem, tile: DecodeTile) -> int:
+def expected_ctas(problem: Problem, tile: DecodeTile) -> int:
     """CTAs with work, without splits. Of ragged queries, at least one tile for each sequence."""
     units = problem.num_heads_q // heads_per_unit(problem)
     if problem.varlen_q:
@@ -230,27 +278,25 @@ def choose_num_splits(problem: Problem, tile: DecodeTile, num_sms: int) -> int:
     CTAs run in waves; the last one reads more slowly if it leaves SMs without any. Each wave, and
     the merge of splits, also takes a constant time. On an H100 this picks the best number of those
     measured wherever `_candidates` says (16 x 8192: 1, 2, 8 for 8, 4, 1 key heads; 1 x 65536: 16,
-    32, 123), within 1%.
+    32, 128), within 1%.
     """
-    ctas = _expected_ctas(problem, tile)
+    ctas = expected_ctas(problem, tile)
     keys = _visible_keys(problem)
+    round_keys = tile.num_teams * tile.block_n  # as split_tiles() of decode_work.cuh divides
+    rounds = -(-keys // round_keys)
     overhead = OVERHEAD_BYTES / ((problem.head_dim_qk + problem.head_dim_v) * ELEM_BYTES)
 
     def estimate(splits: int) -> float:
         full_waves, rest = divmod(ctas * splits, num_sms * tile.min_ctas_per_sm)
         reading = full_waves * tile.min_ctas_per_sm + (max(1.0, rest / num_sms) if rest else 0.0)
-        return reading * keys / splits + (full_waves + (rest > 0) + (splits > 1)) * overhead
+        longest = -(-rounds // splits) * round_keys  # CTAs with less to do leave it more bandwidth
+        split_keys = (keys / splits + longest) / 2
+        return reading * split_keys + (full_waves + (rest > 0) + (splits > 1)) * overhead
 
     most = max(1, min(MAX_CHOSEN_SPLITS, keys // MIN_KEYS_PER_SPLIT))
     estimates = [estimate(splits) for splits in range(1, most + 1)]
     enough = SPLIT_TOLERANCE * min(estimates)
     return next(i for i, time in enumerate(estimates, 1) if time <= enough)
-
-
-def merges_in_place(problem: Problem, tile: DecodeTile, num_splits: int) -> bool:
-    """Whether decode.cu merges the splits itself, rather than combine.cu."""
-    rows = min(tile.block_m, packed_rows(problem))
-    return rows * num_splits * 4 * partial_columns(problem.head_dim_v) <= MAX_BYTES_TO_MERGE
 
 
 def partial_columns(head_dim_v: int) -> int:
@@ -263,6 +309,11 @@ def decode_spec(
 ) -> KernelSpec:
     """The kernel for the attention over a cache, with the tile of the table or a given one."""
     tile = tile or decode_tile(problem, arch)
+    wgmma: dict[str, int] = {}
+    if tile.wgmma:
+        arch = WGMMA_ARCH
+        columns = _columns(problem.head_dim_v, WGMMA_CHUNK * tile.col_warps) // tile.col_warps
+        wgmma = {"wgmma_scores_n": tile.block_n, "wgmma_output_n": columns}
     return KernelSpec.make(
         "flash2/decode.cu",
         "flash2_decode",
@@ -280,7 +331,7 @@ def decode_spec(
         num_stages=tile.num_stages,
         q_in_registers=tile.q_in_registers,
         min_ctas_per_sm=tile.min_ctas_per_sm,
-        smem_bytes=tile.smem_bytes(problem.head_dim_qk, problem.head_dim_v),
+        smem_bytes=tile.smem_bytes(problem.head_dim_qk, problem.head_dim_v, problem.qv),
         vector_bytes=problem.vector_bytes,
         out_vector_bytes=gcd(problem.head_dim_v * ELEM_BYTES, 8),
         wide_row_strides=_wide_row_strides(problem),
@@ -290,17 +341,29 @@ def decode_spec(
         softcap=problem.softcap > 0.0,
         alibi=problem.alibi,
         prescale=problem.softmax_scale <= 0.0,
+        qv=problem.qv,
         varlen_q=problem.varlen_q,
         varlen_k=False,
         paged=problem.page_size > 0,
         cache_batch_idx=problem.cache_batch_idx,
         leftpad_k=problem.leftpad_k,
         split=split,
+        read_once=_reads_keys_once(problem, tile),
+        wgmma=tile.wgmma,
+        **wgmma,
     )
+
+
+def _reads_keys_once(problem: Problem, tile: DecodeTile) -> bool:
+    """Whether a key and a value belong to one row tile of one unit each. They are then the first
+    to leave L2, which keeps the partial results and the kernel's code: 1 us at 1 x 65536 keys."""
+    one_unit_each = problem.qhead_per_khead == problem.qhead_per_vhead
+    return one_unit_each and packed_rows(problem) <= tile.block_m
 
 
 def _wide_row_strides(problem: Problem) -> bool:
     strides = [problem.q_strides[1], problem.k_strides[1], problem.v_strides[1]]
+    strides.append(problem.qv_strides[1])
     if problem.page_size > 0:
         strides += [problem.k_strides[0], problem.v_strides[0]]
     return max(strides) * ELEM_BYTES >= 2**31

@@ -65,6 +65,9 @@ def _forward_space(problem: Problem, arch: str) -> Iterator[ForwardTile]:
         yield from fitting[-2:]
         if stages == 2:
             yield from (replace(tile, one_barrier=True) for tile in fitting[-2:])
+        chunks = tiles.prologue_chunks(problem.head_dim_qk)
+        if chunks > 1 and stages == 1 and not in_registers:
+            yield from (replace(tile, prologue_chunks=chunks) for tile in fitting[-2:])
 
 
 def _forward_cost(tile: ForwardTile, problem: Problem) -> float:
@@ -95,7 +98,9 @@ def _backward_registers(tile: BackwardTile, problem: Problem) -> int:
     kv_parts = tile.role_warps // tile.kv_warps_n
     columns = max(columns_qk, columns_v) if tile.split_roles else columns_qk + columns_v
     gradients = m_tiles_kv * columns // kv_parts // 2
-    scores = m_tiles_s * tile.sub_m * 3 // 4  # dP^T in fp32 and P^T in 16 bits
+    scores = m_tiles_s * tile.sub_m // 2  # S^T or dP^T in fp32
+    if not tile.split_roles:
+        scores += m_tiles_s * tile.sub_m // 4  # P^T in 16 bits, beside dP^T
     dq = tile.block_m // tile.dq_warps_m // 16 * columns_qk // (warps // tile.dq_warps_m) // 2
     of_k = m_tiles_s * _round_up(problem.head_dim_qk, 16) // 4 if tile.k_in_registers else 0
     of_v = m_tiles_s * _round_up(problem.head_dim_v, 16) // 4 if tile.v_in_registers else 0
@@ -187,8 +192,8 @@ def _forward_specs(problem: Problem, arch: str, tile: ForwardTile) -> tuple[Kern
 
 
 def _backward_specs(problem: Problem, arch: str, tile: BackwardTile) -> tuple[KernelSpec, ...]:
-    preprocess, main, convert = bwd_tiles.backward_specs(backward_problem(problem), arch, tile)
-    return main, preprocess, convert
+    preprocess, main, *others = bwd_tiles.backward_specs(backward_problem(problem), arch, tile)
+    return main, preprocess, *others
 
 
 def _backward_plan(problem: Problem, target: Target, tile: BackwardTile) -> BackwardPlan:
@@ -198,13 +203,15 @@ def _backward_plan(problem: Problem, target: Target, tile: BackwardTile) -> Back
 def _decode_registers(tile: DecodeTile, problem: Problem) -> int:
     m_tiles = tile.block_m // tile.row_warps // 16
     qk, v = (_round_up(n, 16) for n in (problem.head_dim_qk, problem.head_dim_v))
-    of_q = qk // 4 if tile.q_in_registers else 0
+    of_q = 0
+    if tile.q_in_registers:
+        of_q = (qk + v) // 4 // tile.col_warps if problem.qv else qk // 4
     return m_tiles * (v // tile.col_warps // 2 + tile.block_n // 2 + of_q) + DECODE_OTHER
 
 
 def _decode_space(problem: Problem, arch: str) -> Iterator[DecodeTile]:
     for row_warps, rows, block_n, teams, stages, in_registers, col_warps in product(
-        (1, 2, 4), (16, 32), (16, 32), (1, 2, 4, 8), range(2, 9), (False, True), (1, 2)
+        (1, 2, 4), (16, 32), (16, 32), (1, 2, 4, 8), range(2, 9), (False, True), (1, 2, 4)
     ):
         for ctas in (1, 2, 3, 4):
             tile = DecodeTile(

@@ -77,10 +77,10 @@ def _flash_attn_forward(
 ) -> Results:
     """(out, softmax_lse, out_accum, softmax_lse_accum); the last two are always empty.
 
-    With any of k_new, page_table, kv_batch_idx, leftpad_k, rotary_cos and their kin, k and v are
-    the cache of `flash_attn_with_kvcache`, seqused_k its cache_seqlens, and k_new and v_new are
-    appended in place. As in FlashAttention-3 the schema does not say so, and torch.compile must not
-    see such a call, nor one with out_.
+    With any of k_new, page_table, kv_batch_idx, leftpad_k, rotary_cos and their kin, and with qv, k
+    and v are the cache of `flash_attn_with_kvcache`, seqused_k its cache_seqlens, and k_new and
+    v_new are appended in place. As in FlashAttention-3 the schema does not say so, and
+    torch.compile must not see such a call, nor one with out_.
 
     out_: also receives out; any strides. Other arguments as in `flash_attn_varlen_func` and
     `flash_attn_with_kvcache`. Differentiable in q, k and v where there is no cache.
@@ -89,7 +89,7 @@ def _flash_attn_forward(
     given = _first_cache_argument(
         k_new=k_new, v_new=v_new, cu_seqlens_k_new=cu_seqlens_k_new, page_table=page_table,
         kv_batch_idx=kv_batch_idx, leftpad_k=leftpad_k, rotary_cos=rotary_cos,
-        rotary_sin=rotary_sin, seqlens_rotary=seqlens_rotary,
+        rotary_sin=rotary_sin, seqlens_rotary=seqlens_rotary, qv=qv,
     )  # fmt: skip
     # A cache in all but name, whose keys may be split among CTAs.
     decoding = seqused_k is not None and seqused_q is None and cu_seqlens_k is None

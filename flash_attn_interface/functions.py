@@ -237,9 +237,9 @@ def _check_hints(
 def _refuse_fa3_features(qv: Any, q_descale: Any, k_descale: Any, v_descale: Any) -> None:
     if qv is not None:
         raise NotImplementedError(
-            "qv is not supported: no kernel adds the product of a second query with v. Concatenate "
-            "q = cat([q, qv], -1), k = cat([k, v], -1), softmax_scale = (head_dim_qk + head_dim_v) "
-            "** -0.5, which works up to a sum of 256."
+            "qv is not supported by this function: flash_attn_with_kvcache takes it. Or "
+            "concatenate q = cat([q, qv], -1), k = cat([k, v], -1), softmax_scale = (head_dim_qk + "
+            "head_dim_v) ** -0.5, which works up to a sum of 256 and has gradients."
         )
     descales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
     given = " and ".join(name for name, value in descales.items() if value is not None)

@@ -74,7 +74,8 @@ def flash_attn_with_kvcache(
         k, v: new rows, (batch, seqlen_new, num_heads, head_dim) or, with cu_seqlens_k_new,
             (total_new, num_heads, head_dim). Written behind the first cache_seqlens rows.
         qv: (batch, seqlen_q, num_heads_q, head_dim_v): a second query, which is multiplied with v:
-            scores are softmax_scale * (q k^T + qv v^T). Only the PyTorch reference has it.
+            scores are softmax_scale * (q k^T + qv v^T), as in absorbed multi-head latent attention,
+            where q and k hold what is rotated. Ragged as q. Never rotated.
         rotary_cos, rotary_sin: (positions, rotary_dim / 2), dtype of q, at least as many positions
             as a sequence has room for. New row t of k is rotated, before it is stored, by position
             cache_seqlens + t. Row t of q by the same if the call is causal, windowed or chunked,
@@ -98,7 +99,7 @@ def flash_attn_with_kvcache(
         num_splits: parts of the keys that are attended to separately and then merged, up to 256.
             0: chosen from the shapes and the GPU, never from the lengths. 1: results do not depend
             on what else is in the batch; they are bitwise those of the Ampere tree's
-            `flash_attn_func` over the same keys.
+            `flash_attn_func` over the same keys, where it has head_dim_v and no qv is given.
         pack_gqa: accepted and ignored.
         sm_margin: SMs to leave to others when the number of splits is chosen.
         return_softmax_lse: also return softmax_lse and FlashAttention-3's two accumulators.

@@ -116,7 +116,8 @@ def attend(
         rotary = (_layout(rotary_cos), _layout(rotary_sin), _layout(rotary_seqlens))
     if qv is not None:
         qv = last_dim_contiguous(qv) if isinstance(qv, Tensor) else qv
-        second_query = _layout(qv)
+        address = qv.data_ptr() & _ADDRESS_BITS if isinstance(qv, Tensor) else 0
+        second_query = (_layout(qv), address)
 
     key = planned = None
     device = q.get_device()

@@ -56,6 +56,7 @@ class CacheCase:
     softcap: float = 0.0
     softmax_scale: float | None = None
     alibi: bool = False
+    qv: bool = False
     num_splits: int = 0
     only_gpu: bool = False
     slow: bool = False  # for cases.on_both
@@ -151,6 +152,8 @@ def make_cache(case: CacheCase, device: torch.device | str) -> CacheTensors:
         tensors["cu_seqlens_q"] = integers([0, *accumulate(case.lengths_q)])
         tensors["max_seqlen_q"] = max(case.lengths_q)
     tensors["q"] = draw(*leading_q, case.num_heads_q, case.head_dim_qk)
+    if case.qv:
+        tensors["qv"] = draw(*leading_q, case.num_heads_q, case.head_dim_v)
     if case.seqlen_new or case.lengths_new:
         leading_new = (batch, case.seqlen_new)
         if case.lengths_new:
@@ -201,10 +204,10 @@ def expect_caches(case: CacheCase, tensors: CacheTensors) -> tuple[Tensor, Tenso
     """The caches alone, which takes little memory: nobody attends."""
     no_queries = dict(tensors)
     if "cu_seqlens_q" in tensors:
-        no_queries["q"] = tensors["q"][:0]
+        no_queries |= {name: tensors[name][:0] for name in ("q", "qv") if name in tensors}
         no_queries["cu_seqlens_q"] = torch.zeros_like(tensors["cu_seqlens_q"])
     else:
-        no_queries["q"] = tensors["q"][:, :0]
+        no_queries |= {name: tensors[name][:, :0] for name in ("q", "qv") if name in tensors}
     _, _, after = _reference(case, no_queries)
     return after["k_cache"], after["v_cache"]
 
@@ -293,6 +296,8 @@ CASES = [
     CacheCase(seqlens=(9, 70)).with_dims(192, 128).with_heads(16, 1, 1),
     CacheCase(seqlens=(9, 70), num_splits=2).with_dims(128, 256),
     CacheCase(seqlens=(9, 70)).with_dims(59, 40).with_heads(3, 3, 1),
+    CacheCase(qv=True, seqlen_q=3, causal=True),
+    _ROTARY.but(qv=True, page_size=16, num_splits=2),
 ]  # fmt: skip
 
 LARGE = [

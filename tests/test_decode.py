@@ -21,7 +21,7 @@ from flash_attn_interface._common.cache_problem import CacheProblem
 from flash_attn_interface._common.check_cache import CacheCall, check_cache
 from flash_attn_interface._common.problem import Target
 from flash_attn_interface._common.sim import launcher as sim_launcher
-from flash_attn_interface._flash2 import decode_tiles
+from flash_attn_interface._flash2 import decode_merge, decode_tiles
 from flash_attn_interface._flash2.cache import CachePlan
 from flash_attn_interface._flash2.decode import DecodePlan
 from flash_attn_interface._flash2.decode_tiles import DecodeTile
@@ -74,6 +74,7 @@ def run_plan(
             tensors.get("page_table"),
             tensors.get("cu_seqlens_q"),
             tensors.get("alibi_slopes"),
+            tensors.get("qv"),
         )
 
 
@@ -174,6 +175,11 @@ def test_tiles(runner: Runner, tile: DecodeTile, page_size: int):
     check(runner, _SPLIT.but(seqlen_q=11, causal=True, page_size=page_size), tile)
 
 
+def test_warps_that_are_no_power_of_two_merge_many_splits(runner: Runner):
+    case = _SPLIT.but(seqlen_q=11, causal=True, num_splits=40)
+    check(runner, case, DecodeTile(64, 32, 2, 3, 2))
+
+
 @pytest.mark.parametrize("align_bytes", [2, 4, 8])
 @pytest.mark.parametrize("page_size", [0, 16])
 def test_views_with_any_alignment(runner: Runner, align_bytes: int, page_size: int):
@@ -250,8 +256,8 @@ def test_last_cta_and_combine_agree(
     problem = problem_of(case, tensors)
     expected, _, _ = cache_cases.expect(case, tensors)
     plans = []
-    for limit in (decode_tiles.MAX_BYTES_TO_MERGE, 0):
-        monkeypatch.setattr(decode_tiles, "MAX_BYTES_TO_MERGE", limit)
+    for limit in (decode_merge.MAX_BYTES_TO_MERGE, 0):
+        monkeypatch.setattr(decode_merge, "MAX_BYTES_TO_MERGE", limit)
         plans.append(DecodePlan(problem, target_of(runner)))
     assert [plan.merges_in_place for plan in plans] == [True, False]
     assert ["flash2_combine" in plan.describe() for plan in plans] == [False, True]
@@ -265,13 +271,40 @@ def test_last_cta_and_combine_agree(
             assert torch.equal(again[1], first[1])
 
 
-def test_large_merges_get_a_launch_of_their_own():
+@pytest.mark.parametrize("case", [MERGED[1], MERGED[2], MERGED[4]], ids=lambda case: case.id)
+def test_any_number_of_ctas_may_merge(
+    runner: Runner, case: CacheCase, monkeypatch: pytest.MonkeyPatch
+):
+    """With the same bits. In the simulator CTAs run one after the other, or a few at a time: those
+    that wait for the others hand their shares over to the last one."""
+    tensors = make_cache(case, runner.device)
+    problem = problem_of(case, tensors)
+    expected, _, _ = cache_cases.expect(case, tensors)
+    results = []
+    for most in (1, 2, 5, 32):
+        monkeypatch.setattr(
+            decode_merge, "num_mergers", lambda _p, _t, splits, _s, most=most: min(most, splits)
+        )
+        plan = DecodePlan(problem, target_of(runner))
+        assert plan.merges_in_place
+        results += [run_plan(runner, plan, tensors) for _ in range(3)]
+    oracle.check(expected, *results[0])
+    for out, lse in results[1:]:
+        assert torch.equal(out, results[0][0])
+        assert torch.equal(lse, results[0][1])
+
+
+def test_mergers_are_as_many_as_have_enough_to_do():
+    """A launch merges for itself, but for CTAs that cannot all run at once or have no counters."""
     target = Target("sm_90", 0, simulated=True)
-    for splits, in_place in ((1, False), (16, True), (17, False), (256, False)):
-        problem = CacheProblem(forward_of(1, 65536, (32, 1)), num_splits=splits)
-        plan = DecodePlan(problem, target)
-        assert plan.merges_in_place == in_place
-        assert (plan.combine is not None) == (splits > 1 and not in_place)
+    for heads, splits, mergers in (((32, 1), 2, 2), ((32, 1), 100, 32), ((32, 8), 16, 2)):
+        forward = forward_of(1, 65536, heads)
+        plan = DecodePlan(CacheProblem(forward, num_splits=splits), target)
+        assert plan.merges_in_place and plan.combine is None
+        assert plan.num_mergers == mergers
+    crowded = DecodePlan(CacheProblem(forward_of(8, 65536, (32, 1)), num_splits=20), target)
+    assert (crowded.num_mergers, crowded.merges_in_place) == (1, False)
+    assert crowded.combine is not None
     many_tiles = CacheProblem(forward_of(400, 512, (32, 32)), num_splits=2)
     assert DecodePlan(many_tiles, target).combine is not None
 
@@ -378,7 +411,7 @@ def test_splits_keep_the_sms_busy(num_heads_k: int, num_sms: int):
         most = max(1, min(decode_tiles.MAX_CHOSEN_SPLITS, seqlen_k // 128))
         assert 1 <= splits <= most
         busy = batch * num_heads_k * splits / num_sms
-        assert busy > 0.65 or splits > 0.6 * most, (batch, seqlen_k, splits)
+        assert busy > 0.55 or splits > 0.5 * most, (batch, seqlen_k, splits)
 
 
 def test_ragged_queries_are_split_like_regular_ones():

@@ -249,12 +249,31 @@ def test_appending(machine):
         torch.testing.assert_close(out[one], want, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("lengths", [None, (3, 17)])
+def test_qv(machine, lengths):
+    """A second query for v: as one query over keys that are k and v side by side."""
+    q, qv = draw(machine, 2, 1, 4, 16), draw(machine, 2, 1, 4, 32)
+    k, v = draw(machine, 2, 24, 1, 16), draw(machine, 2, 24, 1, 32)
+    used = None if lengths is None else torch.tensor(lengths, dtype=torch.int32, device=q.device)
+    out, softmax_lse, *_ = call(
+        machine, fa3._flash_attn_forward, q, k, v, qv=qv, seqused_k=used, causal=True
+    )
+    for sequence, length in enumerate(lengths or (24, 24)):
+        one = slice(sequence, sequence + 1)
+        keys = torch.cat([k[one, :length], v[one, :length]], -1)
+        want, lse, *_ = attention_reference(
+            torch.cat([q[one], qv[one]], -1).double(), keys.double(), v[one, :length].double()
+        )
+        torch.testing.assert_close(out[one].double(), want, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(softmax_lse[one].double(), lse.double(), rtol=1e-4, atol=1e-4)
+
+
 def test_errors_name_the_argument():
     q, k, v = equal_lengths(None)
     table = torch.zeros(2, 1, dtype=torch.int32)
     lengths = torch.tensor([0, 1], dtype=torch.int32)
-    with pytest.raises(NotImplementedError, match="^qv is not supported"):
-        fa3._flash_attn_forward(q, k, v, qv=q)
+    with pytest.raises(ValueError, match="^cu_seqlens_k is given together with qv"):
+        fa3._flash_attn_forward(q, k, v, qv=q, cu_seqlens_k=lengths)
     with pytest.raises(ValueError, match="^cu_seqlens_k is given together with page_table"):
         fa3._flash_attn_forward(q, k, v, page_table=table, cu_seqlens_k=lengths)
     with pytest.raises(NotImplementedError, match="^seqused_q is not supported together with page"):

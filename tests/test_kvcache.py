@@ -85,6 +85,11 @@ def recompute(case: CacheCase, t: CacheTensors, b: int) -> tuple[Tensor, Tensor]
                 ]
                 q = torch.cat(parts, 1)
         keys, values = torch.cat([keys, new_k], 1), torch.cat([values, new_v], 1)
+    if case.qv:  # q . k + qv . v
+        q, keys = (
+            torch.cat(both, -1)
+            for both in ((q, rows(t["qv"], t.get("cu_seqlens_q"), b)), (keys, values))
+        )
     options = case.options
     del options["rotary_interleaved"]
     function: Callable[..., Any] = flash_attn_func

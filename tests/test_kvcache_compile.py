@@ -26,6 +26,8 @@ CASES = [
     CacheCase(),
     CacheCase(alibi=True, window_size=(9, 0)),
     CacheCase(whole=True, num_splits=2),
+    NEW.but(qv=True),
+    CacheCase(qv=True),
 ]
 
 

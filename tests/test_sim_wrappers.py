@@ -146,8 +146,10 @@ def test_ldmatrix(runner: Runner) -> None:
     assert torch.equal(out.cpu(), torch.stack(expected))
 
 
-@pytest.mark.parametrize("copy_bytes", [4, 8, 16])
-def test_cp_async_copies_and_zero_fills(runner: Runner, copy_bytes: int) -> None:
+@pytest.mark.parametrize(
+    ("copy_bytes", "policy"), [(4, False), (8, False), (16, False), (16, True)]
+)
+def test_cp_async_copies_and_zero_fills(runner: Runner, copy_bytes: int, policy: bool) -> None:
     threads = 64
     data = random_words(runner, 4, threads, copy_bytes // 4)
     valid = torch.randint(0, copy_bytes + 1, (4, threads), dtype=torch.int32)
@@ -155,7 +157,8 @@ def test_cp_async_copies_and_zero_fills(runner: Runner, copy_bytes: int) -> None
     out = random_words(runner, 4, threads, copy_bytes // 4)
     probes.run(
         runner, "probe_cp_async", data, out, valid.to(runner.device),
-        num_threads=threads, copy_bytes=copy_bytes, smem_bytes=4 * threads * copy_bytes,
+        num_threads=threads, copy_bytes=copy_bytes, policy=policy,
+        smem_bytes=4 * threads * copy_bytes,
     )  # fmt: skip
     expected = data.cpu().view(torch.uint8).view(4, threads, copy_bytes).clone()
     expected[torch.arange(copy_bytes) >= valid[..., None]] = 0
@@ -193,21 +196,27 @@ def test_four_float_reduction(runner: Runner) -> None:
     assert ((out - terms.sum(0)).abs() <= 2.0**-20 * terms.abs().sum(0)).all()
 
 
-def test_last_cta_sees_what_all_have_written(runner: Runner) -> None:
-    """And leaves the counter as it found it: the launch is repeated."""
+@pytest.mark.parametrize("looks", [0, 1000])
+def test_last_ctas_see_what_all_have_written(runner: Runner, looks: int) -> None:
+    """And leave the counter as they found it: the launch is repeated."""
     grid, threads = 150, 64
-    aux = torch.zeros(2 + threads, dtype=torch.int32, device=runner.device)
+    aux = torch.zeros(4 + 2 * threads, dtype=torch.int32, device=runner.device)
     for _ in range(3):
         data = random_words(runner, grid, threads)
         out = random_words(runner, grid, threads)
+        aux[3:] = 0
         probes.run(
             runner, "probe_last_cta", data, out, aux,
-            grid=grid, num_threads=threads, smem_bytes=4,
+            grid=grid, which=looks, num_threads=threads, smem_bytes=8,
         )  # fmt: skip
         assert torch.equal(out, data)
-        assert torch.equal(aux[2:], data.sum(0, dtype=torch.int32))
-        assert aux[0] == 0
-        assert 0 <= aux[1] < grid
+        total = data.sum(0, dtype=torch.int32)
+        assert torch.equal(aux[4 : 4 + threads], total)
+        assert torch.equal(aux[:2], torch.zeros_like(aux[:2]))
+        assert 0 <= aux[2] < grid
+        assert 1 <= aux[3] <= (grid if looks else 1)
+        if aux[3] > 1:
+            assert torch.equal(aux[4 + threads :], total)
 
 
 def test_shuffles_and_votes(runner: Runner) -> None:

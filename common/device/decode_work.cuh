@@ -17,9 +17,10 @@ struct DecodeWork {
 template <class Cfg>
 DEVICE DecodeWork decode_work(const DecodeParams& p, i32 lane_idx) {
   DecodeWork work;
-  work.first_head = block_idx() % p.num_units * p.heads_per_unit;
-  const i32 tile = block_idx() / p.num_units % p.num_tiles;
-  work.split_idx = block_idx() / p.num_units / p.num_tiles;
+  const i32 tile_of_split = divide(block_idx(), p.by_units);
+  work.first_head = (block_idx() - tile_of_split * p.num_units) * p.heads_per_unit;
+  work.split_idx = divide(tile_of_split, p.by_tiles);
+  const i32 tile = tile_of_split - work.split_idx * p.num_tiles;
   if constexpr (Cfg::kVarlenQ) {
     const PackedTile packed =
         find_packed_tile<Cfg::kBlockM>(p.cu_seqlens_q, p.batch, tile, lane_idx, p.heads_per_unit);
@@ -32,8 +33,8 @@ DEVICE DecodeWork decode_work(const DecodeParams& p, i32 lane_idx) {
     }
     work.batch_idx = packed.batch_idx;
   } else {
-    work.batch_idx = tile / p.tiles_per_sequence;
-    work.first_row = tile % p.tiles_per_sequence * Cfg::kBlockM;
+    work.batch_idx = divide(tile, p.by_tiles_per_sequence);
+    work.first_row = (tile - work.batch_idx * p.tiles_per_sequence) * Cfg::kBlockM;
   }
   work.seq = seqlen_info<Cfg>(p, work.batch_idx);
   enter_cache<Cfg>(work.seq, p, work.batch_idx);
@@ -45,13 +46,15 @@ DEVICE DecodeWork decode_work(const DecodeParams& p, i32 lane_idx) {
 // in a large cache is divided as evenly as a long one.
 template <class Cfg, i32 kTilesPerRound>
 DEVICE TileRange split_tiles(const DecodeParams& p, const DecodeWork& work) {
-  const i32 first_token = work.first_row / p.heads_per_unit;
-  const i32 last_token = (work.first_row + Cfg::kBlockM - 1) / p.heads_per_unit;
+  const i32 first_token = divide(work.first_row, p.by_heads_per_unit);
+  const i32 last_token = divide(work.first_row + Cfg::kBlockM - 1, p.by_heads_per_unit);
   TileRange tiles = key_tiles<Cfg>(p, work.seq, first_token, last_token - first_token + 1);
   if constexpr (Cfg::kSplit) {
-    const i64 rounds = ceil_div(tiles.end - tiles.begin, kTilesPerRound);
-    const i32 first_round = i32(rounds * work.split_idx / p.num_splits);
-    const i32 end_round = i32(rounds * (work.split_idx + 1) / p.num_splits);
+    const i32 rounds = ceil_div(tiles.end - tiles.begin, kTilesPerRound);
+    const i32 fewest = divide(rounds, p.by_splits);
+    const i32 longer = rounds - fewest * p.num_splits;  // splits, the first ones
+    const i32 first_round = work.split_idx * fewest + imin(work.split_idx, longer);
+    const i32 end_round = first_round + fewest + (work.split_idx < longer);
     tiles.end = imin(tiles.begin + end_round * kTilesPerRound, tiles.end);
     tiles.begin += first_round * kTilesPerRound;
   }

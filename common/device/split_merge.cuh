@@ -1,6 +1,6 @@
 // Merges attention over disjoint sets of keys: weights of the splits of a row from their
 // logsumexps, and the weighted sum. In the order of the splits, so that results do not depend on
-// timing. Called by flash2/combine.cu and, for its own splits, by flash2/decode.cu.
+// timing. Called by flash2/combine.cu; flash2/decode.cu merges its own splits by split_sum.cuh.
 #pragma once
 #include "common/device/softmax.cuh"
 

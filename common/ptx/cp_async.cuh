@@ -15,6 +15,22 @@ DEVICE void cp_async_16(u32 dst, const void* src, i32 valid_bytes) {
                : "memory");
 }
 
+// The same with a policy for L2. PTX: cp.async.cg.shared.global.L2::cache_hint (sm_80+).
+DEVICE void cp_async_16_with_policy(u32 dst, const void* src, i32 valid_bytes, u64 policy) {
+  asm volatile(
+      "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(dst),
+      "l"(src), "r"(valid_bytes), "l"(policy)
+      : "memory");
+}
+
+// The policy for data that nobody reads again soon: they leave L2 before others do.
+// PTX: createpolicy.fractional.L2::evict_first (sm_80+).
+DEVICE u64 evict_first_policy() {
+  u64 policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 // Copies 8 bytes, cached in L1 and L2. PTX: cp.async.ca.shared.global (sm_80+).
 DEVICE void cp_async_8(u32 dst, const void* src, i32 valid_bytes) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(dst), "l"(src), "r"(valid_bytes)

@@ -158,21 +158,34 @@ DEVICE void red_global_add_v4_f32(f32* dst, const f32 (&value)[4]) {
                : "memory");
 }
 
+// Loads what another CTA has stored with release. PTX: ld.acquire.gpu.global.u64.
+DEVICE u64 ld_acquire_global_u64(const void* src) {
+  u64 value;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(src) : "memory");
+  return value;
+}
+
+// Adds and returns the old value. PTX: atom.global.add.u64.
+DEVICE u64 atomic_add_global_u64(u64* dst, u64 value) {
+  u64 old;
+  asm volatile("atom.global.add.u64 %0, [%1], %2;" : "=l"(old) : "l"(dst), "l"(value) : "memory");
+  return old;
+}
+
+// The same. What the CTA stored before a barrier ahead of this is seen by whoever reads the sum, or
+// a later one, with acquire and then passes a barrier. PTX: atom.acq_rel.gpu.global.add.u64.
+DEVICE u64 atomic_add_acq_rel_global_u64(u64* dst, u64 value) {
+  u64 old;
+  asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], %2;"
+               : "=l"(old)
+               : "l"(dst), "l"(value)
+               : "memory");
+  return old;
+}
+
 // Adds and returns the old value. PTX: atom.global.add.u32.
 DEVICE u32 atomic_add_global_u32(u32* dst, u32 value) {
   u32 old;
   asm volatile("atom.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(dst), "r"(value) : "memory");
-  return old;
-}
-
-// Counts from 0 to `last` and then from 0 again; returns the old value. What the CTA stored before
-// a barrier ahead of this is seen by whoever reads the count, or a later one, here and then passes
-// a barrier. PTX: atom.acq_rel.gpu.global.inc.u32.
-DEVICE u32 atomic_inc_acq_rel_global_u32(u32* dst, u32 last) {
-  u32 old;
-  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
-               : "=r"(old)
-               : "l"(dst), "r"(last)
-               : "memory");
   return old;
 }

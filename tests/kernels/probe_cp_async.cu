@@ -8,7 +8,9 @@
 #include "tests/kernels/probe_params.cuh"
 
 DEVICE void copy(u32 dst, const u32* src, i32 valid_bytes) {
-  if constexpr (Cfg::kCopyBytes == 16) {
+  if constexpr (Cfg::kCopyBytes == 16 && Cfg::kPolicy) {
+    cp_async_16_with_policy(dst, src, valid_bytes, evict_first_policy());
+  } else if constexpr (Cfg::kCopyBytes == 16) {
     cp_async_16(dst, src, valid_bytes);
   } else if constexpr (Cfg::kCopyBytes == 8) {
     cp_async_8(dst, src, valid_bytes);

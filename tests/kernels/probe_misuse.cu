@@ -34,7 +34,8 @@ DEVICE void bounds(const ProbeParams& p, i32 thread) {
     case 13: red_global_add_f32(reinterpret_cast<f32*>(p.out + 64), 1.0f); break;  // BAD 13
     case 14: atomic_add_global_u32(p.out + 64, 1); break;  // BAD 14
     case 15: ld_global_u32(p.aux); break;  // BAD 15: null
-    case 16: atomic_inc_acq_rel_global_u32(p.out + 64, 1); break;  // BAD 16
+    case 16: atomic_add_acq_rel_global_u64(reinterpret_cast<u64*>(p.out + 64), 1); break;  // BAD 16
+    case 17: ld_acquire_global_u64(p.in + 1); break;  // BAD 17
     default: break;
   }
 }

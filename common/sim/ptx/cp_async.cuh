@@ -7,6 +7,12 @@ DEVICE void cp_async_16(u32 dst, const void* src, i32 valid_bytes, SITE) {
   flash_sim::cp_async(dst, src, 16, valid_bytes, site);
 }
 
+DEVICE void cp_async_16_with_policy(u32 dst, const void* src, i32 valid_bytes, u64 policy, SITE) {
+  flash_sim::cp_async(dst, src, 16, valid_bytes, site);
+}
+
+DEVICE u64 evict_first_policy() { return 0; }
+
 DEVICE void cp_async_8(u32 dst, const void* src, i32 valid_bytes, SITE) {
   flash_sim::cp_async(dst, src, 8, valid_bytes, site);
 }

@@ -118,10 +118,18 @@ DEVICE void red_global_add_v4_f32(f32* dst, const f32 (&value)[4], SITE) {
   flash_sim::add_global_v4_f32(dst, value, site);
 }
 
-DEVICE u32 atomic_add_global_u32(u32* dst, u32 value, SITE) {
-  return flash_sim::add_global_u32(dst, value, site);
+DEVICE u64 ld_acquire_global_u64(const void* src, SITE) {
+  return flash_sim::load_acquire_global_u64(src, site);
 }
 
-DEVICE u32 atomic_inc_acq_rel_global_u32(u32* dst, u32 last, SITE) {
-  return flash_sim::inc_global_u32(dst, last, site);
+DEVICE u64 atomic_add_global_u64(u64* dst, u64 value, SITE) {
+  return flash_sim::add_global_u64(dst, value, site);
+}
+
+DEVICE u64 atomic_add_acq_rel_global_u64(u64* dst, u64 value, SITE) {
+  return flash_sim::add_global_u64(dst, value, site);
+}
+
+DEVICE u32 atomic_add_global_u32(u32* dst, u32 value, SITE) {
+  return flash_sim::add_global_u32(dst, value, site);
 }

@@ -32,7 +32,8 @@ void store_global(void* dst, const void* value, u32 bytes, Site site);
 void add_global_f32(f32* dst, f32 value, Site site);
 void add_global_v4_f32(f32* dst, const f32 (&value)[4], Site site);
 u32 add_global_u32(u32* dst, u32 value, Site site);
-u32 inc_global_u32(u32* dst, u32 last, Site site);
+u64 add_global_u64(u64* dst, u64 value, Site site);
+u64 load_acquire_global_u64(const void* src, Site site);
 void load_shared(void* value, u32 src, u32 bytes, Site site);
 void store_shared(u32 dst, const void* value, u32 bytes, Site site);
 

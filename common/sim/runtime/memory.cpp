@@ -186,15 +186,16 @@ u32 add_global_u32(u32* dst, u32 value, Site site) {
   return std::atomic_ref<u32>(*dst).fetch_add(value, std::memory_order_relaxed);
 }
 
-// Acquires and releases for the whole CTA, whose fibers are one OS thread.
-u32 inc_global_u32(u32* dst, u32 last, Site site) {
-  aligned_global(dst, sizeof(u32), "atomic increment", site);
-  const std::atomic_ref<u32> count(*dst);
-  u32 old = count.load(std::memory_order_relaxed);
-  while (!count.compare_exchange_weak(old, old >= last ? 0 : old + 1, std::memory_order_acq_rel,
-                                      std::memory_order_relaxed)) {
-  }
-  return old;
+// These acquire and release for the whole CTA, whose fibers are one OS thread.
+u64 add_global_u64(u64* dst, u64 value, Site site) {
+  aligned_global(dst, sizeof(u64), "atomic add", site);
+  return std::atomic_ref<u64>(*dst).fetch_add(value, std::memory_order_acq_rel);
+}
+
+u64 load_acquire_global_u64(const void* src, Site site) {
+  aligned_global(src, sizeof(u64), "read", site);
+  u64& word = *static_cast<u64*>(const_cast<void*>(src));
+  return std::atomic_ref<u64>(word).load(std::memory_order_acquire);
 }
 
 void load_shared(void* value, u32 src, u32 bytes, Site site) {
