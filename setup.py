@@ -19,6 +19,7 @@ from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
+from setuptools.command.install_lib import install_lib
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "common"))
@@ -95,6 +96,16 @@ class BuildPy(build_py):
         return [*super().get_outputs(include_bytecode), *kernels]
 
 
+class InstallLib(install_lib):
+    """Takes kernels away that an earlier `setup.py install` listed and this one does not."""
+
+    def install(self) -> list[str]:
+        prebuild = load_prebuild({name: ROOT / PACKAGES[name] for name in KERNEL_PACKAGES})
+        folders = (self.install_dir, self.build_dir)
+        prebuild.remove_unlisted(*(Path(f, "flash_attn_interface", "_prebuilt") for f in folders))
+        return super().install()
+
+
 def build_requires() -> list[str]:
     """What an isolated build (PEP 517) has to install first; nobody else asks."""
     if "setuptools.build_meta" not in sys.modules:
@@ -156,7 +167,7 @@ setup(
     py_modules=MODULES,
     package_dir=PACKAGES,
     package_data=DATA,
-    cmdclass={"build_py": BuildPy},
+    cmdclass={"build_py": BuildPy, "install_lib": InstallLib},
     setup_requires=build_requires(),
     include_package_data=False,  # DATA is the whole list; MANIFEST.in is for source archives
     zip_safe=False,  # g++ and NVRTC are given real paths and real files

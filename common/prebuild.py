@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -160,9 +160,7 @@ def publish(specs: Sequence[KernelSpec], store: Path, destination: Path) -> None
     """Makes `destination` hold exactly these kernels, copied from `store`."""
     entries = {cache.prebuilt_entry(spec) for spec in specs}
     destination.mkdir(parents=True, exist_ok=True)
-    for present in destination.iterdir():
-        if present.is_dir() and present.name not in entries:
-            shutil.rmtree(present)
+    _remove_all_but(entries, destination)
     for name in sorted(entries):
         try:
             check_entry(destination / name)
@@ -170,6 +168,22 @@ def publish(specs: Sequence[KernelSpec], store: Path, destination: Path) -> None
             shutil.rmtree(destination / name, ignore_errors=True)
             shutil.copytree(store / name, destination / name)
     _describe(destination)
+
+
+def remove_unlisted(installed: Path, built: Path) -> None:
+    """Removes what an earlier installation left in the prebuilt folder `installed` and `built` does
+    not have: `setup.py install` itself only lays its files over those.
+    """
+    if built.is_dir():
+        _remove_all_but({path.name for path in built.iterdir()}, installed)
+    else:
+        shutil.rmtree(installed, ignore_errors=True)
+
+
+def _remove_all_but(entries: Collection[str], folder: Path) -> None:
+    for present in folder.iterdir() if folder.is_dir() else ():
+        if present.is_dir() and present.name not in entries:
+            shutil.rmtree(present)
 
 
 def jobs() -> int:

@@ -61,6 +61,7 @@ def key(tree: str, direction: str, problem: Problem, rows: int = 0) -> str:
         "softcap": problem.softcap > 0.0,
         "alibi": problem.alibi,
         "dropout": problem.dropout,
+        "qv": problem.qv,
     }
     variant = "+".join([mask, *(name for name, on in named.items() if on)])
     dims = f"{problem.head_dim_qk}x{problem.head_dim_v}"

@@ -68,14 +68,14 @@ class Tunable:
         return self.builtin(problem, arch) if found is None else found
 
     def candidates(self, problem: Problem, arch: str, limit: int) -> list[Tile]:
-        """The `limit` cheapest tiles by estimate, in a fixed order; at most two, or a tenth, of one
-        shape, since the estimate is too coarse to stake all on one.
+        """The `limit` cheapest tiles by estimate, in a fixed order; at most two, or one in sixteen,
+        of one shape, since the estimate is too coarse to stake all on one.
         """
         chosen: list[Tile] = []
         of_shape: Counter[tuple[int, ...]] = Counter()
         for tile in self._allowed(problem, arch):
             shape = self._shape(tile)
-            if of_shape[shape] < max(2, limit // 10) and len(chosen) < limit:
+            if of_shape[shape] < max(2, limit // 16) and len(chosen) < limit:
                 of_shape[shape] += 1
                 chosen.append(tile)
         return chosen
@@ -97,8 +97,10 @@ class Tunable:
         return sorted(allowed, key=lambda tile: (self.cost(tile, problem), astuple(tile)))
 
     def _shape(self, tile: Tile) -> tuple[int, ...]:
-        names = ("block_m", "block_n", "num_warps", "num_mma_warpgroups", "row_warps", "num_teams")
-        return tuple(getattr(tile, name, 0) for name in names)
+        """The fields by which two tiles are different kernels, not the same with other buffers."""
+        sizes = ("block_m", "block_n", "num_warps", "num_mma_warpgroups", "row_warps", "num_teams")
+        schedules = ("one_barrier", "split_roles", "ping_pong", "p_in_smem")
+        return tuple(int(getattr(tile, name, 0)) for name in (*sizes, *schedules))
 
 
 def register_budget(arch: str, num_threads: int, ctas_per_sm: int) -> int:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from . import tune_compile, tune_report, tune_tables
-from ._common import compiler, driver, env, tuned_tiles
+from ._common import compiler, driver, prebuild, tuned_tiles
 from ._common.problem import Problem, Target
 from ._common.spec import KernelSpec
 from ._common.tuning import Tunable
@@ -198,17 +198,16 @@ def parser() -> argparse.ArgumentParser:
     add("--seqlen", nargs="+", type=int, default=[1024, 4096, 16384],
         help="lengths to time; the winner is nowhere slower than the tile in use")  # fmt: skip
     add("--tokens", type=int, default=16384, help="batch is so many / seqlen")
-    add("--max-candidates", type=int, default=24, metavar="N", help="tiles of the first wave")
-    add("--max-neighbours", type=int, default=10, metavar="N", help="of the second")
+    add("--max-candidates", type=int, default=48, metavar="N", help="tiles of the first wave")
+    add("--max-neighbours", type=int, default=16, metavar="N", help="of the second and third")
     add(
         "--seconds",
         type=float,
         default=inf,
         metavar="S",
-        help="be done by about then: no second wave after half of it, no finals after it",
+        help="be done by about then: no further wave after half of it, no finals after it",
     )
-    add("--jobs", type=int, default=env.MAX_JOBS.get() or os.cpu_count() or 1,
-        help="kernels compiled at once")  # fmt: skip
+    add("--jobs", type=int, default=prebuild.jobs(), help="kernels compiled at once")
     add("--device", type=int, help="CUDA ordinal; default: the current one")
     add("--compile-only", action="store_true", help="compile, report registers, run nothing")
     add("--arch", help="compile for this architecture, GPU or not, and run nothing")

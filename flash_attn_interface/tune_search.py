@@ -1,7 +1,7 @@
 """The autotuner's search over one key: which candidates, in which order, and who wins.
 
     wave 1: the tiles that the tree's estimate ranks first, and the one in use
-    wave 2: neighbours of the fastest of wave 1
+    wave 2: neighbours of the fastest of wave 1; wave 3: of the fastest by then
     final:  the fastest few and the one in use, more rounds; then the winner against the one in use
 
 A wave is compiled, cleared of what spills, checked against the reference and timed. `Search` is one
@@ -33,7 +33,7 @@ FINALIST = 0.08  # how far behind the fastest a tile may be to be timed again
 MAX_FINALISTS = 6
 SCREEN_ROUNDS, FINAL_ROUNDS, DUEL_ROUNDS = 2, 5, 7
 # Raise when a check or a time begins to mean something else: facts of before are then forgotten.
-PROCEDURE = "2"
+PROCEDURE = "3"
 
 CompileAll = Callable[[Iterable[KernelSpec], str], Mapping[KernelSpec, Report]]
 """(specs, title of the progress bar) -> reports."""
@@ -186,7 +186,8 @@ class Search:
         found = [tile for tile in found if fits(tile, self.problem, self.target.arch) is None]
         return self._wave([*self.shipped.values(), *found])
 
-    def second_wave(self) -> list[Tile]:
+    def next_wave(self) -> list[Tile]:
+        """Neighbours of the fastest so far."""
         near = min(self.times, key=lambda tile: (mean(self.times[tile]), astuple(tile)))
         found = self.tunable.neighbours(near, self.problem, self.target.arch, 1 << 30)
         new = [tile for tile in found if tile not in self.waved]
@@ -303,6 +304,13 @@ class Search:
         return times
 
 
+WAVES = (
+    ("candidates", Search.first_wave),
+    ("neighbours", Search.next_wave),
+    ("more neighbours", Search.next_wave),
+)
+
+
 def run(
     searches: Sequence[Search],
     compile_all: CompileAll,
@@ -316,7 +324,7 @@ def run(
     Args:
         each: (title, total) begins a progress bar; what it returns is called after each item.
         done: (index, result) is called as soon as a result is known.
-        seconds: with more than half of them gone there is no second wave; with all of them gone no
+        seconds: with more than half of them gone there is no further wave; with all of them gone no
             further final.
     """
     failures: dict[int, str] = {}
@@ -340,8 +348,8 @@ def run(
             open_ones.append(i)
         else:
             done(i, known)
-    for title, wave_of in (("candidates", Search.first_wave), ("neighbours", Search.second_wave)):
-        if title == "neighbours" and time.monotonic() - begin > seconds / 2:
+    for title, wave_of in WAVES:
+        if wave_of is not Search.first_wave and time.monotonic() - begin > seconds / 2:
             break
         waves = {i: attempt(i, partial(wave_of, searches[i])) or [] for i in open_ones}
         specs = [spec for i in waves for tile in waves[i] for spec in searches[i].specs(tile)]

@@ -161,6 +161,34 @@ def test_pytorch(answers, site: str):
         assert answer["activated"] == "FA3" if hopper else "refused" in answer["activated"]
 
 
+@pytest.mark.hopper
+@pytest.mark.skipif(
+    not hasattr(torch.nn.attention, "activate_flash_attention_impl"),
+    reason="this PyTorch has no other implementations of flash attention",
+)
+def test_pytorch_attention_through_our_kernels():
+    """Transposed views in and out, as nn.MultiheadAttention makes them, and their gradients."""
+    attention, dot_product = torch.nn.attention, torch.nn.functional.scaled_dot_product_attention
+
+    def tensor() -> torch.Tensor:
+        return torch.randn(2, 300, 8, 64, device="cuda").bfloat16().transpose(1, 2)
+
+    inputs, dout = [tensor().requires_grad_() for _ in range(3)], tensor()
+    with attention.sdpa_kernel(attention.SDPBackend.MATH):
+        want = dot_product(*(x.float() for x in inputs), is_causal=True)
+        expected = (want, *torch.autograd.grad(want, inputs, dout.float()))
+    attention.activate_flash_attention_impl("FA3")
+    try:
+        with attention.sdpa_kernel(attention.SDPBackend.FLASH_ATTENTION):
+            out = dot_product(*inputs, is_causal=True)
+            found = (out, *torch.autograd.grad(out, inputs, dout))
+    finally:
+        attention.restore_flash_attention_impl()
+    for got, right in zip(found, expected, strict=True):
+        assert got.shape == right.shape
+        assert (got.float() - right.float()).abs().max() < 0.02 * right.float().abs().max()
+
+
 @pytest.mark.parametrize("site", SITES)
 def test_megatron(answers, site: str):
     answer = answers[site]["megatron"]

@@ -223,14 +223,40 @@ for spec in (
 
 
 def test_setup_py_install(build: Build, tmp_path: Path) -> None:
-    options = ("--single-version-externally-managed", "--record", tmp_path / "record")
-    run(
-        sys.executable, "setup.py", "-q", "install", "--prefix", tmp_path / "prefix", *options,
-        cwd=build.source, **PREBUILD,
-    )  # fmt: skip
-    (contents,) = (tmp_path / "prefix").rglob("_prebuilt/contents.txt")
-    assert "head dims (16,16)" in contents.read_text()
-    assert "kernel.cubin" in (tmp_path / "record").read_text()
+    """Both distributions by hand; again; and with another list, over the first installation."""
+    environment = Environment(tmp_path / "environment")
+
+    def install() -> list[str]:
+        """What was said of the main distribution, and of the Hopper one."""
+        folders = (build.source, build.source / "hopper")
+        return [environment.run("setup.py", "install", cwd=f, **PREBUILD) for f in folders]
+
+    def installed() -> set[str]:
+        entries = [path.parent.name for path in environment.site.rglob("_prebuilt/*/kernel.cubin")]
+        assert len(set(entries)) == len(entries)
+        return {entry.rpartition("-")[0] for entry in entries}
+
+    install()
+    assert installed() == {*kernels_in(build.main), *kernels_in(build.hopper)}
+    program = """
+import flash_attn_3.tiles
+for spec in (
+    forward_spec(problem((16, 16)), "sm_80"),
+    flash_attn_3.tiles.forward_spec(problem((16, 16)), "sm_90a"),
+):
+    print(cache.default_kernels().image(spec).origin)
+"""
+    missing = ("cuda.bindings.nvrtc",)
+    assert in_environment(environment, program, tmp_path, missing).split() == ["prebuilt"] * 2
+    for told in install():
+        assert "kernels are up to date" in told and ": compiling" not in told
+    try:
+        write_listing(build.source, pairs=[[8, 24]], archs=["80"])
+        install()
+    finally:
+        write_listing(build.source)
+    left = installed()
+    assert left and all("-qk8-v24-" in name and name.endswith("-sm_80") for name in left)
 
 
 def builds(source: Path, out: Path) -> list[list[str]]:

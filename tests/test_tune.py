@@ -80,6 +80,30 @@ def test_neighbours_differ_in_one_field(tunable, arch):
         assert sum(a != b for a, b in zip(astuple(tile), astuple(middle), strict=True)) == 1
 
 
+@pytest.mark.parametrize(
+    ("tunable", "arch", "dims", "schedule"),
+    [
+        (FORWARD, "sm_80", (64, 64), "one_barrier"),
+        (FORWARD, "sm_90", (64, 128), "one_barrier"),
+        (FORWARD, "sm_90", (256, 256), "prologue_chunks"),
+        (BACKWARD, "sm_90", (64, 128), "split_roles"),
+        (BACKWARD, "sm_90", (128, 128), "split_roles"),
+        (BACKWARD, "sm_90", (256, 256), "split_roles"),
+        (BACKWARD, "sm_90", (48, 80), "k_in_registers"),
+        (DECODE, "sm_80", (64, 64), "q_in_registers"),
+        (HOPPER_FORWARD, "sm_90a", (32, 64), "ping_pong"),
+        (HOPPER_FORWARD, "sm_90a", (64, 128), "p_in_smem"),
+    ],
+    ids=lambda value: name_of(value) or str(value),
+)
+def test_candidates_try_each_schedule_both_ways(tunable, arch, dims, schedule):
+    """Of its own list the tree takes some from measurements; the estimate must not exclude them."""
+    asked = problem(tunable, dims)
+    found = tunable.candidates(asked, arch, 32)
+    assert len({getattr(tile, schedule) for tile in found}) == 2
+    assert tunable.builtin(asked, arch) in set(tunable.space(asked, arch))
+
+
 def test_dropout_takes_key_tiles_of_whole_patches():
     asked = problem(features=("dropout",))
     assert all(tile.block_n % 32 == 0 for tile in FORWARD.candidates(asked, "sm_80", 40))
@@ -204,6 +228,21 @@ def test_the_second_wave_looks_beside_the_best_of_the_first():
     near = [t for t in FORWARD.neighbours(first[0], problem_of(), "sm_80", 99) if t not in first]
     hidden = [tile for tile in near if tile != shipped_tile()][0]
     bench = Bench(lambda tile: {first[0]: 80.0, hidden: 70.0}.get(tile, 100.0))
+    assert bench.run(bench.search()).best == hidden
+
+
+def test_the_third_wave_looks_beside_the_best_of_the_second():
+    first = FORWARD.candidates(problem_of(), "sm_80", 10)
+    tried = [*first, shipped_tile()]
+
+    def beside(tile):
+        return [t for t in FORWARD.neighbours(tile, problem_of(), "sm_80", 99) if t not in tried]
+
+    best = first[0]
+    near = beside(best)[:4]  # as many as the bench's settings allow
+    step = next(tile for tile in near if set(beside(tile)) - set(near))
+    hidden = next(tile for tile in beside(step) if tile not in near)
+    bench = Bench(lambda tile: {best: 80.0, step: 70.0, hidden: 60.0}.get(tile, 100.0))
     assert bench.run(bench.search()).best == hidden
 
 

@@ -10,7 +10,7 @@ import torch
 from tune_bench import CLEAN, FORWARD, problem
 
 from flash_attn_interface import tune, tune_compile, tune_report, tune_tables
-from flash_attn_interface._common import tuned_tiles
+from flash_attn_interface._common import env, prebuild, tuned_tiles
 from flash_attn_interface._flash2 import tiles
 from flash_attn_interface.tune_journal import Journal
 from flash_attn_interface.tune_search import Result
@@ -193,6 +193,30 @@ def test_subjects(arguments, keys):
             for p in (*subject.settings.problems.values(), subject.settings.check)
         }
         assert len(specs) == 1, "what is checked is what is timed"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [
+        ([], "user"),
+        (["--apply", "packaged"], "packaged"),
+        (["--apply", "none"], None),
+        (["--output", "elsewhere"], "elsewhere"),
+    ],
+    ids=["default", "packaged", "none", "output"],
+)
+def test_where_tables_are_written(arguments, folder, no_tables, monkeypatch):
+    monkeypatch.chdir(no_tables.parent)
+    options = tune.parser().parse_args(["--dims", "48", "80", *arguments])
+    found = tune._table_folder(options)
+    assert (found and found.resolve()) == (folder and no_tables.parent / folder)
+
+
+def test_jobs_follow_cpus_memory_and_the_environment(monkeypatch):
+    monkeypatch.setenv(env.MAX_JOBS.name, "3")
+    assert tune.parser().parse_args(["--dims", "48", "80"]).jobs == 3
+    monkeypatch.delenv(env.MAX_JOBS.name)
+    assert tune.parser().parse_args(["--dims", "48", "80"]).jobs == prebuild.jobs()
 
 
 def test_help_says_what_it_does(capsys):

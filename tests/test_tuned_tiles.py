@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flash_attn_interface import explain, selection
-from flash_attn_interface._common import env, tuned_tiles
+from flash_attn_interface._common import env, headdim, tuned_tiles
 from flash_attn_interface._common.problem import Problem, Target
 from flash_attn_interface._common.tuned_tiles import Entry, Table, TunedTilesError
 from flash_attn_interface._flash2 import decode_tiles, fwd, tiles
@@ -249,10 +249,48 @@ def test_writing_keeps_what_others_may_read(folders):
     assert tuned_tiles.read(path) == Table(H100, "sm_90", "a test", {KEY: Entry(TILE)})
 
 
+CHOOSERS = [
+    (tunable, arch)
+    for tunable in TUNABLES
+    for arch in ("sm_80", "sm_86", "sm_89", "sm_90")
+    if tunable.tree == "flash2" or arch == "sm_90"  # for which alone the Hopper tree has kernels
+]
+
+
+@pytest.mark.parametrize(
+    ("tunable", "arch"), CHOOSERS, ids=[f"{t.tree}-{t.direction}-{arch}" for t, arch in CHOOSERS]
+)
+def test_what_the_package_chooses_can_be_built_on_every_arch(tunable, arch, monkeypatch, tmp_path):
+    """By its tables or by the tree's list, for the models that have tables and for the others."""
+    monkeypatch.setenv(env.TUNED_TILES.name, str(tmp_path / "no such folder"))
+    tuned_tiles.forget()
+    built_for = "sm_90a" if tunable.tree == "hopper" else arch
+    sizes = {"batch": 2, "heads": 8, "heads_kv": 2, "seqlen_q": 4096, "seqlen_k": 4096}
+    if tunable.direction == "decode":
+        sizes["seqlen_q"] = 1
+    for dims in (*headdim.DEFAULT_PAIRS, (48, 80), (64, 64), (128, 128), (160, 224), (256, 256)):
+        for causal in (False, True):
+            for gpu in ("", *models(arch)):
+                asked = make_problem("bf16", dims, causal, **sizes)
+                tile = tunable.shipped(asked, built_for, gpu)
+                assert tunable.refuses(tile, asked, built_for) is None, (dims, gpu, tile)
+
+
+def models(arch: str) -> list[str]:
+    """GPU models of an architecture that have a table in the package."""
+    tables = [tuned_tiles.read(path) for path in PACKAGED]
+    return [table.gpu for table in tables if table is not None and table.arch == arch and table.gpu]
+
+
 # --- the tables of the package -----------------------------------------------------------------
 
 PACKAGED = sorted(tuned_tiles.PACKAGED.glob("*.json"))
 KINDS = {(t.tree, t.direction): t for t in TUNABLES}
+
+
+def test_architectures_with_tables():
+    archs = {f"sm_{n}" for n in (80, 86, 89, 90)}
+    assert {path.stem for path in PACKAGED} >= {tuned_tiles.file_name("sm_90", H100)[:-5], *archs}
 
 
 @pytest.mark.parametrize("path", PACKAGED, ids=lambda path: path.stem)
@@ -262,7 +300,9 @@ def test_packaged_tables_are_sound_and_used(path, monkeypatch):
     tuned_tiles.forget()
     table = tuned_tiles.read(path)
     assert table is not None and path.name == tuned_tiles.file_name(table.arch, table.gpu)
-    assert "not measured there" in table.origin or table.arch == "sm_90"
+    measured = table.origin.startswith(("measured on", "for all of sm_90; measured on"))
+    derived = table.origin.startswith(f"derived for {table.arch}, not measured there")
+    assert measured if table.arch == "sm_90" else derived
     for key, entry in table.entries.items():
         tree, direction, dtype, dims, variant, *_ = key.split("/")
         tunable = KINDS[tree, direction]
@@ -273,6 +313,6 @@ def test_packaged_tables_are_sound_and_used(path, monkeypatch):
         asked = make_problem(dtype, (qk, v), variant.startswith("causal"), **sizes)
         assert tunable.key(asked) == key
         arch = "sm_90a" if tree == "hopper" else table.arch
-        assert tuned_tiles.as_record(tunable.shipped(asked, arch, table.gpu)) == entry.tile
+        assert tunable.shipped(asked, arch, table.gpu) == tunable.kind(**entry.tile)
         gains = ("speedup", "speedup_where_timed")
         assert max(entry.facts.get(name, 0.0) for name in gains) > 1.0
