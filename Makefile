@@ -6,6 +6,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 PYTEST_WORKERS ?= 2
 BENCH_ARGS ?=
+SANITIZE_ARGS ?=
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -18,7 +19,7 @@ export TORCH
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test compile-check lint typecheck format bench bench-backward bench-decode bench-host clean
+.PHONY: help demo test compile-check lint typecheck format bench bench-backward bench-decode bench-features bench-host sanitize clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -63,8 +64,14 @@ bench-backward: $(VENV)/.ready-bench  ## backward benchmark beside its peers; ne
 bench-decode: $(VENV)/.ready-bench  ## decoding benchmark beside its peers; needs a GPU
 	$(RUN) benchmarks/bench_decode.py $(BENCH_ARGS)
 
+bench-features: $(VENV)/.ready-bench  ## what masks, grouped heads, packing and odd head dims cost; needs a GPU
+	$(RUN) benchmarks/bench_forward.py --features $(BENCH_ARGS)
+
 bench-host: $(VENV)/.ready  ## host time per call, compile and start-up time; needs a GPU
 	$(RUN) benchmarks/bench_host_overhead.py $(BENCH_ARGS)
+
+sanitize: $(VENV)/.ready  ## compute-sanitizer over all kernels; needs a GPU and a CUDA toolkit's compute-sanitizer
+	$(RUN) tests/sanitize.py $(SANITIZE_ARGS)
 
 clean:  ## remove .venv, build results and tool caches; the per-user kernel cache is left alone
 	rm -rf $(VENV) build dist *.egg-info hopper/build hopper/*.egg-info */_prebuilt .pytest_cache .mypy_cache .ruff_cache .hypothesis

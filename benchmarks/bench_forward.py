@@ -6,6 +6,10 @@ Every result is checked against float32 attention before it is timed.
     python benchmarks/bench_forward.py                       all rows: under 4 minutes on an H100
     python benchmarks/bench_forward.py --quick               three lengths, fewer rounds
     python benchmarks/bench_forward.py --dims 64x128,128 --seqlens 1024,16384 --causal yes
+    python benchmarks/bench_forward.py --features   masks, heads, packing, odd head dims: 1 minute
+
+The tree that serves is chosen as for any call: FLASH_ATTN_INTERFACE_FORCE_BACKEND=flash2 measures
+the Ampere kernels on a GPU that has others too. What --features measures is in features.py.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import feature_table
 import harness
 import peers
 import report
@@ -38,18 +43,20 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dims", default=DIMS, help="QK or QKxV, comma-separated")
+    parser.add_argument("--features", action="store_true", help="what features cost, at 16k")
+    parser.add_argument("--dims", default=None, help=f"QK or QKxV, comma-separated; {DIMS}")
     parser.add_argument("--seqlens", default=None, help=f"default {SEQLENS}")
     parser.add_argument("--causal", choices=["both", "yes", "no"], default="both")
     parser.add_argument("--dtype", choices=list(harness.DTYPES), default="bf16")
     parser.add_argument("--peers", default=",".join(peers.PEERS), help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=None, help="default 5")
     parser.add_argument("--quick", action="store_true", help="lengths 1024, 4096, 16384; 3 rounds")
+    parser.add_argument("--seconds", type=float, default=120.0, help="limit, with --features")
     parser.add_argument("--out", type=Path, default=None, help="folder for the results")
     parser.add_argument("--commit", default=None, help="for the record, where git is not at hand")
     options = parser.parse_args(arguments)
     options.seqlens = options.seqlens or ("1024,4096,16384" if options.quick else SEQLENS)
-    options.rounds = options.rounds or (3 if options.quick else 5)
+    options.rounds = options.rounds or (3 if options.quick or options.features else 5)
     unknown = set(filter(None, options.peers.split(","))) - set(peers.PEERS)
     if unknown:
         parser.error(f"unknown peers {sorted(unknown)}; known: {', '.join(peers.PEERS)}")
@@ -70,7 +77,7 @@ def make_rows(options: argparse.Namespace) -> list[Row]:
             "num_heads": max(1, HIDDEN // head_dim_qk),
         }
         for (head_dim_qk, head_dim_v), is_causal, seqlen in itertools.product(
-            harness.parse_dims(options.dims), causal, seqlens
+            harness.parse_dims(options.dims or DIMS), causal, seqlens
         )
     ]
 
@@ -163,6 +170,8 @@ def main() -> int:
     options = parse_arguments()
     harness.require_gpu()
     peers.prepare(options.peers.split(","))
+    if options.features:
+        return feature_table.run(options)
     implementations = [peers.OURS, *(peers.PEERS[p] for p in options.peers.split(",") if p)]
     layout = report.Layout(
         title="Attention forward",

@@ -99,6 +99,40 @@ def measure(
     }
 
 
+def measure_guarded(
+    contestants: Sequence[Contestant], rounds: int = 5, burst_us: float = 10_000.0
+) -> tuple[dict[str, Timing], dict[str, str]]:
+    """`measure`, and notes on those that failed. After a failure each is timed alone."""
+    if not contestants:
+        return {}, {}
+    try:
+        return measure(contestants, rounds, burst_us), {}
+    except Exception:
+        timings: dict[str, Timing] = {}
+        notes = {}
+        for contestant in contestants:
+            try:
+                timings |= measure([contestant], rounds, burst_us)
+            except Exception as error:
+                notes[contestant.name] = brief(error)
+        return timings, notes
+
+
+def gpu_answers() -> bool:
+    """False once any kernel of this process has failed: from then on every call does."""
+    try:
+        torch.cuda.synchronize()
+        torch.zeros(1, device="cuda")
+    except Exception:
+        return False
+    return True
+
+
+def brief(error: BaseException) -> str:
+    """The first line of a message, cut where it becomes a page."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
 def run_once(contestant: Contestant) -> Tensor:
     with torch.no_grad(), contestant.scope():
         return contestant.call()
@@ -129,12 +163,12 @@ class Oracle:
             exact = _attention([x.float() for x in inputs], head_dim_qk**-0.5, causal)
             low_precision = _attention(inputs, head_dim_qk**-0.5, causal)
             self.expected.append(exact)
-            self.pytorch_error = max(self.pytorch_error, _largest(low_precision.float() - exact))
+            self.pytorch_error = max(self.pytorch_error, largest(low_precision.float() - exact))
 
     def check(self, out: Tensor) -> Accuracy:
         """out: (batch, seqlen, num_heads, head_dim_v). Non-finite anywhere counts as wrong."""
         errors = [
-            _largest(out[b, :, h].float() - exact)
+            largest(out[b, :, h].float() - exact)
             for (b, h), exact in zip(self.samples, self.expected, strict=True)
         ]
         finite = bool(torch.isfinite(out).all())
@@ -150,7 +184,7 @@ def _attention(inputs: Sequence[Tensor], scale: float, causal: bool) -> Tensor:
     return torch.softmax(scores, -1) @ v
 
 
-def _largest(difference: Tensor) -> float:
+def largest(difference: Tensor) -> float:
     return float(difference.abs().max())
 
 

@@ -7,7 +7,7 @@ decisions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +46,7 @@ class Decision:
 
 
 def decide(
-    problem: Problem, device: Device, installed: Sequence[Backend], forced: str | None = None
+    problem: Problem, device: Device, installed: Iterable[Backend], forced: str | None = None
 ) -> Decision:
     """Choose the backend of a forward. Pure: the same arguments give the same answer.
 
@@ -70,7 +70,7 @@ def decide(
 def decide_backward(
     problem: BackwardProblem,
     device: Device,
-    installed: Sequence[Backend],
+    installed: Iterable[Backend],
     forced: str | None = None,
 ) -> Decision:
     """Choose the backend of a backward, whoever served its forward. Else as `decide`."""
@@ -87,7 +87,7 @@ def decide_backward(
 def decide_cache(
     problem: CacheProblem,
     device: Device,
-    installed: Sequence[Backend],
+    installed: Iterable[Backend],
     forced: str | None = None,
 ) -> Decision:
     """Choose the backend of attention over a cache. Else as `decide`."""
@@ -106,7 +106,7 @@ def _decide(
     refuses: Callable[[Backend, Target], str | None],
     reference_refuses: Callable[[], str | None],
     device: Device,
-    installed: Sequence[Backend],
+    installed: Iterable[Backend],
     forced: str | None,
 ) -> Decision:
     if forced == "reference" or (device.capability is None and forced is None):
@@ -134,7 +134,7 @@ def _decide(
             reason = f"first of the installed kernel trees that serves {target.arch}"
             return Decision(backend, target, _forced(forced) if forced else reason, tuple(refused))
         refused.append((backend.name, refusal))
-    if forced is not None and forced not in [backend.name for backend in installed]:
+    if forced is not None and forced not in dict(refused):
         refused.append((forced, "it is not installed; cd hopper && python setup.py install"))
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refused)
     raise NotImplementedError(
@@ -177,18 +177,25 @@ def device_of(tensor: Tensor) -> Device:
 
 def installed_backends(device: Device, forced: str | None) -> tuple[Backend, ...]:
     """Kernel trees in order of preference. Looks for the Hopper tree only where it may serve."""
+    return tuple(_in_order(device, forced))
+
+
+def _in_order(device: Device, forced: str | None) -> Iterator[Backend]:
+    """As `installed_backends`, but a tree is imported when it is asked for: that takes 10 ms, and a
+    process in which the first one serves all calls needs no other."""
     if device.capability is None or forced == "reference":
-        return ()
-    hopper = None
+        return
     if device.capability == _HOPPER_CAPABILITY or forced == "hopper":
         hopper = backends.hopper()
-    return (backends.flash2(),) if hopper is None else (hopper, backends.flash2())
+        if hopper is not None:
+            yield hopper
+    yield backends.flash2()
 
 
 def select(problem: Problem, device: Device) -> Decision:
     """`decide` with what is installed and the environment."""
     forced = env.FORCE_BACKEND.get()
-    return decide(problem, device, installed_backends(device, forced), forced)
+    return decide(problem, device, _in_order(device, forced), forced)
 
 
 def select_backward(
@@ -198,10 +205,10 @@ def select_backward(
     forced = env.FORCE_BACKEND.get()
     if backend is not None and device.capability is not None and forced != "reference":
         forced = backend
-    return decide_backward(problem, device, installed_backends(device, forced), forced)
+    return decide_backward(problem, device, _in_order(device, forced), forced)
 
 
 def select_cache(problem: CacheProblem, device: Device) -> Decision:
     """`decide_cache` with what is installed and the environment."""
     forced = env.FORCE_BACKEND.get()
-    return decide_cache(problem, device, installed_backends(device, forced), forced)
+    return decide_cache(problem, device, _in_order(device, forced), forced)

@@ -68,6 +68,19 @@ def test_choice_by_capability(problem, capability, names, backend, arch):
     assert decision.target == Target(arch, 3, simulated=False)
 
 
+def test_a_tree_is_imported_when_its_turn_comes(problem, monkeypatch):
+    """Importing one takes 10 ms, and Hopper's serves most calls of a process alone."""
+    first = FakeBackend("hopper")
+    monkeypatch.setattr(backends, "hopper", lambda: first)
+    monkeypatch.setattr(backends, "flash2", lambda: pytest.fail("nobody asked for it"))
+    assert selection.select(problem, Device((9, 0))).backend is first
+    first.refusal = "not this one"
+    second = FakeBackend()
+    monkeypatch.setattr(backends, "flash2", lambda: second)
+    decision = selection.select(problem, Device((9, 0)))
+    assert decision.backend is second and decision.refused == (("hopper", "not this one"),)
+
+
 def test_cpu_tensors_go_to_the_reference(problem):
     decision = decide(problem, Device(None), [])
     assert decision.backend is backends.REFERENCE and decision.target is None
@@ -152,6 +165,20 @@ def test_hopper_tree_is_found(entry_point):
     tree = FakeBackend("hopper", release=RELEASE)
     entry_point(lambda: tree)
     assert backends.hopper() is tree
+
+
+def test_the_hopper_tree_is_looked_for_in_its_distribution(monkeypatch, tmp_path, entry_point):
+    """FlashAttention-3's own distribution has the same name and no entry point."""
+    folder = tmp_path / "flash_attn_3-3.0.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: flash-attn-3\nVersion: 3.0.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert backends.entry_points(backends.ENTRY_POINT_GROUP) == []
+    (folder / "entry_points.txt").write_text(
+        f"[console_scripts]\nhopper = a:b\n[{backends.ENTRY_POINT_GROUP}]\nhopper = json:loads\n"
+    )
+    (entry,) = backends.entry_points(backends.ENTRY_POINT_GROUP)
+    assert (entry.name, entry.value, entry.dist.name) == ("hopper", "json:loads", "flash-attn-3")
 
 
 def test_no_hopper_tree(monkeypatch, entry_point):
