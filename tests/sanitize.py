@@ -53,12 +53,29 @@ class Limit:
     why: str
 
 
+_RACE = r"Error: Race reported between (Read|Write) access"
+
+# Each was seen on a correct kernel of a few lines with the same construction (compute-sanitizer
+# 2025.3, H100). Under a limit racecheck says little: the simulator's race checker, which knows
+# these constructions, runs on every simulated test of the same source.
 LIMITS = (
     Limit(
         "synccheck",
         r"Barrier error detected\. Divergent thread\(s\) in block",
         r"flash2_bwd",
         "its two roles of warps meet at a barrier in two places of the code, as PTX allows",
+    ),
+    Limit(
+        "racecheck",
+        _RACE,
+        r"flash2_bwd|flash2_decode",
+        "warps meet at a barrier of all after unequal numbers of barriers among some of them",
+    ),
+    Limit(
+        "racecheck",
+        _RACE,
+        r"hopper_fwd",
+        "a warp writes, warp_sync(), then one lane's arrival at an mbarrier releases it",
     ),
 )
 
@@ -146,10 +163,6 @@ def sanitizer_command(sanitizer: str, tool: str, group: str, part: str = "0/1") 
     command += ["--show-backtrace", "no"]  # of the host: which call it was is printed before
     if tool == "memcheck":  # the bindings look for symbols that this driver need not have
         command += ["--report-api-errors", "no"]
-    elif tool == "racecheck":
-        # Writes of a warp, its warp_sync(), one lane's arrival at an mbarrier: without this the
-        # other lanes' writes count as not released.
-        command += ["--racecheck-indirect-barrier-dependency=yes"]
     return [*command, *calls_command(group), "--part", part, tool]
 
 

@@ -40,6 +40,12 @@ DIVERGENT = (
     "========= Barrier error detected. Divergent thread(s) in block.\n"
     "=========     at flash2_bwd+0x1c40\n=========     by thread (1,0,0) in block (10,0,0)\n"
 )
+RACE = (
+    RAN
+    + "========= Error: Race reported between Write access at flash2_decode+0x58f0\n"
+    + "=========     and Read access at flash2_decode+0x5920 [8 hazards]\n"
+    + "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n"
+)
 LIMITED = RAN + DIVERGENT + "========= ERROR SUMMARY: 257 errors\n"
 
 
@@ -53,6 +59,14 @@ LIMITED = RAN + DIVERGENT + "========= ERROR SUMMARY: 257 errors\n"
         ("synccheck", LIMITED.replace("in block.", "in warp."), False),
         ("synccheck", CLEAN, False),
         ("racecheck", HAZARDS, False),
+        ("racecheck", RACE, True),
+        (
+            "racecheck",
+            RACE.replace("and Read access at flash2_decode", "and Read access at x"),
+            False,
+        ),
+        ("racecheck", RACE.replace("flash2_decode", "flash2_fwd"), False),
+        ("synccheck", RACE, False),
     ],
 )
 def test_a_known_limit_covers_nothing_else(tool: str, text: str, known: bool) -> None:
