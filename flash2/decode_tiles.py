@@ -290,7 +290,7 @@ def choose_num_splits(problem: Problem, tile: DecodeTile, num_sms: int) -> int:
         full_waves, rest = divmod(ctas * splits, num_sms * tile.min_ctas_per_sm)
         reading = full_waves * tile.min_ctas_per_sm + (max(1.0, rest / num_sms) if rest else 0.0)
         longest = -(-rounds // splits) * round_keys  # CTAs with less to do leave it more bandwidth
-        split_keys = (keys / splits + longest) / 2
+        split_keys = (3 * keys / splits + longest) / 4
         return reading * split_keys + (full_waves + (rest > 0) + (splits > 1)) * overhead
 
     most = max(1, min(MAX_CHOSEN_SPLITS, keys // MIN_KEYS_PER_SPLIT))

@@ -53,7 +53,7 @@ void Races::start(bool enabled, u32 smem_bytes, i32 num_warps) {
   const size_t granules = (smem_bytes + kGranuleBytes - 1) / kGranuleBytes;
   if (num_warps != num_warps_) {
     num_warps_ = num_warps;
-    num_agents_ = num_warps + kMaxMbarriers;
+    num_actors_ = num_warps + kMaxMbarriers;
     reads_.clear();
   }
   if (writes_.size() < granules) {
@@ -63,30 +63,30 @@ void Races::start(bool enabled, u32 smem_bytes, i32 num_warps) {
     reads_.resize(granules * num_warps);
   }
   epoch_.assign(num_warps, base_epoch_ + 1);
-  clock_.assign(num_warps * num_agents_, base_epoch_);
-  fenced_.assign(num_warps * num_agents_, base_epoch_);
+  clock_.assign(num_warps * num_actors_, base_epoch_);
+  fenced_.assign(num_warps * num_actors_, base_epoch_);
   fences_.assign(num_warps * 32, 0);
-  joined_.assign(kBarriers * num_agents_, base_epoch_);
+  joined_.assign(kBarriers * num_actors_, base_epoch_);
 }
 
 bool Races::ordered(const Record& before, i32 warp, u32 lane_idx) const {
-  if (before.agent == warp) {
+  if (before.actor == warp) {
     const bool same_lane = before.lane == lane_idx && lane_idx != kAnyLane;
     return same_lane || before.epoch < epoch_[warp];
   }
-  return before.epoch <= clock_[warp * num_agents_ + before.agent];
+  return before.epoch <= clock_[warp * num_actors_ + before.actor];
 }
 
 // Whether the async proxy sees an ordinary write that `warp` is ordered after.
 bool Races::proxy_fenced(const Record& write, i32 warp) const {
-  if (write.agent >= num_warps_) {
+  if (write.actor >= num_warps_) {
     return true;  // TMA's own
   }
-  if (fences_[write.agent * 32 + write.lane] != write.fences) {
+  if (fences_[write.actor * 32 + write.lane] != write.fences) {
     return true;  // by the writer
   }
-  const u32 fenced = fenced_[warp * num_agents_ + write.agent];
-  return write.agent == warp ? write.epoch < fenced : write.epoch <= fenced;
+  const u32 fenced = fenced_[warp * num_actors_ + write.actor];
+  return write.actor == warp ? write.epoch < fenced : write.epoch <= fenced;
 }
 
 Races::Conflict Races::note(i32 warp, u32 lane_idx, u32 offset, u32 bytes, Access access,
@@ -100,12 +100,12 @@ Races::Conflict Races::note(i32 warp, u32 lane_idx, u32 offset, u32 bytes, Acces
         "wgmma not yet waited for",
         "mbarrier_init of the barrier that lives there",
     };
-    const bool is_tma_load = other.agent >= num_warps_;
+    const bool is_tma_load = other.actor >= num_warps_;
     if (is_tma_load || other.in_flight != InFlight::kNo) {
       what = kPending[static_cast<i32>(is_tma_load ? InFlight::kTmaLoad : other.in_flight)];
     }
     const i32 lane = other.lane == kAnyLane ? 0 : other.lane;
-    const i32 thread_idx = is_tma_load ? -1 : other.agent * 32 + lane;
+    const i32 thread_idx = is_tma_load ? -1 : other.actor * 32 + lane;
     return Conflict{true, what, thread_idx, granule * kGranuleBytes, other.site};
   };
   const bool is_read = access == Access::kRead || access == Access::kTmaStoreIssued ||
@@ -120,7 +120,7 @@ Races::Conflict Races::note(i32 warp, u32 lane_idx, u32 offset, u32 bytes, Acces
                              : access == Access::kMbarrierInit   ? InFlight::kMbarrier
                                                                  : InFlight::kNo;
   const u32 epoch = epoch_[warp];
-  const u8 agent = static_cast<u8>(warp);
+  const u8 actor = static_cast<u8>(warp);
   const u8 fences = lane_idx == kAnyLane ? 0 : fences_[warp * 32 + lane_idx];
   const u32 first = offset / kGranuleBytes;
   const u32 last = (offset + bytes - 1) / kGranuleBytes;
@@ -128,7 +128,7 @@ Races::Conflict Races::note(i32 warp, u32 lane_idx, u32 offset, u32 bytes, Acces
     Record& write = writes_[granule];
     Record* reads = &reads_[static_cast<size_t>(granule) * num_warps_];
     if (access == Access::kCopyDone) {  // the thread that issued it waited: an ordinary write now
-      write = Record{epoch, agent, static_cast<u8>(lane_idx), InFlight::kNo, fences, site};
+      write = Record{epoch, actor, static_cast<u8>(lane_idx), InFlight::kNo, fences, site};
       continue;
     }
     if (write.epoch > base_epoch_) {
@@ -147,7 +147,7 @@ Races::Conflict Races::note(i32 warp, u32 lane_idx, u32 offset, u32 bytes, Acces
       }
       const bool together = read.epoch == epoch && read.lane != lane_idx;
       read =
-          Record{epoch, agent, static_cast<u8>(together ? kAnyLane : lane_idx), in_flight, 0, site};
+          Record{epoch, actor, static_cast<u8>(together ? kAnyLane : lane_idx), in_flight, 0, site};
       continue;
     }
     for (i32 reader = 0; reader < num_warps_; ++reader) {
@@ -157,38 +157,38 @@ Races::Conflict Races::note(i32 warp, u32 lane_idx, u32 offset, u32 bytes, Acces
         return conflict(read, "read", granule);
       }
     }
-    write = Record{epoch, agent, static_cast<u8>(lane_idx), in_flight, fences, site};
+    write = Record{epoch, actor, static_cast<u8>(lane_idx), in_flight, fences, site};
   }
   return Conflict{};
 }
 
 void Races::barrier_arrived(i32 barrier, i32 warp) {
-  u32* joined = &joined_[barrier * num_agents_];
-  join(joined, &known(warp, 0), num_agents_);
+  u32* joined = &joined_[barrier * num_actors_];
+  join(joined, &known(warp, 0), num_actors_);
   joined[warp] = std::max(joined[warp], epoch_[warp]);
   ++epoch_[warp];
 }
 
 void Races::barrier_released(i32 barrier, u32 waiting_warps) {
-  u32* joined = &joined_[barrier * num_agents_];
+  u32* joined = &joined_[barrier * num_actors_];
   for (i32 warp = 0; warp < num_warps_; ++warp) {
     if ((waiting_warps >> warp & 1u) != 0) {
-      join(&known(warp, 0), joined, num_agents_);
+      join(&known(warp, 0), joined, num_actors_);
     }
   }
-  std::fill_n(joined, num_agents_, base_epoch_);
+  std::fill_n(joined, num_actors_, base_epoch_);
 }
 
 Races::Clock Races::clock_of(i32 warp) const {
-  const u32* row = &clock_[warp * num_agents_];
-  Clock clock(row, row + num_agents_);
+  const u32* row = &clock_[warp * num_actors_];
+  Clock clock(row, row + num_actors_);
   clock[warp] = epoch_[warp];
   return clock;
 }
 
 void Races::release(i32 warp, Clock& into) {
-  into.resize(num_agents_, base_epoch_);
-  join(into.data(), clock_of(warp).data(), num_agents_);
+  into.resize(num_actors_, base_epoch_);
+  join(into.data(), clock_of(warp).data(), num_actors_);
   ++epoch_[warp];
 }
 
@@ -197,24 +197,24 @@ void Races::acquire(i32 warp, const Clock& from) {
 }
 
 void Races::phase_completed(i32 mbarrier, u32 phase, Clock& clock) {
-  clock.resize(num_agents_, base_epoch_);
+  clock.resize(num_actors_, base_epoch_);
   last_phase_epoch_ = std::max(last_phase_epoch_, base_epoch_ + 1 + phase);
   clock[num_warps_ + mbarrier] = base_epoch_ + 1 + phase;
 }
 
 void Races::tma_landed(u32 offset, u32 bytes, i32 mbarrier, u32 phase, const Site& site) {
   last_phase_epoch_ = std::max(last_phase_epoch_, base_epoch_ + 1 + phase);
-  const u8 agent = static_cast<u8>(num_warps_ + mbarrier);
+  const u8 actor = static_cast<u8>(num_warps_ + mbarrier);
   const u32 last = (offset + bytes - 1) / kGranuleBytes;
   for (u32 granule = offset / kGranuleBytes; granule <= last; ++granule) {
-    writes_[granule] = Record{base_epoch_ + 1 + phase, agent, 0, InFlight::kNo, 0, site};
+    writes_[granule] = Record{base_epoch_ + 1 + phase, actor, 0, InFlight::kNo, 0, site};
   }
 }
 
 void Races::fence_proxy_async(i32 warp, u32 lane_idx) {
   ++fences_[warp * 32 + lane_idx];
   const Clock clock = clock_of(warp);
-  std::copy(clock.begin(), clock.end(), &fenced_[warp * num_agents_]);
+  std::copy(clock.begin(), clock.end(), &fenced_[warp * num_actors_]);
 }
 
 }  // namespace flash_sim

@@ -63,7 +63,7 @@ class Races {
   using Clock = std::vector<u32>;
   u32 epoch(i32 warp) const { return epoch_[warp]; }
   bool knows(i32 warp, i32 other, u32 epoch) const {
-    return warp == other ? epoch < epoch_[warp] : epoch <= clock_[warp * num_agents_ + other];
+    return warp == other ? epoch < epoch_[warp] : epoch <= clock_[warp * num_actors_ + other];
   }
   Clock clock_of(i32 warp) const;  // with its own present epoch
   void release(i32 warp, Clock& into);
@@ -79,7 +79,7 @@ class Races {
   enum class InFlight : u8 { kNo, kCpAsync, kTmaLoad, kTmaStore, kWgmma, kMbarrier };
   struct Record {
     u32 epoch = 0;
-    u8 agent = 0;  // warp, or number of warps + mbarrier
+    u8 actor = 0;  // warp, or number of warps + mbarrier
     u8 lane = 0;
     InFlight in_flight = InFlight::kNo;  // asynchronous and not yet waited for
     u8 fences = 0;                       // proxy fences of this thread before it, modulo 256
@@ -87,20 +87,20 @@ class Races {
   };
   bool ordered(const Record& before, i32 warp, u32 lane_idx) const;
   bool proxy_fenced(const Record& write, i32 warp) const;
-  u32& known(i32 warp, i32 agent) { return clock_[warp * num_agents_ + agent]; }
+  u32& known(i32 warp, i32 actor) { return clock_[warp * num_actors_ + actor]; }
 
   bool enabled_ = false;
   i32 num_warps_ = 0;
-  i32 num_agents_ = 0;
+  i32 num_actors_ = 0;
   u32 base_epoch_ = 0;          // all epochs up to here belong to earlier CTAs
   u32 last_phase_epoch_ = 0;    // of any mbarrier
   std::vector<Record> writes_;  // [granule]
   std::vector<Record> reads_;   // [granule][warp]
   std::vector<u32> epoch_;      // [warp]
-  std::vector<u32> clock_;      // [warp][agent]
-  std::vector<u32> fenced_;     // [warp][agent]: its clock at its last proxy fence
+  std::vector<u32> clock_;      // [warp][actor]
+  std::vector<u32> fenced_;     // [warp][actor]: its clock at its last proxy fence
   std::vector<u8> fences_;      // [thread]: proxy fences so far, modulo 256
-  std::vector<u32> joined_;     // [barrier][agent]: clocks of those that have arrived
+  std::vector<u32> joined_;     // [barrier][actor]: clocks of those that have arrived
 };
 
 }  // namespace flash_sim
