@@ -203,6 +203,9 @@ struct Consumer {
 
   // rS -> P in two bytes an element, where issue_output() takes it from.
   DEVICE void pack_p() {
+    constexpr i32 kUnits = ChunkP::kCols / 8;
+    const u32 first_unit =
+        ChunkP::unit_address(p_tile(), warp_idx * 16 + lane_idx % 16, lane_idx / 16);
 #pragma unroll
     for (i32 i = 0; i < kRegsS; i += 8) {
       u32(&words)[4] = rP[i / 8];
@@ -211,11 +214,9 @@ struct Consumer {
         words[j] = pack2<Cfg::kBf16>(rS[i + 2 * j], rS[i + 2 * j + 1]);
       }
       if constexpr (Cfg::kPInSmem) {
-        constexpr i32 kUnits = ChunkP::kCols / 8;
         const i32 unit = i / 4;  // of eight columns
         stmatrix_x4(
-            ChunkP::unit_address(p_tile() + u32(unit / kUnits * kPChunkBytes),
-                                 warp_idx * 16 + lane_idx % 16, unit % kUnits + lane_idx / 16),
+            ChunkP::unit_at(first_unit, unit % kUnits) + u32(unit / kUnits * kPChunkBytes),
             words[0], words[1], words[2], words[3]);
       }
     }

@@ -86,6 +86,9 @@ struct Epilogue {
       // A warp's rows of O lie over other warps' rows of Q or P.
       named_barrier_sync(kBarOutput + wg_idx, 128);
     }
+    constexpr i32 kUnits = ChunkV::kCols / 8;
+    const u32 first_unit =
+        ChunkV::unit_address(slice, warp_idx * 16 + lane_idx % 16, lane_idx / 16);
 #pragma unroll
     for (i32 i = 0; i < kRegsO; i += 8) {
       u32 words[4];
@@ -97,11 +100,8 @@ struct Epilogue {
         words[j] = pack2<Cfg::kBf16>(lo, hi);
       }
       const i32 unit = i / 4;  // of eight columns
-      constexpr i32 kUnits = ChunkV::kCols / 8;
-      stmatrix_x4(
-          ChunkV::unit_address(slice + u32(unit / kUnits * kOChunkBytes),
-                               warp_idx * 16 + lane_idx % 16, unit % kUnits + lane_idx / 16),
-          words[0], words[1], words[2], words[3]);
+      stmatrix_x4(ChunkV::unit_at(first_unit, unit % kUnits) + u32(unit / kUnits * kOChunkBytes),
+                  words[0], words[1], words[2], words[3]);
     }
     fence_proxy_async_shared();
     named_barrier_sync(kBarOutput + wg_idx, 128);

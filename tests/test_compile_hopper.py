@@ -23,9 +23,6 @@ MAX_SECONDS = 15.0  # on a machine shared by others; alone it is below 5
 SERIALISED = re.compile(r"C75(10|12|14|15|16|17|18|20)|instructions are serialized")
 FEATURE_NAMES = [name for name in FEATURES if name != "dmask"]
 MAY_SPILL = {"everything"}
-# Between query tiles: with P in shared memory O and S alone fill the registers of a consumer. By
-# keys of a tile; other tiles with P there may not spill.
-SPILL_WITH_P_IN_SMEM = {128: 8, 192: 96}
 WIDE_PAIRS = [(256, 256), (64, 512)]
 UNTUNED_PAIRS = [(16, 16), (80, 80), (112, 48), (160, 224), (256, 64), (72, 200)]
 
@@ -53,8 +50,7 @@ def check_named(dims: tuple[int, int], feature: str, dtype: str) -> None:
 
 
 def check_tile(spec: KernelSpec, feature: str) -> None:
-    allowed = SPILL_WITH_P_IN_SMEM.get(int(spec["block_n"]), 0) if spec["p_in_smem"] else 0
-    check(spec, 64 if feature in MAY_SPILL else allowed)
+    check(spec, 64 if feature in MAY_SPILL else 0)
 
 
 def params(pairs: list[tuple[int, int]], features: list[str], dtypes: list[str]):

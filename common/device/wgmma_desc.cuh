@@ -28,6 +28,12 @@ struct SwizzledChunk {
     return swizzled(chunk + static_cast<u32>(row * kSwizzleBytes + unit * 16));
   }
 
+  // In the same row as unit u at `unit_addr`: the address of unit u ^ distance. A loop over units
+  // so keeps one address, where unit_address() would need as many as there are units.
+  DEVICE static u32 unit_at(u32 unit_addr, i32 distance) {
+    return unit_addr ^ static_cast<u32>(distance * 16);
+  }
+
   // Descriptor of a K-major operand whose first 16 columns are those at `addr`: a chunk's address,
   // plus 32 per earlier step of 16 columns in that chunk. Rows of one chunk follow each other.
   DEVICE static u64 k_major(u32 addr) { return descriptor(addr, 16, kAtomBytes); }
