@@ -253,11 +253,12 @@ DEVICE void multiply_keys(f32 (&rS)[kMTiles][kNTilesS][4], const WarpState& stat
   clear(rS);
   const i32 first_col = Cfg::kQv ? lane.col_warp * kDepthQk : 0;
   gemm_abt<Cfg::kBf16, LayoutK, kDepthQk>(
-      rS, sK + lane_offset_b<LayoutK>(lane.lane_idx) + u32(first_col * kElemBytes), load,
-      each_step);
+      rS, LayoutK::moved(sK + lane_offset_b<LayoutK>(lane.lane_idx), 0, first_col * kElemBytes),
+      load, each_step);
   if constexpr (Cfg::kQv) {
     gemm_abt<Cfg::kBf16, LayoutV, kDepthQv>(
-        rS, sV + lane_offset_b<LayoutV>(lane.lane_idx) + u32(lane.warp_col * kElemBytes),
+        rS,
+        LayoutV::moved(sV + lane_offset_b<LayoutV>(lane.lane_idx), 0, lane.warp_col * kElemBytes),
         [&](u32(&rA)[4], i32 m, i32 k) { load(rA, m, kDepthQk / 16 + k); }, each_step);
   }
 }
@@ -266,7 +267,9 @@ DEVICE void multiply_keys(f32 (&rS)[kMTiles][kNTilesS][4], const WarpState& stat
 DEVICE void multiply_values(WarpState& state, const f32 (&rP)[kMTiles][kNTilesS][4],
                             const Lane& lane, u32 sV) {
   gemm_ab<Cfg::kBf16, LayoutV, Cfg::kBlockN>(
-      state.rO, sV + lane_offset_b_trans<LayoutV>(lane.lane_idx) + u32(lane.warp_col * kElemBytes),
+      state.rO,
+      LayoutV::moved(sV + lane_offset_b_trans<LayoutV>(lane.lane_idx), 0,
+                     lane.warp_col * kElemBytes),
       [&](u32(&rA)[4], i32 m, i32 k) { accumulator_as_a<Cfg::kBf16>(rA, rP, m, k); }, [](i32) {});
 }
 
@@ -393,14 +396,19 @@ flash2_decode(GRID_CONSTANT DecodeParams p) {
              refill(i - 1);
            }
          });
-    cp_async_wait_group<Cfg::kNumStages - 2>();
+    if (Cfg::kWgmma || !p.refill_first) {
+      cp_async_wait_group<Cfg::kNumStages - 2>();
+    }
     if constexpr (Cfg::kWgmma) {
       fence_proxy_async_shared();
     }
-    lane.team_sync();  // tile i + 1 has landed for the team, which is done with
-                       // tile i
+    lane.team_sync();  // the team is done with tile i; unless refill_first, i + 1 has landed
     if constexpr (!Cfg::kWgmma) {
       refill(i);
+      if (p.refill_first) {
+        cp_async_wait_group<Cfg::kNumStages - 1>();
+        lane.team_sync();
+      }
     }
   }
 

@@ -324,6 +324,7 @@ class DecodePlan:
             "tiles_per_sequence": max(1, self.num_tiles // p.batch),
             "num_splits": self.num_splits,
             "num_mergers": self.num_mergers,
+            "refill_first": int(self.grid <= num_sms(self.target)),
             "batch": p.batch,
             "seqlen_q": p.seqlen_q,
             "seqlen_k": p.seqlen_k,

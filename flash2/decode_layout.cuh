@@ -12,12 +12,15 @@
 // there are whole ones.
 constexpr i32 kQkColumnMultiple = Cfg::kQv ? 16 * Cfg::kColWarps : 16;
 constexpr i32 kQkWgmmaMultiple = Cfg::kHeadDimQk > 64 ? 64 * Cfg::kColWarps : 64;
-template <i32 kRows, i32 kHeadDim, i32 kColumnMultiple, i32 kWgmmaMultiple>
-using Layout = Select<Cfg::kWgmma, SwizzledTileLayout<kRows, kHeadDim, kWgmmaMultiple>,
-                      TileLayout<kRows, kHeadDim, kColumnMultiple>>;
-using LayoutQ = Layout<Cfg::kBlockM, Cfg::kHeadDimQk, kQkColumnMultiple, kQkWgmmaMultiple>;
-using LayoutK = Layout<Cfg::kBlockN, Cfg::kHeadDimQk, kQkColumnMultiple, kQkWgmmaMultiple>;
-using LayoutV = Layout<Cfg::kBlockN, Cfg::kHeadDimV, 16 * Cfg::kColWarps, 64 * Cfg::kColWarps>;
+using LayoutQ =
+    Select<Cfg::kWgmma, SwizzledTileLayout<Cfg::kBlockM, Cfg::kHeadDimQk, kQkWgmmaMultiple>,
+           TileLayout<Cfg::kBlockM, Cfg::kHeadDimQk, kQkColumnMultiple>>;
+template <i32 kHeadDim, i32 kColumnMultiple, i32 kWgmmaMultiple, i32 kParts>
+using KeyLayout = Select<Cfg::kWgmma, SwizzledTileLayout<Cfg::kBlockN, kHeadDim, kWgmmaMultiple>,
+                         CopiedTileLayout<Cfg::kBlockN, kHeadDim, kColumnMultiple, kParts>>;
+using LayoutK =
+    KeyLayout<Cfg::kHeadDimQk, kQkColumnMultiple, kQkWgmmaMultiple, Cfg::kQv ? Cfg::kColWarps : 1>;
+using LayoutV = KeyLayout<Cfg::kHeadDimV, 16 * Cfg::kColWarps, 64 * Cfg::kColWarps, Cfg::kColWarps>;
 using LayoutQv =
     Select<Cfg::kWgmma, InterleavedTileLayout<Cfg::kBlockM, Cfg::kHeadDimV, Cfg::kColWarps>,
            TileLayout<Cfg::kBlockM, Cfg::kHeadDimV, 16 * Cfg::kColWarps>>;
@@ -59,6 +62,7 @@ struct Smem {
   static constexpr u32 kRings = kQv + kQvBytes;            // [team][stage]: K tile, V tile
   static constexpr i32 kFirstStage = Cfg::kWgmma ? 1 : 0;  // that of tile 0
   static_assert(!Cfg::kWgmma || LayoutQv::kBytes - kQvBytes <= kStageBytes);
+  static_assert(kRings % 128 == 0 && kStageBytes % 128 == 0, "lines of LineTileLayout");
   // [warp]: what a warp's columns of Qv and V add to the scores, fragment by
   // fragment, fp32
   static constexpr u32 kScores = kRings + kNumTeams * Cfg::kNumStages * kStageBytes;

@@ -15,7 +15,7 @@ from .._common import arch as arch_table
 from .._common import tuned_tiles
 from .._common.problem import Problem, Target
 from .._common.spec import KernelSpec
-from .tiles import COLUMN_MULTIPLE, ELEM_BYTES, ROW_PAD_BYTES
+from .tiles import COLUMN_MULTIPLE, ELEM_BYTES, ROW_PAD_BYTES, row_bytes
 
 # What the merges have room for (kMaxSplits), and what callers may ask for.
 MAX_SPLITS = 256
@@ -25,6 +25,9 @@ MIN_KEYS_PER_SPLIT = 128
 # A CTA takes about 2.5 us from its start to its first key and from its last key to its end, and the
 # merge of splits about as long: time in which an SM reads this much of the cache (H100).
 OVERHEAD_BYTES = 64 * 1024
+# Keys of a paged split from which a CTA alone on an SM, which waits for page numbers, gets a second
+# one beside it (H200, 8 key heads: 16 x 8192 keys 128 us against 124, 1 x 65536 71 against 68).
+MIN_KEYS_OF_SHARED_SM = 1024
 # As few splits as are this near to the best number. The estimate is no better than that.
 SPLIT_TOLERANCE = 1.05
 
@@ -80,14 +83,16 @@ class DecodeTile:
         if self.wgmma:
             multiple_qk = multiple_v if head_dim_qk > WGMMA_CHUNK else WGMMA_CHUNK
         columns_qk, columns_v = _columns(head_dim_qk, multiple_qk), _columns(head_dim_v, multiple_v)
-        # Rows are padded; for WGMMA swizzled instead.
-        pad = 0 if self.wgmma else ROW_PAD_BYTES
+        pad = 0 if self.wgmma else ROW_PAD_BYTES  # for WGMMA rows are swizzled
         queries = self.block_m * (columns_qk * ELEM_BYTES + pad)
         if self.wgmma:  # the rest of qv gives way to keys
             queries += self.block_m * WGMMA_CHUNK * self.col_warps * ELEM_BYTES
         elif qv:
             queries += self.block_m * (columns_v * ELEM_BYTES + pad)
-        row = (columns_qk + columns_v) * ELEM_BYTES + 2 * pad
+        row = (columns_qk + columns_v) * ELEM_BYTES
+        if not self.wgmma:
+            row = row_bytes(columns_qk, self.col_warps if qv else 1)
+            row += row_bytes(columns_v, self.col_warps)
         rings = self.num_teams * self.num_stages * self.block_n * row
         scores = 0
         if qv and self.col_warps > 1:  # what each warp has of them
@@ -296,7 +301,11 @@ def choose_num_splits(problem: Problem, tile: DecodeTile, num_sms: int) -> int:
     most = max(1, min(MAX_CHOSEN_SPLITS, keys // MIN_KEYS_PER_SPLIT))
     estimates = [estimate(splits) for splits in range(1, most + 1)]
     enough = SPLIT_TOLERANCE * min(estimates)
-    return next(i for i, time in enumerate(estimates, 1) if time <= enough)
+    splits = next(i for i, time in enumerate(estimates, 1) if time <= enough)
+    alone = ctas * splits <= num_sms and tile.min_ctas_per_sm > 1
+    if problem.page_size and alone and keys >= 2 * splits * MIN_KEYS_OF_SHARED_SM:
+        splits = min(2 * splits, most)
+    return splits
 
 
 def partial_columns(head_dim_v: int) -> int:

@@ -17,9 +17,9 @@
 #include "common/device/tile_scheduler.cuh"
 #include "common/ptx/barrier.cuh"
 
-using LayoutQ = TileLayout<Cfg::kBlockM, Cfg::kHeadDimQk>;
-using LayoutK = TileLayout<Cfg::kBlockN, Cfg::kHeadDimQk>;
-using LayoutV = TileLayout<Cfg::kBlockN, Cfg::kHeadDimV>;
+using LayoutQ = CopiedTileLayout<Cfg::kBlockM, Cfg::kHeadDimQk>;
+using LayoutK = CopiedTileLayout<Cfg::kBlockN, Cfg::kHeadDimQk>;
+using LayoutV = CopiedTileLayout<Cfg::kBlockN, Cfg::kHeadDimV>;
 
 // Shared memory in address order.
 struct Smem {
@@ -27,6 +27,7 @@ struct Smem {
   static constexpr u32 kK = kQ + LayoutQ::kBytes;
   static constexpr u32 kV = kK + Cfg::kNumStages * LayoutK::kBytes;
   static constexpr u32 kBytes = kV + Cfg::kNumStages * LayoutV::kBytes;
+  static_assert(kK % 128 == 0 && kV % 128 == 0 && LayoutV::kBytes % 128 == 0);
 };
 static_assert(Smem::kBytes == Cfg::kSmemBytes,
               "flash2/tiles.py and this file agree on shared memory");

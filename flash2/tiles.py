@@ -16,8 +16,10 @@ from .._common.problem import Problem
 from .._common.spec import KernelSpec
 
 ELEM_BYTES = 2
-# tile_copy.cuh: columns are rounded up to the depth of one mma, rows padded against bank conflicts.
+# tile_copy.cuh: columns are rounded up to the depth of one mma; rows are swizzled if they are whole
+# lines of 128 bytes, else padded against bank conflicts.
 COLUMN_MULTIPLE = 16
+LINE_COLUMNS = 64
 ROW_PAD_BYTES = 16
 CHUNK_COLUMNS = 64  # what the threads of a row copy at a time, or twice that
 
@@ -44,9 +46,16 @@ class ForwardTile:
         return self.block_m * row_qk + ring
 
 
+def row_bytes(columns: int, parts: int = 1) -> int:
+    """Of CopiedTileLayout in tile_copy.cuh, whose columns are shared by so many warps."""
+    part = columns // parts
+    whole = part % LINE_COLUMNS == 0 or LINE_COLUMNS % part == 0
+    padding = 0 if columns % LINE_COLUMNS == 0 and whole else ROW_PAD_BYTES
+    return columns * ELEM_BYTES + padding
+
+
 def _row_bytes(head_dim: int) -> int:
-    columns = -(-head_dim // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
-    return columns * ELEM_BYTES + ROW_PAD_BYTES
+    return row_bytes(-(-head_dim // COLUMN_MULTIPLE) * COLUMN_MULTIPLE)
 
 
 def _candidates(problem: Problem) -> Iterator[ForwardTile]:

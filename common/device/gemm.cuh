@@ -1,5 +1,5 @@
-// Tile products of one warp with mma.m16n8k16 on operands in shared memory (TileLayout of
-// tile_copy.cuh).
+// Tile products of one warp with mma.m16n8k16 on operands in shared memory (TileLayout or
+// LineTileLayout of tile_copy.cuh).
 //
 // Fragment of a 16 x 8 product, rD[4]: lane holds rows lane / 4 (elements 0, 1) and lane / 4 + 8
 // (elements 2, 3), columns 2 * (lane % 4) and + 1. A warp's tile is rD[kMTiles][kNTiles][4]:
@@ -23,12 +23,12 @@ DEVICE void clear(f32 (&rD)[kMTiles][kNTiles][4]) {
 // Offset of a lane's ldmatrix row for an A operand, 16 x 16 elements stored row by row.
 template <class Layout>
 DEVICE u32 lane_offset_a(i32 lane_idx) {
-  return u32((lane_idx % 16) * Layout::kRowBytes + (lane_idx / 16) * 16);
+  return Layout::offset(lane_idx % 16, lane_idx / 16 * 16);
 }
 // The same for a B operand stored as rows of n (K in Q K^T): two 8-row n tiles, 16 deep.
 template <class Layout>
 DEVICE u32 lane_offset_b(i32 lane_idx) {
-  return u32((lane_idx % 8 + (lane_idx / 16) * 8) * Layout::kRowBytes + ((lane_idx / 8) % 2) * 16);
+  return Layout::offset(lane_idx % 8 + lane_idx / 16 * 8, lane_idx / 8 % 2 * 16);
 }
 // The same for a B operand stored as rows of k (V in P V), read with ldmatrix.trans: 16 deep, two
 // 8-column n tiles.
@@ -40,14 +40,14 @@ DEVICE u32 lane_offset_b_trans(i32 lane_idx) {
 // rA = the 16 x 16 operand at row tile m and depth step k of a tile.
 template <class Layout>
 DEVICE void load_a(u32 (&rA)[4], u32 s_lane, i32 m, i32 k) {
-  ldmatrix_x4(rA[0], rA[1], rA[2], rA[3], s_lane + u32(m * 16 * Layout::kRowBytes + k * 32));
+  ldmatrix_x4(rA[0], rA[1], rA[2], rA[3], Layout::moved(s_lane, m * 16, k * 32));
 }
 
 // The same of an operand stored transposed, as rows of k; the lane's offset is that of
 // lane_offset_b.
 template <class Layout>
 DEVICE void load_a_trans(u32 (&rA)[4], u32 s_lane, i32 m, i32 k) {
-  ldmatrix_x4_trans(rA[0], rA[1], rA[2], rA[3], s_lane + u32(k * 16 * Layout::kRowBytes + m * 32));
+  ldmatrix_x4_trans(rA[0], rA[1], rA[2], rA[3], Layout::moved(s_lane, k * 16, m * 32));
 }
 
 // rD += A B^T: A from registers or shared memory through load(rA, m, k), B = rows of n in shared
@@ -67,7 +67,7 @@ DEVICE void gemm_abt(f32 (&rD)[kMTiles][kNTiles][4], u32 sB_lane, LoadA load, Ea
 #pragma unroll
     for (i32 n = 0; n < kNTiles; n += 2) {
       u32 rB[4];
-      ldmatrix_x4(rB[0], rB[1], rB[2], rB[3], sB_lane + u32(n * 8 * LayoutB::kRowBytes + k * 32));
+      ldmatrix_x4(rB[0], rB[1], rB[2], rB[3], LayoutB::moved(sB_lane, n * 8, k * 32));
 #pragma unroll
       for (i32 m = 0; m < kMTiles; ++m) {
         mma<kIsBf16>(rD[m][n], rA[m], rB[0], rB[1]);
@@ -93,8 +93,7 @@ DEVICE void gemm_ab(f32 (&rD)[kMTiles][kNTiles][4], u32 sB_lane, LoadA load, Eac
 #pragma unroll
     for (i32 n = 0; n < kNTiles; n += 2) {
       u32 rB[4];
-      ldmatrix_x4_trans(rB[0], rB[1], rB[2], rB[3],
-                        sB_lane + u32(k * 16 * LayoutB::kRowBytes + n * 16));
+      ldmatrix_x4_trans(rB[0], rB[1], rB[2], rB[3], LayoutB::moved(sB_lane, k * 16, n * 16));
 #pragma unroll
       for (i32 m = 0; m < kMTiles; ++m) {
         mma<kIsBf16>(rD[m][n], rA[m], rB[0], rB[1]);

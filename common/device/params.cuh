@@ -208,6 +208,7 @@ struct DecodeParams {
   i32 num_tiles;                  // of all sequences of a unit
   i32 tiles_per_sequence;         // of kBlockM packed rows; not with Cfg::kVarlenQ
   i32 num_splits, num_mergers;    // num_mergers: at most 32, see decode_output.cuh
+  i32 refill_first;  // 1: more bytes on their way, for CTAs alone on an SM; 0: not; same results
   // For divide() of elem.cuh: by the above and by the query heads of a K head and of a V head.
   u64 by_units, by_heads_per_unit, by_tiles, by_tiles_per_sequence, by_splits, by_khead, by_vhead;
 

@@ -21,7 +21,9 @@ struct SwizzledTileLayout {
     return Chunk::unit_address(u32(column_bytes / kRowBytes * kChunkBytes), row,
                                column_bytes % kRowBytes / 16);
   }
-  DEVICE static constexpr i32 columns_on(i32 bytes) { return bytes / kRowBytes * kChunkBytes; }
+  DEVICE static u32 moved(u32 addr, i32 rows, i32 column_bytes) {
+    return addr + u32(rows * kRowBytes + column_bytes / kRowBytes * kChunkBytes);
+  }
 
   // B operand whose depth are the columns from `column` on, a multiple of 16 (K
   // in Q K^T), and where its depth step k is.
@@ -44,9 +46,10 @@ struct InterleavedTileLayout : SwizzledTileLayout<kRows_, kHeadDim, 64 * kParts>
   using Tile = SwizzledTileLayout<kRows_, kHeadDim, 64 * kParts>;
   static constexpr i32 kPartChunks = Tile::kBytes / Tile::kChunkBytes / kParts;
 
-  DEVICE static constexpr i32 columns_on(i32 bytes) {
-    const i32 chunk = bytes / Tile::kRowBytes;
-    return (chunk % kPartChunks * kParts + chunk / kPartChunks) * Tile::kChunkBytes;
+  DEVICE static u32 moved(u32 addr, i32 rows, i32 column_bytes) {
+    const i32 chunk = column_bytes / Tile::kRowBytes;
+    return addr + u32(rows * Tile::kRowBytes +
+                      (chunk % kPartChunks * kParts + chunk / kPartChunks) * Tile::kChunkBytes);
   }
   // Chunk `chunk` of a part.
   DEVICE static u32 part_chunk(u32 s_tile, i32 part, i32 chunk) {

@@ -21,10 +21,43 @@ struct TileLayout {
   DEVICE static u32 offset(i32 row, i32 column_bytes) {
     return u32(row * kRowBytes + column_bytes);
   }
-  // From a place in a row to that so many bytes on, both multiples of what a group of threads
-  // copies.
-  DEVICE static constexpr i32 columns_on(i32 bytes) { return bytes; }
+  // From the address of a place to that of the place `rows` and `column_bytes` on.
+  DEVICE static u32 moved(u32 addr, i32 rows, i32 column_bytes) {
+    return addr + u32(rows * kRowBytes + column_bytes);
+  }
 };
+
+// The same without padding, for rows of whole 128-byte lines: 16-byte unit u of a line is at u ^
+// (row % 8), which serves ldmatrix as well. A line of a padded row lies across two lines of shared
+// memory, and so cp.async fetches it by two or three requests to L2 instead of one. Begins at a
+// multiple of 128 bytes.
+template <i32 kRows_, i32 kHeadDim, i32 kColumnMultiple = 16>
+struct LineTileLayout {
+  static constexpr i32 kRows = kRows_;
+  static constexpr i32 kCols = round_up(kHeadDim, kColumnMultiple);
+  static constexpr i32 kRowBytes = kCols * kElemBytes;
+  static constexpr i32 kBytes = kRows * kRowBytes;
+  static_assert(kRowBytes % 128 == 0);
+
+  DEVICE static u32 offset(i32 row, i32 column_bytes) {
+    return u32(row * kRowBytes + (column_bytes ^ (row % 8 * 16)));
+  }
+  // The place has zeros where rows % 8, or column_bytes % 128, has ones: nothing is carried.
+  DEVICE static u32 moved(u32 addr, i32 rows, i32 column_bytes) {
+    return (addr ^ u32((column_bytes % 128) ^ (rows % 8 * 16))) +
+           u32(rows * kRowBytes + column_bytes / 128 * 128);
+  }
+};
+
+// Whether tiles have lines: not if a warp's columns, of kParts that share them, begin in the middle
+// of a line and end in another. tiles.py has the same rule.
+DEVICE constexpr bool has_lines(i32 columns, i32 parts) {
+  return columns % 64 == 0 && (columns / parts % 64 == 0 || 64 % (columns / parts) == 0);
+}
+template <i32 kRows, i32 kHeadDim, i32 kColumnMultiple = 16, i32 kParts = 1>
+using CopiedTileLayout = Select<has_lines(round_up(kHeadDim, kColumnMultiple), kParts),
+                                LineTileLayout<kRows, kHeadDim, kColumnMultiple>,
+                                TileLayout<kRows, kHeadDim, kColumnMultiple>>;
 
 // Copies one tile global -> shared with kThreads threads in pieces of kVectorBytes (16, 8, 4 or 2):
 // the largest that the caller's pointers and strides are aligned to. 16, 8 and 4 are cp.async (the
@@ -98,8 +131,7 @@ struct TileCopy {
         const char* g = address(pass);
 #pragma unroll
         for (i32 i = chunk * kVectors; i < (chunk + 1) * kVectors; ++i) {
-          copy_vector(s + pass * kRowsPerPass * Layout::kRowBytes +
-                          Layout::columns_on(i * kThreadsPerRow * kVectorBytes),
+          copy_vector(Layout::moved(s, pass * kRowsPerPass, i * kThreadsPerRow * kVectorBytes),
                       g + i * kThreadsPerRow * kVectorBytes,
                       thread_row + pass * kRowsPerPass < num_rows ? valid_bytes(i) : 0);
         }
