@@ -108,7 +108,7 @@ def _backward_registers(tile: BackwardTile, problem: Problem) -> int:
 
 
 def _backward_space(problem: Problem, arch: str) -> Iterator[BackwardTile]:
-    rotate = bwd_tiles.rotates(problem)
+    rotate, lines = bwd_tiles.rotates(problem), bwd_tiles.gains_by_lines(problem)
     for warps, block_m, block_n, split in product(
         (4, 8), (32, 64, 128), (32, 64, 96, 128, 192), (False, True)
     ):
@@ -126,7 +126,7 @@ def _backward_space(problem: Problem, arch: str) -> Iterator[BackwardTile]:
                 for ctas in (1, 2, 3):
                     tile = BackwardTile(
                         block_m, block_n, warps, s_warps, kv_warps, dq_warps, sub_m, stages_q,
-                        stages_do, stages_ds, keep_k, keep_v, rotate, ctas, split,
+                        stages_do, stages_ds, keep_k, keep_v, rotate, ctas, split, lines,
                     )  # fmt: skip
                     if bwd_tiles.refuses_tile(tile, problem, arch) is None:
                         budget = register_budget(arch, 32 * warps, ctas)

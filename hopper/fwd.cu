@@ -215,9 +215,8 @@ struct Consumer {
       }
       if constexpr (Cfg::kPInSmem) {
         const i32 unit = i / 4;  // of eight columns
-        stmatrix_x4(
-            ChunkP::unit_at(first_unit, unit % kUnits) + u32(unit / kUnits * kPChunkBytes),
-            words[0], words[1], words[2], words[3]);
+        stmatrix_x4(ChunkP::unit_at(first_unit, unit % kUnits) + u32(unit / kUnits * kPChunkBytes),
+                    words[0], words[1], words[2], words[3]);
       }
     }
     if constexpr (Cfg::kPInSmem) {

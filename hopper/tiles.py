@@ -93,8 +93,9 @@ ByLength = tuple[tuple[int, ForwardTile], ...]
 
 _THREE_64 = ForwardTile(3, 128, num_stages=3)  # a third softmax hides behind two products
 _TURNS_64 = replace(_THREE_64, ping_pong=True)  # 2k tokens 468 -> 475, causal 16k 521 -> 547
-# TFLOP/s at 8k and 16k: 511 and 536, with 128 keys 494 and 512, at 2k 465 against 468; causal 536 and
-# 547 against 526 and 532 (H200), at 4k 497 against 500. A second Q buffer gains nothing and spills.
+# TFLOP/s at 8k and 16k: 511 and 536, with 128 keys 494 and 512, at 2k 465 against 468; causal 536
+# and 547 against 526 and 532 (H200), at 4k 497 against 500. A second Q buffer gains nothing, and
+# registers spill.
 _LONG_64 = ForwardTile(3, 192, num_q_buffers=1, ping_pong=True, p_in_smem=True)
 _FOUR_64 = ForwardTile(4, 64, num_stages=4)  # the diagonal cuts off less of 64 keys
 # O of 128 columns and S of 128 keys leave three consumers no registers for P. TFLOP/s at 1k, 4k

@@ -7,6 +7,7 @@ failure here is the backward's. Inputs, dout and the memory of the gradients lie
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import cases
 import gradients
@@ -300,11 +301,12 @@ TILES = {
 
 @on_both([Case(causal=True, seqlen_q=150, seqlen_k=170, batch=1).with_dims(64, 64)])
 @pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
+@pytest.mark.parametrize("lines", [False, True], ids=["padded", "lines"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_tiles(runner: Runner, case: Case, tile: BackwardTile, dropout_p: float):
-    """Every way in which warps may divide the work."""
+def test_tiles(runner: Runner, case: Case, tile: BackwardTile, lines: bool, dropout_p: float):
+    """Every way in which warps may divide the work, and both layouts of Q and dO."""
     call = Call(case.but(dropout_p=dropout_p), runner.device)
-    grads, _ = call.run(runner, tile=tile)
+    grads, _ = call.run(runner, tile=replace(tile, lines=lines))
     check(call, grads)
 
 

@@ -30,7 +30,9 @@ DEVICE void accumulate_from_shared(Fragments<kMTilesKv, kNTiles>& rD, u32 sA, u3
   const u32 sA_lane =
       sA + u32(lane.kv_key * LayoutP::kRowBytes) + lane_offset_a<LayoutP>(lane.lane_idx);
   gemm_ab<Cfg::kBf16, LayoutB, Cfg::kBlockM>(
-      rD, sB + u32(lane.kv_part * kNTiles * 16) + lane_offset_b_trans<LayoutB>(lane.lane_idx),
+      rD,
+      LayoutB::moved(sB + lane_offset_b_trans<LayoutB>(lane.lane_idx), 0,
+                     lane.kv_part * kNTiles * 16),
       [&](u32(&rA)[4], i32 m, i32 k) { load_a<LayoutP>(rA, sA_lane, m, k); }, each_step);
 }
 
@@ -40,8 +42,8 @@ DEVICE void accumulate_dq(Fragments<kMTilesDq, kNTilesDq>& rDq, const Lane& lane
                           EachStep each_step = {}) {
   const u32 sDs_lane =
       sDs + u32(lane.dq_query * kElemBytes) + lane_offset_b<LayoutP>(lane.lane_idx);
-  const u32 sK_lane = smem + Smem::kK + u32(lane.dq_part * kNTilesDq * 16) +
-                      lane_offset_b_trans<LayoutK>(lane.lane_idx);
+  const u32 sK_lane = LayoutK::moved(smem + Smem::kK + lane_offset_b_trans<LayoutK>(lane.lane_idx),
+                                     0, lane.dq_part * kNTilesDq * 16);
   gemm_ab<Cfg::kBf16, LayoutK, Cfg::kBlockN>(
       rDq, sK_lane, [&](u32(&rA)[4], i32 m, i32 k) { load_a_trans<LayoutP>(rA, sDs_lane, m, k); },
       each_step);
@@ -112,8 +114,7 @@ DEVICE void store_partial(const Fragments<kMTilesKv, kNTiles>& rD, f32* dst, i32
 template <i32 kHeadDim, class Layout, i32 kNTiles>
 DEVICE void store_gradient_staged(const Fragments<kMTilesKv, kNTiles>& rD, u32 sTile, void* dst,
                                   i64 row_stride, i32 rows, f32 scale, const Lane& lane) {
-  const u32 sPart =
-      sTile + u32(lane.kv_key * Layout::kRowBytes + lane.kv_part * kNTiles * 8 * kElemBytes);
+  const i32 first_byte = lane.kv_part * kNTiles * 8 * kElemBytes;
 #pragma unroll
   for (i32 m = 0; m < kMTilesKv; ++m) {
 #pragma unroll
@@ -121,7 +122,8 @@ DEVICE void store_gradient_staged(const Fragments<kMTilesKv, kNTiles>& rD, u32 s
 #pragma unroll
       for (i32 n = 0; n < kNTiles; ++n) {
         st_shared_u32(
-            sPart + u32(lane.row(m, 2 * half) * Layout::kRowBytes + lane.col(n, 0) * kElemBytes),
+            sTile + Layout::offset(lane.kv_key + lane.row(m, 2 * half),
+                                   first_byte + lane.col(n, 0) * kElemBytes),
             pack2<Cfg::kBf16>(rD[m][n][2 * half] * scale, rD[m][n][2 * half + 1] * scale));
       }
     }
@@ -134,7 +136,7 @@ DEVICE void store_gradient_staged(const Fragments<kMTilesKv, kNTiles>& rD, u32 s
     const i32 row = i / kVectors, vector = i % kVectors;
     if (lane.kv_key + row < rows && (lane.kv_part * kNTiles + vector) * 8 < kHeadDim) {
       store_vector<16>(reinterpret_cast<char*>(g_part + row * row_stride + vector * 8),
-                       sPart + u32(row * Layout::kRowBytes + vector * 16));
+                       sTile + Layout::offset(lane.kv_key + row, first_byte + vector * 16));
     }
   }
 }

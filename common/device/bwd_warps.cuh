@@ -21,11 +21,15 @@ constexpr bool kPInRegisters = kSWarpsM == 1 && kKvWarpsD == 1;
 constexpr bool kDelayedDq = !Cfg::kSplitRoles && kPInRegisters && Cfg::kStagesDs == 2 &&
                             Cfg::kStagesQ == 2 && Cfg::kStagesDo == 2;
 
-using LayoutQ =
-    TileLayout<Cfg::kBlockM, Cfg::kHeadDimQk, 16 * (kKvWarpsD > kDqWarpsD ? kKvWarpsD : kDqWarpsD)>;
-using LayoutK =
-    TileLayout<Cfg::kBlockN, Cfg::kHeadDimQk, 16 * (kKvWarpsD > kDqWarpsD ? kKvWarpsD : kDqWarpsD)>;
-using LayoutDo = TileLayout<Cfg::kBlockM, Cfg::kHeadDimV, 16 * kKvWarpsD>;
+// Of Q and dO, which are copied again and again; kKvWarpsD warps share their columns.
+template <i32 kHeadDim, i32 kColumnMultiple>
+using StreamedLayout =
+    Select<Cfg::kLines, CopiedTileLayout<Cfg::kBlockM, kHeadDim, kColumnMultiple, kKvWarpsD>,
+           TileLayout<Cfg::kBlockM, kHeadDim, kColumnMultiple>>;
+constexpr i32 kQkColumnMultiple = 16 * (kKvWarpsD > kDqWarpsD ? kKvWarpsD : kDqWarpsD);
+using LayoutQ = StreamedLayout<Cfg::kHeadDimQk, kQkColumnMultiple>;
+using LayoutK = TileLayout<Cfg::kBlockN, Cfg::kHeadDimQk, kQkColumnMultiple>;
+using LayoutDo = StreamedLayout<Cfg::kHeadDimV, 16 * kKvWarpsD>;
 using LayoutV = TileLayout<Cfg::kBlockN, Cfg::kHeadDimV, 16 * kKvWarpsD>;
 using LayoutP = TileLayout<Cfg::kBlockN, Cfg::kBlockM>;  // P^T and dS^T
 static_assert(LayoutQ::kCols == Cfg::kAccumColumns,
@@ -45,6 +49,7 @@ struct Smem {
   static constexpr u32 kDs = kPInRegisters ? kP : kP + LayoutP::kBytes;
   static constexpr u32 kDsEnd = kDs + Cfg::kStagesDs * LayoutP::kBytes;
   static constexpr u32 kBytes = kDsEnd > kV + LayoutV::kBytes ? kDsEnd : kV + LayoutV::kBytes;
+  static_assert((kQ | kDo | kV | LayoutQ::kBytes | LayoutDo::kBytes) % 128 == 0, "LineTileLayout");
 };
 static_assert(Smem::kBytes == Cfg::kSmemBytes,
               "flash2/bwd_tiles.py and this file agree on shared memory");
