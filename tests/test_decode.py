@@ -21,7 +21,7 @@ from flash_attn_interface._common.cache_problem import CacheProblem
 from flash_attn_interface._common.check_cache import CacheCall, check_cache
 from flash_attn_interface._common.problem import Target
 from flash_attn_interface._common.sim import launcher as sim_launcher
-from flash_attn_interface._flash2 import decode_merge, decode_tiles
+from flash_attn_interface._flash2 import decode, decode_merge, decode_tiles
 from flash_attn_interface._flash2.cache import CachePlan
 from flash_attn_interface._flash2.decode import DecodePlan
 from flash_attn_interface._flash2.decode_tiles import DecodeTile
@@ -235,6 +235,29 @@ def test_same_call_same_bits(runner: Runner):
     assert torch.equal(first[1], second[1])
 
 
+@pytest.mark.parametrize(
+    "case",
+    [_PAGED, _SPLIT.with_heads(40, 1, 1), _PAGED.with_dims(16, 256), _SPLIT.with_dims(64, 128)],
+    ids=lambda case: case.id,
+)
+def test_refilling_first_changes_no_bit(
+    runner: Runner, case: CacheCase, monkeypatch: pytest.MonkeyPatch
+):
+    """CTAs that are alone on an SM request keys earlier."""
+    tensors = make_cache(case, runner.device)
+    problem = problem_of(case, tensors)
+    expected, _, _ = cache_cases.expect(case, tensors)
+    results = []
+    for num_sms, refills_first in ((1, 0), (10_000, 1)):
+        monkeypatch.setattr(decode, "num_sms", lambda _target, num_sms=num_sms: num_sms)
+        plan = DecodePlan(problem, target_of(runner))
+        assert plan._values()["refill_first"] == refills_first
+        results.append(run_plan(runner, plan, tensors))
+        oracle.check(expected, *results[-1])
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
 # ---- the merge by the last CTA -------------------------------------------------------------------
 
 MERGED = [
@@ -421,6 +444,17 @@ def test_ragged_queries_are_split_like_regular_ones():
     ragged = replace(ragged, seqlen_k=8192, head_dim_qk=128, head_dim_v=128, total_q=16)
     tile = decode_tiles.decode_tile(ragged, "sm_90")
     assert decode_tiles.choose_num_splits(ragged, tile, 132) == 8
+
+
+@pytest.mark.parametrize(("batch", "seqlen_k", "splits"), [(16, 8192, 1), (1, 65536, 16)])
+def test_long_paged_splits_share_an_sm(batch: int, seqlen_k: int, splits: int):
+    problem = replace(forward_of(1, seqlen_k, (32, 8)), batch=batch)
+    tile = decode_tiles.decode_tile(problem, "sm_90")
+    assert decode_tiles.choose_num_splits(problem, tile, 132) == splits
+    paged = replace(problem, page_size=16)
+    assert decode_tiles.choose_num_splits(paged, tile, 132) == 2 * splits
+    short = replace(paged, seqlen_k=1024, batch=16)
+    assert decode_tiles.choose_num_splits(short, tile, 132) == 1
 
 
 def test_windows_and_chunks_limit_splits():
