@@ -11,8 +11,8 @@
 // Change here: pipeline, scores. Change elsewhere: who has which rows and
 // columns, shared memory -> decode_layout.cuh, products by warpgroups
 // (Cfg::kWgmma) -> decode_wgmma.cuh, merges -> decode_output.cuh, what a CTA
-// works on -> decode_work.cuh, pages -> paged_rows.cuh, tile sizes and the
-// number of splits -> decode_tiles.py.
+// works on -> decode_work.cuh, pages -> paged_rows.cuh, tile sizes ->
+// decode_tiles.py, the number of splits -> decode_splits.py.
 #include "prelude.cuh"  // generated for this problem: struct Cfg
 
 #include "common/device/decode_work.cuh"

@@ -1,7 +1,8 @@
 """Launches flash2_decode (decode.cu), and flash2_combine where a merge of splits is too large for
 it: parameters are filled once per problem, pointers patched per call.
 
-Called by `cache.py`. Tile and split choices: `decode_tiles.py`. The large merge: `combine.py`.
+Called by `cache.py`. Tiles: `decode_tiles.py`, splits: `decode_splits.py`. The large merge:
+`combine.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .._common import kernels, launch_counters
 from .._common.cache_problem import CacheProblem
 from .._common.plan_values import TORCH_DTYPES, score_values, template
 from .._common.problem import Target
-from . import decode_merge, decode_tiles, tiles
+from . import decode_merge, decode_splits, decode_tiles, tiles
 from .combine import CombinePlan, CombineProblem, device_of
 
 # What split choices assume when simulated: an A100.
@@ -46,7 +47,7 @@ def chosen_num_splits(
         return problem.num_splits
     tile = tile or decode_tiles.chosen_tile(problem.forward, target)
     sms = max(1, num_sms(target) - problem.sm_margin)
-    return decode_tiles.choose_num_splits(problem.forward, tile, sms)
+    return decode_splits.choose_num_splits(problem.forward, tile, sms)
 
 
 def _chosen_tile(problem: CacheProblem, target: Target) -> decode_tiles.DecodeTile:

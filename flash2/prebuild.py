@@ -18,8 +18,8 @@ from .._common.problem import Problem, Target
 from .._common.spec import KernelSpec
 from .append_tiles import append_spec
 from .bwd_tiles import backward_specs
+from .decode_splits import MAX_CHOSEN_SPLITS
 from .decode_tiles import (
-    MAX_CHOSEN_SPLITS,
     PARTIAL_COLUMN_MULTIPLE,
     chosen_tile,
     combine_spec,

@@ -21,7 +21,7 @@ from flash_attn_interface._common.cache_problem import CacheProblem
 from flash_attn_interface._common.check_cache import CacheCall, check_cache
 from flash_attn_interface._common.problem import Target
 from flash_attn_interface._common.sim import launcher as sim_launcher
-from flash_attn_interface._flash2 import decode, decode_merge, decode_tiles
+from flash_attn_interface._flash2 import decode, decode_merge, decode_splits, decode_tiles
 from flash_attn_interface._flash2.cache import CachePlan
 from flash_attn_interface._flash2.decode import DecodePlan
 from flash_attn_interface._flash2.decode_tiles import DecodeTile
@@ -421,7 +421,7 @@ def test_splits_are_those_that_measured_best(
 ):
     problem = forward_of(batch, seqlen_k, heads)
     tile = decode_tiles.decode_tile(problem, "sm_90")
-    assert decode_tiles.choose_num_splits(problem, tile, 132) in best
+    assert decode_splits.choose_num_splits(problem, tile, 132) in best
 
 
 @pytest.mark.parametrize("num_sms", [84, 108, 132, 188])
@@ -430,8 +430,8 @@ def test_splits_keep_the_sms_busy(num_heads_k: int, num_sms: int):
     for batch, seqlen_k in product((1, 3, 16, 23, 64, 128, 300), (100, 1000, 2048, 8192, 65536)):
         problem = replace(forward_of(1, seqlen_k, (32, num_heads_k)), batch=batch)
         tile = decode_tiles.decode_tile(problem, "sm_90")
-        splits = decode_tiles.choose_num_splits(problem, tile, num_sms)
-        most = max(1, min(decode_tiles.MAX_CHOSEN_SPLITS, seqlen_k // 128))
+        splits = decode_splits.choose_num_splits(problem, tile, num_sms)
+        most = max(1, min(decode_splits.MAX_CHOSEN_SPLITS, seqlen_k // 128))
         assert 1 <= splits <= most
         busy = batch * num_heads_k * splits / num_sms
         assert busy > 0.65 or splits > 0.6 * most, (batch, seqlen_k, splits)
@@ -443,25 +443,25 @@ def test_ragged_queries_are_split_like_regular_ones():
     ragged = problem_of(case, make_cache(case, "cpu")).forward
     ragged = replace(ragged, seqlen_k=8192, head_dim_qk=128, head_dim_v=128, total_q=16)
     tile = decode_tiles.decode_tile(ragged, "sm_90")
-    assert decode_tiles.choose_num_splits(ragged, tile, 132) == 8
+    assert decode_splits.choose_num_splits(ragged, tile, 132) == 8
 
 
 @pytest.mark.parametrize(("batch", "seqlen_k", "splits"), [(16, 8192, 1), (1, 65536, 16)])
 def test_long_paged_splits_share_an_sm(batch: int, seqlen_k: int, splits: int):
     problem = replace(forward_of(1, seqlen_k, (32, 8)), batch=batch)
     tile = decode_tiles.decode_tile(problem, "sm_90")
-    assert decode_tiles.choose_num_splits(problem, tile, 132) == splits
+    assert decode_splits.choose_num_splits(problem, tile, 132) == splits
     paged = replace(problem, page_size=16)
-    assert decode_tiles.choose_num_splits(paged, tile, 132) == 2 * splits
+    assert decode_splits.choose_num_splits(paged, tile, 132) == 2 * splits
     short = replace(paged, seqlen_k=1024, batch=16)
-    assert decode_tiles.choose_num_splits(short, tile, 132) == 1
+    assert decode_splits.choose_num_splits(short, tile, 132) == 1
 
 
 def test_windows_and_chunks_limit_splits():
     problem = forward_of(1, 65536, (32, 8))
     tile = decode_tiles.decode_tile(problem, "sm_90")
-    assert decode_tiles.choose_num_splits(problem, tile, 132) >= 16
+    assert decode_splits.choose_num_splits(problem, tile, 132) >= 16
     windowed = replace(problem, window_left=1023, window_right=0)
-    assert decode_tiles.choose_num_splits(windowed, tile, 132) <= 8
+    assert decode_splits.choose_num_splits(windowed, tile, 132) <= 8
     chunked = replace(problem, attention_chunk=512)
-    assert decode_tiles.choose_num_splits(chunked, tile, 132) <= 4
+    assert decode_splits.choose_num_splits(chunked, tile, 132) <= 4
