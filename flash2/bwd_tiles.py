@@ -14,7 +14,7 @@ from .._common import tuned_tiles
 from .._common.backward_problem import BackwardProblem
 from .._common.problem import Problem
 from .._common.spec import KernelSpec
-from .tiles import ELEM_BYTES, ROW_PAD_BYTES, row_bytes
+from .tiles import ELEM_BYTES, padded_bytes, row_bytes
 
 STAT_BYTES = 4  # lse and D of one query, each
 # Split roles hand P^T over as fp16. Times 2^14 (undone at the end, exactly) its normal numbers
@@ -81,10 +81,10 @@ class BackwardTile:
         columns_qk = _round_up(head_dim_qk, multiple_qk)
         columns_v = _round_up(head_dim_v, multiple_v)
         kv_warps_d = self.role_warps // self.kv_warps_n
-        row_k, row_v = _padded_bytes(columns_qk), _padded_bytes(columns_v)
+        row_k, row_v = padded_bytes(columns_qk), padded_bytes(columns_v)
         row_q = row_bytes(columns_qk, kv_warps_d) if self.lines else row_k
         row_do = row_bytes(columns_v, kv_warps_d) if self.lines else row_v
-        score_tile = self.block_n * _padded_bytes(self.block_m)
+        score_tile = self.block_n * padded_bytes(self.block_m)
         resident = self.block_n * row_k
         streamed = self.stages_q * self.block_m * (row_q + STAT_BYTES)
         streamed += self.stages_do * self.block_m * (row_do + STAT_BYTES)
@@ -96,10 +96,6 @@ class BackwardTile:
 
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
-
-
-def _padded_bytes(columns: int) -> int:
-    return columns * ELEM_BYTES + ROW_PAD_BYTES
 
 
 def _candidates(problem: Problem) -> Iterator[BackwardTile]:
@@ -183,12 +179,15 @@ def rotates(problem: Problem) -> bool:
 
 
 def gains_by_lines(problem: Problem) -> bool:
-    """Whether BackwardTile.lines pays: not where V is the wider one, unless both dims are small.
+    """Whether BackwardTile.lines pays: not where V is the wider one, unless both dims are small,
+    and not at 256 with different numbers of K and V heads.
 
     The addresses take registers, and more of them spill. Measured on an H200, 1k and 16k tokens,
     causal or not: (64,64) 0-3 % faster, (128,128) 0-4, (256,256) 3, (192,128) 0-7, (32,64) -1 to 3;
     (64,128) 1-5 % slower, (128,256) 0-2.
     """
+    if problem.head_dim_v > 192 and problem.qhead_per_khead != problem.qhead_per_vhead:
+        return False
     return problem.head_dim_v <= max(64, problem.head_dim_qk)
 
 

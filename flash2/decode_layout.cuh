@@ -17,7 +17,7 @@ using LayoutQ =
            TileLayout<Cfg::kBlockM, Cfg::kHeadDimQk, kQkColumnMultiple>>;
 template <i32 kHeadDim, i32 kColumnMultiple, i32 kWgmmaMultiple, i32 kParts>
 using KeyLayout = Select<Cfg::kWgmma, SwizzledTileLayout<Cfg::kBlockN, kHeadDim, kWgmmaMultiple>,
-                         CopiedTileLayout<Cfg::kBlockN, kHeadDim, kColumnMultiple, kParts>>;
+                         CopiedTileLayout<true, Cfg::kBlockN, kHeadDim, kColumnMultiple, kParts>>;
 using LayoutK =
     KeyLayout<Cfg::kHeadDimQk, kQkColumnMultiple, kQkWgmmaMultiple, Cfg::kQv ? Cfg::kColWarps : 1>;
 using LayoutV = KeyLayout<Cfg::kHeadDimV, 16 * Cfg::kColWarps, 64 * Cfg::kColWarps, Cfg::kColWarps>;

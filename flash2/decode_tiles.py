@@ -30,7 +30,7 @@ SMEM_PER_BYTE_IN_FLIGHT = 7
 # Registers of a thread that Q and O may take, else Q stays in shared memory. More of them with qv:
 # to read it again for each tile costs half of what reading the keys does. ptxas then spills up to
 # 200 bytes, none of them in the loop.
-MAX_REGISTERS, MAX_REGISTERS_WITH_QV = 128, 200
+MAX_REGISTERS, MAX_REGISTERS_WITH_QV = 128, 160
 
 # Query rows up to which mma.sync is no slower (H100, qv, 64 x 8192 keys: 2.76 TB/s against 2.79
 # with 16 heads, 2.63 against 2.73 with 32, 1.0 against 2.0 with 128).
@@ -140,7 +140,7 @@ def _candidates(problem: Problem, row_warps: int) -> Iterator[DecodeTile]:
     if problem.qv:
         quarter_registers = (problem.head_dim_qk + 3 * problem.head_dim_v) // col_warps
     most_registers = MAX_REGISTERS_WITH_QV if problem.qv else MAX_REGISTERS
-    q_in_registers = quarter_registers <= 4 * most_registers
+    q_in_registers = quarter_registers <= 4 * most_registers and problem.vector_bytes > 2
     sharing = row_warps * col_warps
     shapes = [(4, 2, [(16, 2), (16, 3), (32, 3), (32, 4)])]
     if row_warps > 1:

@@ -17,9 +17,9 @@
 #include "common/device/tile_scheduler.cuh"
 #include "common/ptx/barrier.cuh"
 
-using LayoutQ = CopiedTileLayout<Cfg::kBlockM, Cfg::kHeadDimQk>;
-using LayoutK = CopiedTileLayout<Cfg::kBlockN, Cfg::kHeadDimQk>;
-using LayoutV = CopiedTileLayout<Cfg::kBlockN, Cfg::kHeadDimV>;
+using LayoutQ = CopiedTileLayout<Cfg::kLines, Cfg::kBlockM, Cfg::kHeadDimQk>;
+using LayoutK = CopiedTileLayout<Cfg::kLines, Cfg::kBlockN, Cfg::kHeadDimQk>;
+using LayoutV = CopiedTileLayout<Cfg::kLines, Cfg::kBlockN, Cfg::kHeadDimV>;
 
 // Shared memory in address order.
 struct Smem {

@@ -7,7 +7,7 @@ arch's limits.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 
 from .._common import arch as arch_table
@@ -38,10 +38,15 @@ class ForwardTile:
     # Column chunks in which the first Q and K arrive, the first product behind them; more than one
     # needs one stage and Q in shared memory.
     prologue_chunks: int = 1
+    lines: bool = False  # tiles in shared memory are swizzled, where rows are whole lines
 
     def smem_bytes(self, head_dim_qk: int, head_dim_v: int) -> int:
         """Shared memory of `Smem` in fwd.cu."""
-        row_qk, row_v = _row_bytes(head_dim_qk), _row_bytes(head_dim_v)
+        of_row = row_bytes if self.lines else padded_bytes
+        row_qk, row_v = (
+            of_row(-(-head_dim // COLUMN_MULTIPLE) * COLUMN_MULTIPLE)
+            for head_dim in (head_dim_qk, head_dim_v)
+        )
         ring = self.num_stages * self.block_n * (row_qk + row_v)
         return self.block_m * row_qk + ring
 
@@ -50,12 +55,13 @@ def row_bytes(columns: int, parts: int = 1) -> int:
     """Of CopiedTileLayout in tile_copy.cuh, whose columns are shared by so many warps."""
     part = columns // parts
     whole = part % LINE_COLUMNS == 0 or LINE_COLUMNS % part == 0
-    padding = 0 if columns % LINE_COLUMNS == 0 and whole else ROW_PAD_BYTES
-    return columns * ELEM_BYTES + padding
+    lines = columns % LINE_COLUMNS == 0 and whole
+    return columns * ELEM_BYTES if lines else padded_bytes(columns)
 
 
-def _row_bytes(head_dim: int) -> int:
-    return row_bytes(-(-head_dim // COLUMN_MULTIPLE) * COLUMN_MULTIPLE)
+def padded_bytes(columns: int) -> int:
+    """Of a row of TileLayout."""
+    return columns * ELEM_BYTES + ROW_PAD_BYTES
 
 
 def _candidates(problem: Problem) -> Iterator[ForwardTile]:
@@ -72,7 +78,7 @@ def _candidates(problem: Problem) -> Iterator[ForwardTile]:
     dims (32,64) to (256,256), docs/performance/. Other archs: the same order, by what fits.
     """
     qk, v = problem.head_dim_qk, problem.head_dim_v
-    if v <= 128 and not problem.dropout:
+    if v <= 128 and not problem.dropout and (v <= 64 or problem.vector_bytes > 2):
         in_registers = qk <= 64 and v <= 64
         yield ForwardTile(128, 64, 4, 2, in_registers, min_ctas_per_sm=2, one_barrier=True)
     if v <= 64 and not problem.dropout:
@@ -98,7 +104,8 @@ def prologue_chunks(head_dim_qk: int) -> int:
 def forward_tile(problem: Problem, arch: str) -> ForwardTile:
     """The tile for a problem on an arch ("sm_80")."""
     limits = arch_table.limits(arch)
-    for tile in _candidates(problem):
+    for candidate in _candidates(problem):
+        tile = replace(candidate, lines=gains_by_lines(problem, arch))
         smem = tile.smem_bytes(problem.head_dim_qk, problem.head_dim_v)
         if limits.max_ctas_per_sm(smem, 32 * tile.num_warps) >= tile.min_ctas_per_sm:
             return tile
@@ -106,6 +113,15 @@ def forward_tile(problem: Problem, arch: str) -> ForwardTile:
         f"no forward tile of head dims ({problem.head_dim_qk}, {problem.head_dim_v}) fits "
         f"{limits.name}"
     )
+
+
+def gains_by_lines(problem: Problem, arch: str) -> bool:
+    """Whether ForwardTile.lines pays: not where ptxas then spills more than a few registers, beside
+    the widest V in pages, and on sm_100 at head_dim_v 128. Measured on an H200, 1k and 16k tokens:
+    (256,256) 2-5 % faster, (128,128), (64,128), (128,256) 0-3, (192,128) 0-2, (64,64) -1 to 0."""
+    if problem.page_size and problem.head_dim_v > 192:
+        return False
+    return not (arch.startswith("sm_100") and 64 < problem.head_dim_v <= 128)
 
 
 def refuses_tile(tile: ForwardTile, problem: Problem, arch: str) -> str | None:
@@ -164,6 +180,7 @@ def forward_spec(
         q_in_registers=tile.q_in_registers,
         min_ctas_per_sm=tile.min_ctas_per_sm,
         one_barrier=tile.one_barrier,
+        lines=tile.lines,
         # Each chunk would look its rows' pages up anew.
         prologue_chunks=1 if problem.page_size else tile.prologue_chunks,
         smem_bytes=tile.smem_bytes(problem.head_dim_qk, problem.head_dim_v),

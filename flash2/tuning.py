@@ -51,6 +51,7 @@ def _forward_registers(tile: ForwardTile, problem: Problem) -> int:
 
 
 def _forward_space(problem: Problem, arch: str) -> Iterator[ForwardTile]:
+    lines = tiles.gains_by_lines(problem, arch)
     for warps, rows, block_n, stages, in_registers in product(
         (4, 8), (16, 32), range(16, 193, 16), (1, 2, 3), (False, True)
     ):
@@ -58,7 +59,9 @@ def _forward_space(problem: Problem, arch: str) -> Iterator[ForwardTile]:
             continue  # where larger tiles fit, so small a step is all overhead
         fitting = []
         for ctas in (1, 2, 3, 4):
-            tile = ForwardTile(warps * rows, block_n, warps, stages, in_registers, ctas)
+            tile = ForwardTile(
+                warps * rows, block_n, warps, stages, in_registers, ctas, lines=lines
+            )
             if _forward_registers(tile, problem) <= register_budget(arch, 32 * warps, ctas):
                 if tiles.refuses_tile(tile, problem, arch) is None:
                     fitting.append(tile)

@@ -93,6 +93,7 @@ SAMPLE = [
     *params(["sm_80"], [(128, 128)], ["prefill"], [8]),
     *params(["sm_120"], [(128, 256)], ["causal"], [8]),
     *params(["sm_80"], [(64, 512)], ["plain", "qv"], [1]),
+    *params(["sm_80"], [(96, 192)], ["qv-paged"], [8]),
     *params(["sm_86"], [(64, 512)], ["qv-paged"], [1]),
     *params(["sm_90"], [(64, 512)], ["qv", "qv-128-heads"], [1]),
 ]

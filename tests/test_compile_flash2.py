@@ -131,6 +131,8 @@ SAMPLE = [
     *params(["sm_86"], [(128, 256)], ["causal"], ["bf16"]),
     *params(["sm_90"], [(96, 192)], ["varlen"], ["bf16"]),
     *params(["sm_80"], [(64, 128)], ["paged", "cache"], ["bf16"]),
+    *params(["sm_80"], [(128, 256)], ["paged"], ["bf16"]),
+    *params(["sm_100"], [(128, 128)], ["plain"], ["fp16"]),
     *params(["sm_90"], [(192, 128)], ["paged_varlen"], ["bf16"]),
     *params(["sm_89", "sm_100", "sm_120"], [(128, 128)], ["causal"], ["fp16"]),
 ]

@@ -30,6 +30,7 @@ SAMPLE = [
     ("sm_120", (32, 64), "varlen"),
     ("sm_80", (64, 128), "unequal heads"),
     ("sm_90", (64, 64), "unequal heads"),
+    ("sm_90", (256, 256), "unequal heads"),
 ]
 
 

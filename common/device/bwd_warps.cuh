@@ -24,8 +24,7 @@ constexpr bool kDelayedDq = !Cfg::kSplitRoles && kPInRegisters && Cfg::kStagesDs
 // Of Q and dO, which are copied again and again; kKvWarpsD warps share their columns.
 template <i32 kHeadDim, i32 kColumnMultiple>
 using StreamedLayout =
-    Select<Cfg::kLines, CopiedTileLayout<Cfg::kBlockM, kHeadDim, kColumnMultiple, kKvWarpsD>,
-           TileLayout<Cfg::kBlockM, kHeadDim, kColumnMultiple>>;
+    CopiedTileLayout<Cfg::kLines, Cfg::kBlockM, kHeadDim, kColumnMultiple, kKvWarpsD>;
 constexpr i32 kQkColumnMultiple = 16 * (kKvWarpsD > kDqWarpsD ? kKvWarpsD : kDqWarpsD);
 using LayoutQ = StreamedLayout<Cfg::kHeadDimQk, kQkColumnMultiple>;
 using LayoutK = TileLayout<Cfg::kBlockN, Cfg::kHeadDimQk, kQkColumnMultiple>;

@@ -49,13 +49,13 @@ struct LineTileLayout {
   }
 };
 
-// Whether tiles have lines: not if a warp's columns, of kParts that share them, begin in the middle
-// of a line and end in another. tiles.py has the same rule.
+// Lines where that is wanted (kLines) and possible: not if a warp's columns, of kParts that share
+// them, begin in the middle of a line and end in another. tiles.py has the same rule.
 DEVICE constexpr bool has_lines(i32 columns, i32 parts) {
   return columns % 64 == 0 && (columns / parts % 64 == 0 || 64 % (columns / parts) == 0);
 }
-template <i32 kRows, i32 kHeadDim, i32 kColumnMultiple = 16, i32 kParts = 1>
-using CopiedTileLayout = Select<has_lines(round_up(kHeadDim, kColumnMultiple), kParts),
+template <bool kLines, i32 kRows, i32 kHeadDim, i32 kColumnMultiple = 16, i32 kParts = 1>
+using CopiedTileLayout = Select<kLines && has_lines(round_up(kHeadDim, kColumnMultiple), kParts),
                                 LineTileLayout<kRows, kHeadDim, kColumnMultiple>,
                                 TileLayout<kRows, kHeadDim, kColumnMultiple>>;
 
