@@ -78,7 +78,9 @@ def _candidates(problem: Problem) -> Iterator[ForwardTile]:
     dims (32,64) to (256,256), docs/performance/. Other archs: the same order, by what fits.
     """
     qk, v = problem.head_dim_qk, problem.head_dim_v
-    if v <= 128 and not problem.dropout and (v <= 64 or problem.vector_bytes > 2):
+    # Odd dims are copied by two bytes, through registers: 64 keys spill too much beside that.
+    even = qk % 2 == v % 2 == 0
+    if v <= 128 and not problem.dropout and (v <= 64 or even):
         in_registers = qk <= 64 and v <= 64
         yield ForwardTile(128, 64, 4, 2, in_registers, min_ctas_per_sm=2, one_barrier=True)
     if v <= 64 and not problem.dropout:
