@@ -79,8 +79,9 @@ class DecodeTile:
             queries += self.block_m * WGMMA_CHUNK * self.col_warps * ELEM_BYTES
         elif qv:
             queries += self.block_m * (columns_v * ELEM_BYTES + pad)
-        row = (columns_qk + columns_v) * ELEM_BYTES
-        if not self.wgmma:
+        if self.wgmma:
+            row = (columns_qk + columns_v) * ELEM_BYTES
+        else:
             row = row_bytes(columns_qk, self.col_warps if qv else 1)
             row += row_bytes(columns_v, self.col_warps)
         rings = self.num_teams * self.num_stages * self.block_n * row

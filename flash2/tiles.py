@@ -105,24 +105,30 @@ def prologue_chunks(head_dim_qk: int) -> int:
 
 def forward_tile(problem: Problem, arch: str) -> ForwardTile:
     """The tile for a problem on an arch ("sm_80")."""
-    limits = arch_table.limits(arch)
     for candidate in _candidates(problem):
         tile = replace(candidate, lines=gains_by_lines(problem, arch))
-        smem = tile.smem_bytes(problem.head_dim_qk, problem.head_dim_v)
-        if limits.max_ctas_per_sm(smem, 32 * tile.num_warps) >= tile.min_ctas_per_sm:
-            return tile
+        if _fits(tile, problem, arch):
+            # Pages beside the widest V leave no registers for lines. The rest of a tile may not
+            # depend on pages: they promise the bits of packed keys, whatever the layout.
+            padded = replace(tile, lines=False)
+            few_registers = problem.page_size > 0 and problem.head_dim_v > 192
+            return padded if few_registers and _fits(padded, problem, arch) else tile
     raise NotImplementedError(
         f"no forward tile of head dims ({problem.head_dim_qk}, {problem.head_dim_v}) fits "
-        f"{limits.name}"
+        f"{arch_table.limits(arch).name}"
     )
 
 
+def _fits(tile: ForwardTile, problem: Problem, arch: str) -> bool:
+    smem = tile.smem_bytes(problem.head_dim_qk, problem.head_dim_v)
+    fitting = arch_table.limits(arch).max_ctas_per_sm(smem, 32 * tile.num_warps)
+    return fitting >= tile.min_ctas_per_sm
+
+
 def gains_by_lines(problem: Problem, arch: str) -> bool:
-    """Whether ForwardTile.lines pays: not where ptxas then spills more than a few registers, beside
-    the widest V in pages, and on sm_100 at head_dim_v 128. Measured on an H200, 1k and 16k tokens:
-    (256,256) 2-5 % faster, (128,128), (64,128), (128,256) 0-3, (192,128) 0-2, (64,64) -1 to 0."""
-    if problem.page_size and problem.head_dim_v > 192:
-        return False
+    """Whether ForwardTile.lines pays: not on sm_100 at head_dim_v 128, where ptxas then spills.
+    Measured on an H200, 1k and 16k tokens: (256,256) 2-5 % faster, (128,128), (64,128), (128,256)
+    0-3, (192,128) 0-2, (64,64) -1 to 0."""
     return not (arch.startswith("sm_100") and 64 < problem.head_dim_v <= 128)
 
 

@@ -7,6 +7,8 @@ all.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from cases import EQUAL_PAIRS, NAMED_PAIRS, ODD_PAIRS
 
@@ -189,6 +191,17 @@ def test_same_problem_same_spec():
     )
     assert first == second
     assert hash(first) == hash(second)
+
+
+@pytest.mark.parametrize("arch", arch_table.known_archs())
+def test_pages_change_no_more_of_a_tile_than_its_layout(arch: str):
+    """They promise the bits of packed keys, which a tile's sizes and order decide."""
+    for head_dim_qk in range(8, 257, 8):
+        for head_dim_v in range(8, 257, 8):
+            packed = problem((head_dim_qk, head_dim_v), "plain", "bf16")
+            paged = tiles.forward_tile(replace(packed, page_size=16), arch)
+            expected = tiles.forward_tile(packed, arch)
+            assert replace(paged, lines=False) == replace(expected, lines=False)
 
 
 @pytest.mark.parametrize("arch", arch_table.known_archs())
