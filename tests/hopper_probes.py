@@ -48,12 +48,14 @@ def run(
     tensors: Sequence[Tensor] = (),
     *,
     grid: int = 1,
+    programmatic: bool = False,
+    synchronize: bool = True,
     which: int = 0,
     box_from: Sequence[int] = (),
     box_to: Sequence[int] = (),
     **constants: bool | int,
 ) -> None:
-    """Runs the CTAs and waits for them. tensors: those behind the maps."""
+    """Runs the CTAs and waits for them, if told to. tensors: those behind the maps."""
     defaults: dict[str, bool | int] = {"num_threads": 32, "min_ctas_per_sm": 1, "smem_bytes": 0}
     spec = KernelSpec.make(
         f"tests/kernels/{name}.cu", name, "HopperProbeParams", ARCH, **{**defaults, **constants}
@@ -69,11 +71,13 @@ def run(
     if runner.name == "sim":
         from flash_attn_interface._common.sim.launcher import SimKernel
 
-        SimKernel(spec).launch(grid, block.address, (data, out, *tensors))
+        SimKernel(spec).launch(grid, block.address, (data, out, *tensors), programmatic)
         return
     from flash_attn_interface._common.driver import device_kernel
 
     device = torch.cuda.current_device()
     stream = torch.cuda.current_stream().cuda_stream
-    device_kernel(spec, device).launch(grid, block.kernel_params_address, stream)
-    torch.cuda.synchronize()
+    kernel = device_kernel(spec, device)
+    kernel.launch(grid, block.kernel_params_address, stream, programmatic)
+    if synchronize:
+        torch.cuda.synchronize()

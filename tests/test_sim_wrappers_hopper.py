@@ -176,6 +176,23 @@ def test_bulk_copies_load_and_add(hopper: Runner, row: int, seed: int) -> None:
     assert ((out - terms.sum(0)).abs() <= 2.0**-20 * terms.abs().sum(0)).all()
 
 
+def test_programmatic_launches_see_what_those_before_them_have_written(hopper: Runner) -> None:
+    """And write what those have read: three buffers in turn."""
+    grid, threads, launches = 500, 128, 30
+    buffers = list(random_words(hopper, 3, grid * threads))
+    expected = buffers[0].cpu().clone()
+    if hopper.name == "gpu":
+        torch.cuda._sleep(100_000_000)  # so that the launches queue up and can overlap
+    for i in range(launches):
+        hopper_probes.run(
+            hopper, "probe_griddepcontrol", {}, buffers[i % 3], buffers[(i + 1) % 3],
+            grid=grid, num_threads=threads, programmatic=i > 0, synchronize=False,
+        )  # fmt: skip
+    for _ in range(launches):
+        expected = expected.flip(0) + 1
+    assert torch.equal(buffers[launches % 3].cpu(), expected)
+
+
 def test_stmatrix(hopper: Runner) -> None:
     registers = random_words(hopper, 32, 4)
     rows = torch.randperm(32, dtype=torch.int32).to(hopper.device)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import weakref
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -67,6 +68,14 @@ class _Range(ctypes.Structure):
     _fields_ = [("begin", ctypes.c_void_p), ("end", ctypes.c_void_p)]
 
 
+class _Earlier(ctypes.Structure):
+    _fields_ = [
+        ("begin", ctypes.c_void_p),
+        ("end", ctypes.c_void_p),
+        ("written", ctypes.c_uint64),
+    ]
+
+
 class _Launch(ctypes.Structure):
     """struct Launch of runtime/machine.h."""
 
@@ -75,14 +84,29 @@ class _Launch(ctypes.Structure):
         ("params", ctypes.c_void_p),
         ("kernel_name", ctypes.c_char_p),
         ("ranges", ctypes.POINTER(_Range)),
+        ("written", ctypes.POINTER(ctypes.c_uint8)),
+        ("earlier", ctypes.POINTER(_Earlier)),
         ("seed", ctypes.c_uint64),
         ("num_ranges", ctypes.c_int32),
+        ("num_earlier", ctypes.c_int32),
+        ("programmatic", ctypes.c_int32),
         ("grid", ctypes.c_int32),
         ("num_threads", ctypes.c_int32),
         ("smem_bytes", ctypes.c_int32),
         ("num_workers", ctypes.c_int32),
         ("racecheck", ctypes.c_int32),
     ]
+
+
+@dataclass(frozen=True)
+class _Touched:
+    """A tensor of an earlier launch. Weak: what is freed may become part of another tensor."""
+
+    tensor: weakref.ref[Tensor]
+    written: bool
+
+
+_earlier: ContextVar[tuple[_Touched, ...]] = ContextVar("flash_attn_simulator_earlier", default=())
 
 
 class SimKernel:
@@ -95,20 +119,37 @@ class SimKernel:
         self._library = build.kernel(spec)
         self._entry = ctypes.cast(getattr(self._library, build.ENTRY), ctypes.c_void_p).value
 
-    def launch(self, grid: int, params_address: int, tensors: Sequence[Tensor | None]) -> None:
+    def launch(
+        self,
+        grid: int,
+        params_address: int,
+        tensors: Sequence[Tensor | None],
+        programmatic: bool = False,
+    ) -> None:
         """Runs `grid` CTAs to their end; SimulatorError tells of the first rule that one breaks.
 
         tensors: all that the kernel may touch. Accesses outside their extents are errors.
+        programmatic: as if the launch before it in this context had not ended.
         """
         options = _current_checks()
         ranges = (_Range * max(len(tensors), 1))(*(_extent(tensor) for tensor in tensors))
+        written = (ctypes.c_uint8 * len(ranges))()
+        before = [(t, part) for part in _earlier.get() if (t := part.tensor()) is not None]
+        overlapping = before if programmatic else []
+        earlier = (_Earlier * max(len(overlapping), 1))(
+            *(_Earlier(r.begin, r.end, p.written) for t, p in overlapping for r in [_extent(t)])
+        )
         request = _Launch(
             self._entry,
             params_address,
             self.spec.entry.encode(),
             ranges,
+            written,
+            earlier,
             options.seed,
             len(tensors),
+            len(overlapping),
+            programmatic,
             grid,
             int(self.spec["num_threads"]),
             int(self.spec["smem_bytes"]),
@@ -117,7 +158,15 @@ class SimKernel:
         )
         message = ctypes.create_string_buffer(_MESSAGE_BYTES)
         if self._run(ctypes.byref(request), message, ctypes.c_uint64(_MESSAGE_BYTES)):
+            _earlier.set(())
             raise SimulatorError(self._explain(message.value.decode(errors="replace"), tensors))
+        touched = [
+            _Touched(weakref.ref(tensor), bool(flag))
+            for tensor, flag in zip(tensors, written, strict=False)
+            if tensor is not None
+        ]
+        # A programmatic launch may end while those before it run, for all that the next one knows.
+        _earlier.set((*(part for _, part in overlapping), *touched))
 
     def _explain(self, message: str, tensors: Sequence[Tensor | None]) -> str:
         lines = [message.rstrip(), f"  kernel: {self.spec.describe()}"]

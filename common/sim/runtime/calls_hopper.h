@@ -26,6 +26,9 @@ void tma_store_commit_group();
 void tma_store_wait_group_read(i32 pending);
 void tma_store_wait_group(i32 pending);
 
+// Earlier launches are complete from here on.
+void griddepcontrol_wait();
+
 // Arguments of WarpOp::kWgmma. The products are computed, and d written, when waited for.
 struct WgmmaArgs {
   f32* d;

@@ -36,6 +36,7 @@ void give_back_cta(std::unique_ptr<Cta> cta) {
 struct Progress {
   std::atomic<i32> next{0};
   std::atomic<bool> failed{false};
+  std::atomic<bool> waited_for_earlier{false};
   std::mutex mutex;
   i32 failed_block = 0;
   std::string error;
@@ -56,6 +57,9 @@ void work(const Launch& launch, Progress& progress) {
       break;
     }
     std::string error = run_one(block);
+    if (cta->waited_for_earlier_launches()) {
+      progress.waited_for_earlier = true;
+    }
     if (!error.empty()) {
       const std::lock_guard<std::mutex> lock(progress.mutex);
       if (progress.error.empty() || block < progress.failed_block) {
@@ -81,6 +85,12 @@ std::string run(const Launch& launch) {
   work(launch, progress);
   for (std::thread& helper : helpers) {
     helper.join();
+  }
+  if (progress.error.empty() && launch.programmatic != 0 && !progress.waited_for_earlier) {
+    return std::string(launch.kernel_name) +
+           ": no thread of a programmatic launch called griddepcontrol_wait(), so it may end "
+           "before " +
+           "the launch that it follows";
   }
   return progress.error;
 }

@@ -26,14 +26,24 @@ struct Range {  // of legal global addresses
   uintptr_t begin, end;
 };
 
+// Memory of a launch that may still run when a programmatic one begins.
+struct Earlier {
+  uintptr_t begin, end;
+  u64 written;  // by that launch; else it may be reading
+};
+
 // What launcher.py passes; mirrored there field by field.
 struct Launch {
   void (*run_thread)(const void* params);
   const void* params;
   const char* kernel_name;
   const Range* ranges;
-  u64 seed;  // 0: lanes and warps in order; else they are shuffled at each switch
+  u8* written;             // of each range: set to 1 where the kernel writes
+  const Earlier* earlier;  // of the launches that a programmatic one need not wait for
+  u64 seed;                // 0: lanes and warps in order; else they are shuffled at each switch
   i32 num_ranges;
+  i32 num_earlier;
+  i32 programmatic;
   i32 grid;
   i32 num_threads;
   i32 smem_bytes;
@@ -91,7 +101,10 @@ class Cta {
   [[noreturn]] void exit_lane();
   // Ends the CTA with an error of the running thread; its fibers are abandoned as they stand.
   [[noreturn]] void fail(const std::string& what, const Site& site);
-  char* global(const void* address, u32 bytes, const char* what, const Site& site);
+  enum class Use : u8 { kRead, kWrite };
+  char* global(const void* address, u32 bytes, Use use, const char* what, const Site& site);
+  void wait_for_earlier_launches();
+  bool waited_for_earlier_launches() const { return !grid_waits_.empty(); }
   u8* shared(u32 address, u32 bytes, const char* what, const Site& site);
   // As shared(), of a box or an object that is larger than its alignment.
   u8* shared_range(u32 address, u32 bytes, u32 alignment, const char* what, const Site& site);
@@ -117,6 +130,13 @@ class Cta {
   Wgmma wgmma;
 
  private:
+  struct GridWait {  // griddepcontrol_wait() by lanes of a warp, at the first one's epoch
+    i32 warp;
+    u32 lanes, epoch;
+  };
+  void check_against_earlier_launches(uintptr_t address, u32 bytes, Use use, const char* what,
+                                      const Site& site);
+  bool ordered_after_grid_wait() const;
   void reset();
   void complete_warp_op(Warp& warp);
   void arrive_at_barrier(Warp& warp);
@@ -132,7 +152,8 @@ class Cta {
   std::vector<u8> smem_;
   u8* smem_begin_ = nullptr;  // 16-byte aligned
   Barrier barriers_[kNumBarriers];
-  Range hot_range_{};  // the range of the last global access
+  i32 hot_range_ = -1;  // the range of the last global access
+  std::vector<GridWait> grid_waits_;
   i32 live_warps_ = 0;
   u64 random_state_ = 0;
   Fiber scheduler_;

@@ -35,22 +35,66 @@ std::string nearest_tensor(const Launch& launch, uintptr_t address, u32 bytes) {
 
 }  // namespace
 
-char* Cta::global(const void* pointer, u32 bytes, const char* what, const Site& site) {
+char* Cta::global(const void* pointer, u32 bytes, Use use, const char* what, const Site& site) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
-  if (address < hot_range_.begin || address + bytes > hot_range_.end) {
-    const Range* found =
-        std::find_if(launch->ranges, launch->ranges + launch->num_ranges, [&](const Range& range) {
-          return address >= range.begin && address < range.end && address + bytes <= range.end;
-        });
-    if (found == launch->ranges + launch->num_ranges) {
+  const Range* ranges = launch->ranges;
+  if (hot_range_ < 0 || address < ranges[hot_range_].begin ||
+      address + bytes > ranges[hot_range_].end) {
+    const Range* found = std::find_if(ranges, ranges + launch->num_ranges, [&](const Range& range) {
+      return address >= range.begin && address < range.end && address + bytes <= range.end;
+    });
+    if (found == ranges + launch->num_ranges) {
       fail(std::string("global ") + what + " of " + std::to_string(bytes) +
                " bytes out of bounds, address " + hex(address) +
                nearest_tensor(*launch, address, bytes),
            site);
     }
-    hot_range_ = *found;
+    hot_range_ = static_cast<i32>(found - ranges);
+  }
+  if (use == Use::kWrite) {
+    std::atomic_ref<u8>(launch->written[hot_range_]).store(1, std::memory_order_relaxed);
+  }
+  if (launch->num_earlier != 0) {
+    check_against_earlier_launches(address, bytes, use, what, site);
   }
   return const_cast<char*>(static_cast<const char*>(pointer));
+}
+
+void Cta::check_against_earlier_launches(uintptr_t address, u32 bytes, Use use, const char* what,
+                                         const Site& site) {
+  for (i32 i = 0; i < launch->num_earlier; ++i) {
+    const Earlier& earlier = launch->earlier[i];
+    const bool conflict = use == Use::kWrite || earlier.written != 0;
+    if (conflict && address < earlier.end && earlier.begin < address + bytes) {
+      if (ordered_after_grid_wait()) {
+        return;
+      }
+      fail(std::string("global ") + what +
+               " is not ordered after a griddepcontrol_wait(), and an " + "earlier launch " +
+               (earlier.written != 0 ? "writes" : "may read") + " that tensor",
+           site);
+    }
+  }
+}
+
+bool Cta::ordered_after_grid_wait() const {
+  const i32 warp = current->warp->warp_idx;
+  return std::any_of(grid_waits_.begin(), grid_waits_.end(), [&](const GridWait& wait) {
+    const bool own = wait.warp == warp && (wait.lanes >> current->lane_idx & 1u) != 0;
+    return own || !races.enabled() || races.knows(warp, wait.warp, wait.epoch);
+  });
+}
+
+void Cta::wait_for_earlier_launches() {
+  const i32 warp = current->warp->warp_idx;
+  const u32 lane = 1u << current->lane_idx;
+  for (GridWait& wait : grid_waits_) {
+    if (wait.warp == warp) {
+      wait.lanes |= lane;
+      return;
+    }
+  }
+  grid_waits_.push_back({warp, lane, races.enabled() ? races.epoch(warp) : 0});
 }
 
 u8* Cta::shared(u32 address, u32 bytes, const char* what, const Site& site) {
@@ -129,7 +173,8 @@ void Cta::issue_copy(u32 dst, const void* src, u32 bytes, i32 valid_bytes, const
   PendingCopy copy{dst - kSmemBase, bytes, current->open_group, site, {}};
   u8* destination = shared(dst, bytes, "write by cp.async", site);
   if (valid_bytes > 0) {
-    memcpy(copy.data, global(src, static_cast<u32>(valid_bytes), "read by cp.async", site),
+    memcpy(copy.data,
+           global(src, static_cast<u32>(valid_bytes), Use::kRead, "read by cp.async", site),
            valid_bytes);
   }
   check_race(copy.offset, bytes, Access::kCopyIssued, site);
@@ -149,51 +194,53 @@ void Cta::complete_copies(i32 pending) {
 
 namespace {
 
-char* aligned_global(const void* pointer, u32 bytes, const char* what, const Site& site) {
+using Use = Cta::Use;
+
+char* aligned_global(const void* pointer, u32 bytes, Use use, const char* what, const Site& site) {
   if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0) {
     this_cta().fail(std::string("global ") + what + " of " + std::to_string(bytes) +
                         " bytes misaligned, address " + hex(reinterpret_cast<uintptr_t>(pointer)),
                     site);
   }
-  return this_cta().global(pointer, bytes, what, site);
+  return this_cta().global(pointer, bytes, use, what, site);
 }
 
 }  // namespace
 
 void load_global(void* value, const void* src, u32 bytes, Site site) {
-  memcpy(value, aligned_global(src, bytes, "read", site), bytes);
+  memcpy(value, aligned_global(src, bytes, Use::kRead, "read", site), bytes);
 }
 
 void store_global(void* dst, const void* value, u32 bytes, Site site) {
-  memcpy(aligned_global(dst, bytes, "write", site), value, bytes);
+  memcpy(aligned_global(dst, bytes, Use::kWrite, "write", site), value, bytes);
 }
 
 // CTAs run on several OS threads, so these are atomic here too.
 void add_global_f32(f32* dst, f32 value, Site site) {
-  aligned_global(dst, sizeof(f32), "reduction", site);
+  aligned_global(dst, sizeof(f32), Use::kWrite, "reduction", site);
   std::atomic_ref<f32>(*dst).fetch_add(value, std::memory_order_relaxed);
 }
 
 void add_global_v4_f32(f32* dst, const f32 (&value)[4], Site site) {
-  aligned_global(dst, sizeof value, "reduction", site);
+  aligned_global(dst, sizeof value, Use::kWrite, "reduction", site);
   for (i32 i = 0; i < 4; ++i) {
     std::atomic_ref<f32>(dst[i]).fetch_add(value[i], std::memory_order_relaxed);
   }
 }
 
 u32 add_global_u32(u32* dst, u32 value, Site site) {
-  aligned_global(dst, sizeof(u32), "atomic add", site);
+  aligned_global(dst, sizeof(u32), Use::kWrite, "atomic add", site);
   return std::atomic_ref<u32>(*dst).fetch_add(value, std::memory_order_relaxed);
 }
 
 // These acquire and release for the whole CTA, whose fibers are one OS thread.
 u64 add_global_u64(u64* dst, u64 value, Site site) {
-  aligned_global(dst, sizeof(u64), "atomic add", site);
+  aligned_global(dst, sizeof(u64), Use::kWrite, "atomic add", site);
   return std::atomic_ref<u64>(*dst).fetch_add(value, std::memory_order_acq_rel);
 }
 
 u64 load_acquire_global_u64(const void* src, Site site) {
-  aligned_global(src, sizeof(u64), "read", site);
+  aligned_global(src, sizeof(u64), Use::kRead, "read", site);
   u64& word = *static_cast<u64*>(const_cast<void*>(src));
   return std::atomic_ref<u64>(word).load(std::memory_order_acquire);
 }
@@ -215,6 +262,8 @@ void store_shared(u32 dst, const void* value, u32 bytes, Site site) {
 void cp_async(u32 dst, const void* src, u32 bytes, i32 valid_bytes, Site site) {
   this_cta().issue_copy(dst, src, bytes, valid_bytes, site);
 }
+
+void griddepcontrol_wait() { this_cta().wait_for_earlier_launches(); }
 
 void cp_async_commit_group() { ++this_cta().current->open_group; }
 

@@ -48,8 +48,8 @@ Transfer make_transfer(Cta& cta, const void* encoded, u32 address, const i32* co
   return transfer;
 }
 
-Transfer make_run(Cta& cta, const void* global, u32 address, u32 bytes, const char* what,
-                  const Site& site) {
+Transfer make_run(Cta& cta, const void* global, u32 address, u32 bytes, Cta::Use use,
+                  const char* what, const Site& site) {
   if (bytes == 0 || bytes % kRunAlignment != 0) {
     cta.fail(std::string(what) + " of " + std::to_string(bytes) +
                  " bytes: a bulk copy moves whole units of 16, at least one",
@@ -62,7 +62,7 @@ Transfer make_run(Cta& cta, const void* global, u32 address, u32 bytes, const ch
   }
   cta.shared_range(address, bytes, kRunAlignment, what, site);
   Transfer transfer;
-  transfer.run = cta.global(global, bytes, what, site);
+  transfer.run = cta.global(global, bytes, use, what, site);
   transfer.offset = address - kSmemBase;
   transfer.bytes = bytes;
   transfer.lane = cta.current;
@@ -134,10 +134,10 @@ void check_storable(Cta& cta, const Transfer& transfer, const Site& site) {
   }
 }
 
-void check_global(Cta& cta, const Transfer& transfer, const char* what) {
+void check_global(Cta& cta, const Transfer& transfer, Cta::Use use, const char* what) {
   for_each_piece(transfer, [&](u32, u64 global, u32 bytes) {
     if (global != 0) {
-      cta.global(reinterpret_cast<const void*>(global), bytes, what, transfer.site);
+      cta.global(reinterpret_cast<const void*>(global), bytes, use, what, transfer.site);
     }
   });
 }
@@ -164,13 +164,13 @@ void Tma::load(Cta& cta, u32 dst, const void* map, u32 bar, const i32* coords, i
                const Site& site) {
   Mbarrier& barrier = cta.mbarriers.find(cta, bar, "TMA load", site);
   const Transfer transfer = make_transfer(cta, map, dst, coords, rank, "write by a TMA load", site);
-  check_global(cta, transfer, "read by a TMA load");
+  check_global(cta, transfer, Cta::Use::kRead, "read by a TMA load");
   issue_load(cta, transfer, barrier);
 }
 
 void Tma::load_run(Cta& cta, u32 dst, const void* src, u32 bytes, u32 bar, const Site& site) {
   Mbarrier& barrier = cta.mbarriers.find(cta, bar, "bulk_load", site);
-  issue_load(cta, make_run(cta, src, dst, bytes, "bulk_load", site), barrier);
+  issue_load(cta, make_run(cta, src, dst, bytes, Cta::Use::kRead, "bulk_load", site), barrier);
 }
 
 void Tma::issue_load(Cta& cta, const Transfer& transfer, Mbarrier& barrier) {
@@ -214,12 +214,13 @@ bool Tma::land_one(Cta& cta) {
 void Tma::store(Cta& cta, const void* map, u32 src, const i32* coords, i32 rank, const Site& site) {
   const Transfer transfer = make_transfer(cta, map, src, coords, rank, "read by a TMA store", site);
   check_storable(cta, transfer, site);
-  check_global(cta, transfer, "write by a TMA store");
+  check_global(cta, transfer, Cta::Use::kWrite, "write by a TMA store");
   issue_store(cta, transfer, false);
 }
 
 void Tma::add_run(Cta& cta, f32* dst, u32 src, u32 bytes, const Site& site) {
-  issue_store(cta, make_run(cta, dst, src, bytes, "bulk_reduce_add_f32", site), true);
+  issue_store(cta, make_run(cta, dst, src, bytes, Cta::Use::kWrite, "bulk_reduce_add_f32", site),
+              true);
 }
 
 void Tma::issue_store(Cta& cta, const Transfer& transfer, bool adds) {
