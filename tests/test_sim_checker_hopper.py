@@ -98,7 +98,7 @@ MISTAKES = {
     82: r"global bulk_load of 512 bytes out of bounds.* passed by 256 bytes",
     83: r"shared memory bulk_load of 64 bytes misaligned",
     84: RACE.format("read", "TMA load not yet waited for"),
-    86: r"TMA load on an mbarrier whose thread has not called fence_mbarrier_init",
+    86: r"bulk_load on an mbarrier whose thread has not called fence_mbarrier_init",
     87: r"bulk_reduce_add_f32 of 0 bytes: a bulk copy moves whole units of 16",
     88: r"bulk_reduce_add_f32 misaligned in global memory",
     89: r"global bulk_reduce_add_f32 of 512 bytes out of bounds.* passed by 256 bytes",

@@ -10,27 +10,13 @@ import hopper_tree
 import pytest
 import torch
 from conftest import Runner
+from hopper_probes import hopper, random_words
 from torch import Tensor
 
 from flash_attn_interface._common import tensor_map
 from flash_attn_interface._common.sim import launcher
 
-
-@pytest.fixture(
-    params=[
-        pytest.param("sim", marks=pytest.mark.sim),
-        pytest.param("gpu", marks=pytest.mark.gpu),
-    ]
-)
-def hopper(request: pytest.FixtureRequest) -> Runner:
-    if request.param == "gpu" and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("not a compute capability 9.0 device")
-    device = torch.device("cuda" if request.param == "gpu" else "cpu")
-    return Runner(request.param, device, hopper_probes.ARCH)
-
-
-def random_words(runner: Runner, *shape: int) -> Tensor:
-    return torch.randint(-(2**31), 2**31, shape, dtype=torch.int64).int().to(runner.device)
+__all__ = ["hopper"]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -91,6 +91,7 @@ class _Launch(ctypes.Structure):
         ("num_earlier", ctypes.c_int32),
         ("programmatic", ctypes.c_int32),
         ("grid", ctypes.c_int32),
+        ("cluster_size", ctypes.c_int32),
         ("num_threads", ctypes.c_int32),
         ("smem_bytes", ctypes.c_int32),
         ("num_workers", ctypes.c_int32),
@@ -118,6 +119,12 @@ class SimKernel:
         self._run.restype = ctypes.c_uint64
         self._library = build.kernel(spec)
         self._entry = ctypes.cast(getattr(self._library, build.ENTRY), ctypes.c_void_p).value
+        declared = build.cluster_size(self._library)
+        if declared != spec.cluster_size:
+            raise SimulatorError(
+                f"{spec.entry} declares clusters of {declared} CTAs (CLUSTER_KERNEL in "
+                f"common/ptx/base.cuh; KERNEL: 1), its KernelSpec says {spec.cluster_size}"
+            )
 
     def launch(
         self,
@@ -131,6 +138,11 @@ class SimKernel:
         tensors: all that the kernel may touch. Accesses outside their extents are errors.
         programmatic: as if the launch before it in this context had not ended.
         """
+        if grid % self.spec.cluster_size:
+            raise ValueError(
+                f"{self.spec.entry}: a grid of {grid} CTAs is not one of whole clusters of "
+                f"{self.spec.cluster_size}"
+            )
         options = _current_checks()
         ranges = (_Range * max(len(tensors), 1))(*(_extent(tensor) for tensor in tensors))
         written = (ctypes.c_uint8 * len(ranges))()
@@ -151,6 +163,7 @@ class SimKernel:
             len(overlapping),
             programmatic,
             grid,
+            self.spec.cluster_size,
             int(self.spec["num_threads"]),
             int(self.spec["smem_bytes"]),
             env.SIM_THREADS.get(),

@@ -62,6 +62,8 @@ enum class WarpOp : u8 {
   kCtaSync,
   kNamedBarrierSync,
   kNamedBarrierArrive,
+  kClusterArrive,
+  kClusterWait,
   kWgmma,
   kWgmmaFence,
   kWgmmaCommitGroup,

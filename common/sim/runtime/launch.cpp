@@ -1,4 +1,4 @@
-// CTAs over OS threads, and the C interface to launcher.py.
+// Clusters over OS threads, and the C interface to launcher.py.
 #include <atomic>
 #include <cstring>
 #include <memory>
@@ -6,7 +6,7 @@
 #include <system_error>
 #include <thread>
 
-#include "machine.h"
+#include "cluster.h"
 
 namespace flash_sim {
 
@@ -14,25 +14,25 @@ namespace {
 
 // Stacks, shared memory and shadow memory are kept between launches.
 std::mutex g_idle_mutex;
-std::vector<std::unique_ptr<Cta>> g_idle;
+std::vector<std::unique_ptr<Cluster>> g_idle;
 
-std::unique_ptr<Cta> take_cta() {
+std::unique_ptr<Cluster> take_cluster() {
   const std::lock_guard<std::mutex> lock(g_idle_mutex);
   if (g_idle.empty()) {
-    return std::make_unique<Cta>();
+    return std::make_unique<Cluster>();
   }
-  std::unique_ptr<Cta> cta = std::move(g_idle.back());
+  std::unique_ptr<Cluster> cluster = std::move(g_idle.back());
   g_idle.pop_back();
-  return cta;
+  return cluster;
 }
 
-void give_back_cta(std::unique_ptr<Cta> cta) {
+void give_back_cluster(std::unique_ptr<Cluster> cluster) {
   const std::lock_guard<std::mutex> lock(g_idle_mutex);
-  g_idle.push_back(std::move(cta));
+  g_idle.push_back(std::move(cluster));
 }
 
-// CTAs start in order, so that all before the first failing one have run: its error doesn't depend
-// on timing.
+// Clusters start in order, so that all before the first failing one have run: its error doesn't
+// depend on timing.
 struct Progress {
   std::atomic<i32> next{0};
   std::atomic<bool> failed{false};
@@ -43,21 +43,21 @@ struct Progress {
 };
 
 void work(const Launch& launch, Progress& progress) {
-  std::unique_ptr<Cta> cta = take_cta();
+  std::unique_ptr<Cluster> cluster = take_cluster();
   const auto run_one = [&](i32 block) {
     try {
-      return cta->run(launch, block) ? std::string() : cta->error();
+      return cluster->run(launch, block) ? std::string() : cluster->error();
     } catch (const std::exception& exception) {
       return std::string(launch.kernel_name) + ": " + exception.what();
     }
   };
   while (!progress.failed) {
-    const i32 block = progress.next++;
+    const i32 block = progress.next.fetch_add(launch.cluster_size);
     if (block >= launch.grid) {
       break;
     }
     std::string error = run_one(block);
-    if (cta->waited_for_earlier_launches()) {
+    if (cluster->waited_for_earlier_launches()) {
       progress.waited_for_earlier = true;
     }
     if (!error.empty()) {
@@ -69,13 +69,13 @@ void work(const Launch& launch, Progress& progress) {
       progress.failed = true;
     }
   }
-  give_back_cta(std::move(cta));
+  give_back_cluster(std::move(cluster));
 }
 
 std::string run(const Launch& launch) {
   Progress progress;
   std::vector<std::thread> helpers;
-  for (i32 i = 1; i < std::min(launch.num_workers, launch.grid); ++i) {
+  for (i32 i = 1; i < std::min(launch.num_workers, launch.grid / launch.cluster_size); ++i) {
     try {
       helpers.emplace_back([&] { work(launch, progress); });
     } catch (const std::system_error&) {

@@ -4,7 +4,8 @@
 //   memory.cpp    checked accesses to global and shared memory, asynchronous copies
 //   races.h       the race detector on shared memory
 //   async.h       mbarriers, TMA and wgmma: mbarrier.cpp, tma.cpp, wgmma.cpp
-//   launch.cpp    CTAs over OS threads, the C interface to launcher.py
+//   cluster.h     the CTAs of a cluster, which take turns
+//   launch.cpp    clusters over OS threads, the C interface to launcher.py
 #pragma once
 #include <cstdint>
 #include <deque>
@@ -45,6 +46,7 @@ struct Launch {
   i32 num_earlier;
   i32 programmatic;
   i32 grid;
+  i32 cluster_size;
   i32 num_threads;
   i32 smem_bytes;
   i32 num_workers;
@@ -73,11 +75,15 @@ struct Lane {  // a CUDA thread
 };
 
 struct Warp {
+  Cta* cta = nullptr;
   i32 warp_idx = 0;
+  i32 actor = 0;     // its number in the cluster
   u32 runnable = 0;  // bit per lane, likewise the next two
   u32 arrived = 0;   // sleeping in `op` until the others come
   u32 exited = 0;
   i32 barrier = -1;  // the barrier where the whole warp sleeps
+  u32 cluster_arrivals = 0, cluster_waits = 0;
+  bool at_cluster_barrier = false;  // the whole warp sleeps there
   WarpOp op{};
   Site site;  // of `op`, from the first lane to arrive
   Lane lanes[32];
@@ -90,16 +96,26 @@ struct Barrier {
   Site site;
 };
 
+class Cluster;
+
 class Cta {
  public:
-  // Runs one CTA to its end. False: error() says what went wrong.
-  bool run(const Launch& launch, i32 block_idx);
-  const std::string& error() const { return error_; }
+  Cta(Cluster& cluster, i32 rank);
+  // Makes all threads runnable, at the kernel's begin. False: no memory for their stacks.
+  bool start(const Launch& launch, i32 block_idx);
+  // The lane to run: the next of the warp that ran last, else of the next warp that has one. Null:
+  // none can run.
+  Lane* pick();
+  // Goes on with `next`, of any CTA of the cluster.
+  void switch_to(Fiber& from, Lane* next);
+  bool returned() const { return live_warps_ == 0; }  // all its threads
+  std::vector<Warp>& warps() { return warps_; }
+  std::string waiting_list() const;
 
   // Called on fibers, by the functions of calls.h.
   void warp_op(WarpOp op, void* args, const Site& site);
   [[noreturn]] void exit_lane();
-  // Ends the CTA with an error of the running thread; its fibers are abandoned as they stand.
+  // Ends the cluster with an error of the running thread.
   [[noreturn]] void fail(const std::string& what, const Site& site);
   enum class Use : u8 { kRead, kWrite };
   char* global(const void* address, u32 bytes, Use use, const char* what, const Site& site);
@@ -108,11 +124,14 @@ class Cta {
   u8* shared(u32 address, u32 bytes, const char* what, const Site& site);
   // As shared(), of a box or an object that is larger than its alignment.
   u8* shared_range(u32 address, u32 bytes, u32 alignment, const char* what, const Site& site);
+  u8* smem_at(u32 offset) { return smem_begin_ + offset; }
   void issue_copy(u32 dst, const void* src, u32 bytes, i32 valid_bytes, const Site& site);
   void complete_copies(i32 pending);
   void check_race(u32 offset, u32 bytes, Access access, const Site& site);
   void check_race_ldmatrix(u32 offset, const Site& site);
   void check_race_of_warp(u32 offset, u32 bytes, Access access, const char* what, const Site& site);
+  // Of the running thread, in the shared memory of any CTA of the cluster.
+  void check_race_in(const Cta& owner, u32 offset, u32 bytes, Access access, const Site& site);
   // For mbarriers and the like, whose lanes sleep and wake alone.
   void sleep();
   void give_way() { run_next(); }
@@ -121,10 +140,12 @@ class Cta {
   bool may_pretend();  // under a shuffling seed, sometimes: to do what the hardware may do too
   u64 random();
 
+  Cluster& cluster;
+  const i32 rank;  // in the cluster
+  Races& races;    // the cluster's
   const Launch* launch = nullptr;
   i32 block_idx = 0;
   Lane* current = nullptr;
-  Races races;
   Mbarriers mbarriers;
   Tma tma;
   Wgmma wgmma;
@@ -142,10 +163,9 @@ class Cta {
   void arrive_at_barrier(Warp& warp);
   void release_barrier_if_complete(i32 id);
   void run_next();
-  Lane* pick();
-  void switch_to(Fiber& from, Lane* next);
-  std::string waiting_list() const;
   [[noreturn]] void stop(std::string text);
+  void note_race(const Cta& owner, u32 lane_idx, u32 offset, u32 bytes, Access access,
+                 const char* what, const Site& site);
 
   Stacks stacks_;
   std::vector<Warp> warps_;
@@ -156,11 +176,9 @@ class Cta {
   std::vector<GridWait> grid_waits_;
   i32 live_warps_ = 0;
   u64 random_state_ = 0;
-  Fiber scheduler_;
-  std::string error_;
 };
 
-// The CTA that this OS thread is running.
+// The CTA whose fiber this OS thread is running.
 Cta& this_cta();
 void set_this_cta(Cta* cta);
 

@@ -3,7 +3,7 @@
 #include <atomic>
 #include <cstring>
 
-#include "machine.h"
+#include "cluster.h"
 
 namespace flash_sim {
 
@@ -78,7 +78,7 @@ void Cta::check_against_earlier_launches(uintptr_t address, u32 bytes, Use use, 
 }
 
 bool Cta::ordered_after_grid_wait() const {
-  const i32 warp = current->warp->warp_idx;
+  const i32 warp = current->warp->actor;
   return std::any_of(grid_waits_.begin(), grid_waits_.end(), [&](const GridWait& wait) {
     const bool own = wait.warp == warp && (wait.lanes >> current->lane_idx & 1u) != 0;
     return own || !races.enabled() || races.knows(warp, wait.warp, wait.epoch);
@@ -86,7 +86,7 @@ bool Cta::ordered_after_grid_wait() const {
 }
 
 void Cta::wait_for_earlier_launches() {
-  const i32 warp = current->warp->warp_idx;
+  const i32 warp = current->warp->actor;
   const u32 lane = 1u << current->lane_idx;
   for (GridWait& wait : grid_waits_) {
     if (wait.warp == warp) {
@@ -107,7 +107,8 @@ u8* Cta::shared_range(u32 address, u32 bytes, u32 alignment, const char* what, c
   if (offset >= size || bytes > size - offset) {
     fail(std::string("shared memory ") + what + " of " + std::to_string(bytes) +
              " bytes out of bounds: smem_base() + " + std::to_string(static_cast<i32>(offset)) +
-             ", the CTA has " + std::to_string(size) + " bytes",
+             ", the CTA has " + std::to_string(size) + " bytes" +
+             (address >> 24 != 0 ? "; this is an address of mapa, for other instructions" : ""),
          site);
   }
   if (address % alignment != 0) {
@@ -120,14 +121,12 @@ u8* Cta::shared_range(u32 address, u32 bytes, u32 alignment, const char* what, c
 
 namespace {
 
-[[noreturn]] void fail_race(Cta& cta, const char* what, const Races::Conflict& conflict,
-                            const Site& site) {
-  cta.fail("race in shared memory at smem_base() + " + std::to_string(conflict.offset) + ": this " +
-               what + " is not ordered after the " + conflict.what +
-               (conflict.thread_idx >= 0 ? " by thread " + std::to_string(conflict.thread_idx)
-                                         : std::string()) +
-               " at " + describe(conflict.site),
-           site);
+// The thread that `actor` and a lane stand for, as seen from a CTA.
+std::string name_of_thread(Cta& cta, i32 actor, i32 lane_idx) {
+  const i32 num_warps = static_cast<i32>(cta.warps().size());
+  const i32 rank = actor / num_warps;
+  return " by thread " + std::to_string(actor % num_warps * 32 + lane_idx) +
+         (rank == cta.rank ? "" : " of CTA " + std::to_string(cta.cluster.cta(rank).block_idx));
 }
 
 }  // namespace
@@ -136,12 +135,30 @@ void Cta::check_race(u32 offset, u32 bytes, Access access, const Site& site) {
   if (!races.enabled()) {
     return;
   }
-  const Lane& lane = *current;
-  const Races::Conflict conflict =
-      races.note(lane.warp->warp_idx, lane.lane_idx, offset, bytes, access, site);
-  if (conflict.found) {
-    fail_race(*this, name_of(access), conflict, site);
+  note_race(*this, current->lane_idx, offset, bytes, access, name_of(access), site);
+}
+
+void Cta::check_race_in(const Cta& owner, u32 offset, u32 bytes, Access access, const Site& site) {
+  if (!races.enabled()) {
+    return;
   }
+  note_race(owner, current->lane_idx, offset, bytes, access, name_of(access), site);
+}
+
+void Cta::note_race(const Cta& owner, u32 lane_idx, u32 offset, u32 bytes, Access access,
+                    const char* what, const Site& site) {
+  const Races::Conflict conflict =
+      races.note(current->warp->actor, lane_idx, owner.rank, offset, bytes, access, site);
+  if (!conflict.found) {
+    return;
+  }
+  const std::string whose = &owner == this ? "" : " of CTA " + std::to_string(owner.block_idx);
+  const std::string by =
+      conflict.actor < 0 ? "" : name_of_thread(*this, conflict.actor, conflict.lane_idx);
+  fail("race in shared memory" + whose + " at smem_base() + " + std::to_string(conflict.offset) +
+           ": this " + what + " is not ordered after the " + conflict.what + by + " at " +
+           describe(conflict.site),
+       site);
 }
 
 void Cta::check_race_ldmatrix(u32 offset, const Site& site) {
@@ -153,11 +170,7 @@ void Cta::check_race_of_warp(u32 offset, u32 bytes, Access access, const char* w
   if (!races.enabled()) {
     return;
   }
-  const Races::Conflict conflict =
-      races.note(current->warp->warp_idx, Races::kAnyLane, offset, bytes, access, site);
-  if (conflict.found) {
-    fail_race(*this, what, conflict, site);
-  }
+  note_race(*this, Races::kAnyLane, offset, bytes, access, what, site);
 }
 
 void Cta::issue_copy(u32 dst, const void* src, u32 bytes, i32 valid_bytes, const Site& site) {
