@@ -7,11 +7,11 @@
 #include "hopper/pipeline.cuh"
 #include "hopper/row_coords.cuh"
 
-constexpr i32 kM = Cfg::kBlockM;       // queries of a step
-constexpr i32 kN = Cfg::kBlockN;       // keys of a CTA
-constexpr i32 kKeyBlocks = kN / 64;    // 64 keys are the M of all products but dQ
-constexpr i32 kStepsM = kM / 16;       // of WGMMA's depth of 16
-constexpr i32 kRegsS = kM / 2;         // of S^T or dP^T of 64 keys
+constexpr i32 kM = Cfg::kBlockM;     // queries of a step
+constexpr i32 kN = Cfg::kBlockN;     // keys of a CTA
+constexpr i32 kKeyBlocks = kN / 64;  // 64 keys are the M of all products but dQ
+constexpr i32 kStepsM = kM / 16;     // of WGMMA's depth of 16
+constexpr i32 kRegsS = kM / 2;       // of S^T or dP^T of 64 keys
 constexpr i32 kKeyWarpgroups = Cfg::kSplitRoles ? 2 : kKeyBlocks;
 constexpr u32 kReaders = 4 * kKeyWarpgroups;  // warps that read Q and dO
 
@@ -51,14 +51,14 @@ struct Smem {
 
   static constexpr u32 kK = 0;
   static constexpr u32 kV = kK + kKBytes;
-  static constexpr u32 kQ = kV + kVBytes;  // [kStagesQ]
-  static constexpr u32 kDo = kQ + Cfg::kStagesQ * kQBytes;  // [kStagesDo]
+  static constexpr u32 kQ = kV + kVBytes;                      // [kStagesQ]
+  static constexpr u32 kDo = kQ + Cfg::kStagesQ * kQBytes;     // [kStagesDo]
   static constexpr u32 kDs = kDo + Cfg::kStagesDo * kDoBytes;  // [kStagesDs]: rows are queries
   static constexpr u32 kP = kDs + Cfg::kStagesDs * kDsBytes;
-  static constexpr u32 kStage = kP + kPBytes;        // of dQ on its way to memory
+  static constexpr u32 kStage = kP + kPBytes;         // of dQ on its way to memory
   static constexpr u32 kOnes = kStage + kStageBytes;  // 64 rows of the constant A
   static constexpr u32 kLse = kOnes + (Cfg::kAuxLse || Cfg::kAuxD ? 64 * 32 : 0);  // [kStagesQ]
-  static constexpr u32 kD = kLse + Cfg::kStagesQ * kLseBytes;  // [kStagesDo]
+  static constexpr u32 kD = kLse + Cfg::kStagesQ * kLseBytes;                      // [kStagesDo]
 
   // Full: of K and V, bytes of TMA loads; of Q and dO, these and the warp that writes lse or D;
   // of dS and P, the warps that write them. Empty: each warp that has read the tile.

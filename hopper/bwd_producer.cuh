@@ -57,9 +57,9 @@ struct Producer {
   template <i32 kChunks>
   DEVICE void load_keys(u32 to, u32 bar, const TensorMap* map, i32 head, i32 batch_rows) const {
     const SeqlenInfo& seq = tile.work.seq;
-    const RowCoords rows = row_coords<Cfg::kRaggedK>(
-        tile.first_key, i32(seq.k_row) + tile.work.batch_idx * batch_rows, seq.seqlen_k,
-        tile.work.batch_idx);
+    const RowCoords rows =
+        row_coords<Cfg::kRaggedK>(tile.first_key, i32(seq.k_row) + tile.work.batch_idx * batch_rows,
+                                  seq.seqlen_k, tile.work.batch_idx);
     mbarrier_arrive_expect_tx(smem + bar, kChunks * kKeyChunkBytes);
 #pragma unroll
     for (i32 c = 0; c < kChunks; ++c) {

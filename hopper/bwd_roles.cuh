@@ -163,9 +163,8 @@ struct ScoreRole : RoleBase {
       f32 rS[kRegsS];
       Packed rP, rX;
       wgmma_fence();
-      issue_scores<Cfg::kHeadDimQk, Cfg::kAuxLse>(
-          rS, warp.smem + Smem::kK + u32(block * 64 * 128), q.tile(), warp.smem + Smem::kOnes,
-          lse_stage(q));
+      issue_scores<Cfg::kHeadDimQk, Cfg::kAuxLse>(rS, warp.smem + Smem::kK + u32(block * 64 * 128),
+                                                  q.tile(), warp.smem + Smem::kOnes, lse_stage(q));
       wgmma_wait_group<0>();
       wgmma_hold(rS);
       if (block > 0) {

@@ -147,9 +147,9 @@ struct ScoreTile {
 #pragma unroll
       for (i32 i = 0; i < 4; ++i) {
         const i32 e = 8 * k + 2 * i, of_query = i / 2 * 2;
-        rDs[k][i] =
-            pack2<Cfg::kBf16>(ds(low_as_f32<Cfg::kBf16>(rX[k][i]), rDp[e], stats[of_query]),
-                              ds(high_as_f32<Cfg::kBf16>(rX[k][i]), rDp[e + 1], stats[of_query + 1]));
+        rDs[k][i] = pack2<Cfg::kBf16>(
+            ds(low_as_f32<Cfg::kBf16>(rX[k][i]), rDp[e], stats[of_query]),
+            ds(high_as_f32<Cfg::kBf16>(rX[k][i]), rDp[e + 1], stats[of_query + 1]));
       }
     }
   }
@@ -172,8 +172,7 @@ struct ScoreTile {
 // dS^T of 64 keys as the A of dQ: a tile whose rows are queries.
 DEVICE void store_ds(u32 tile, const Packed& rDs, const Warp& warp) {
   const i32 row = warp.lane_idx / 16 * 8 + warp.lane_idx % 8;
-  const u32 first =
-      Chunk::unit_address(tile, row, warp.warp_idx * 2 + warp.lane_idx / 8 % 2);
+  const u32 first = Chunk::unit_address(tile, row, warp.warp_idx * 2 + warp.lane_idx / 8 % 2);
 #pragma unroll
   for (i32 k = 0; k < kStepsM; ++k) {
     stmatrix_x4_trans(first + u32(k * 16 * 128), rDs[k][0], rDs[k][1], rDs[k][2], rDs[k][3]);
