@@ -231,7 +231,6 @@ def _main_spec(
         probability_shift=0,
         rotate=True,
         deterministic=problem.deterministic,
-        unequal_heads=p.qhead_per_khead != p.qhead_per_vhead,
         causal=p.causal,
         local=p.local,
         chunk=p.attention_chunk > 0,
