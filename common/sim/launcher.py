@@ -35,23 +35,30 @@ class Checks:
 
     seed: 0 runs lanes and warps in order; other values shuffle who runs next at each switch, each
     value in its own reproducible way.
+
+    resident_ctas: as many CTAs, in whole clusters, have started and not ended at a time. Matters to
+    kernels whose CTAs wait for each other; the default is an H100 with one CTA on each SM.
     """
 
     racecheck: bool = True
     seed: int = 0
+    resident_ctas: int = 132
 
 
 _checks: ContextVar[Checks] = ContextVar("flash_attn_simulator_checks")
 
 
 @contextlib.contextmanager
-def checks(racecheck: bool | None = None, seed: int | None = None) -> Iterator[None]:
+def checks(
+    racecheck: bool | None = None, seed: int | None = None, resident_ctas: int | None = None
+) -> Iterator[None]:
     """Runs the body's kernels with these fields of Checks changed."""
     current = _current_checks()
     token = _checks.set(
         Checks(
             current.racecheck if racecheck is None else racecheck,
             current.seed if seed is None else seed,
+            current.resident_ctas if resident_ctas is None else resident_ctas,
         )
     )
     try:
@@ -95,6 +102,7 @@ class _Launch(ctypes.Structure):
         ("num_threads", ctypes.c_int32),
         ("smem_bytes", ctypes.c_int32),
         ("num_workers", ctypes.c_int32),
+        ("resident_ctas", ctypes.c_int32),
         ("racecheck", ctypes.c_int32),
     ]
 
@@ -167,6 +175,7 @@ class SimKernel:
             int(self.spec["num_threads"]),
             int(self.spec["smem_bytes"]),
             env.SIM_THREADS.get(),
+            options.resident_ctas,
             options.racecheck,
         )
         message = ctypes.create_string_buffer(_MESSAGE_BYTES)

@@ -15,7 +15,7 @@ constexpr u32 kRankShift = 24;
 
 }  // namespace
 
-bool Cluster::run(const Launch& launch, i32 first_block) {
+Cluster::State Cluster::run(const Launch& launch, i32 first_block) {
   size_ = launch.cluster_size;
   error_.clear();
   const i32 warps_per_cta = launch.num_threads / 32;
@@ -23,7 +23,7 @@ bool Cluster::run(const Launch& launch, i32 first_block) {
     error_ = "clusters of more than " +
              std::to_string((Races::kMaxActors - Races::kMaxMbarriers) / warps_per_cta) +
              " such CTAs are not simulated";
-    return false;
+    return State::kFailed;
   }
   while (static_cast<i32>(ctas_.size()) < size_) {
     ctas_.push_back(std::make_unique<Cta>(*this, static_cast<i32>(ctas_.size())));
@@ -38,13 +38,47 @@ bool Cluster::run(const Launch& launch, i32 first_block) {
   for (i32 rank = 0; rank < size_; ++rank) {
     if (!ctas_[rank]->start(launch, first_block + rank)) {
       error_ = "no memory for " + std::to_string(launch.num_threads) + " fiber stacks";
-      return false;
+      return State::kFailed;
     }
   }
-  set_this_cta(ctas_[0].get());
-  ctas_[0]->switch_to(scheduler_, pick(*ctas_[0]));
+  watchers_.clear();
+  Lane* first = pick(*ctas_[0]);
+  first->warp->cta->current = first;
+  return enter(*first->warp->cta, first->fiber);
+}
+
+Cluster::State Cluster::enter(Cta& cta, Fiber& fiber) {
+  parked_ = nullptr;
+  set_this_cta(&cta);
+  fiber_switch(scheduler_, fiber);
   set_this_cta(nullptr);
-  return error_.empty();
+  return parked_ != nullptr ? State::kParked : error_.empty() ? State::kReturned : State::kFailed;
+}
+
+Cluster::State Cluster::resume() { return enter(*parked_cta_, *parked_); }
+
+bool Cluster::can_resume() const {
+  return std::any_of(watchers_.begin(), watchers_.end(), [](const Lane* lane) {
+    return lane->watch.value != lane->watch.present_value();
+  });
+}
+
+bool Cluster::wake_watchers() {
+  const auto changed = [](Lane* lane) {
+    if (lane->watch.value == lane->watch.present_value()) {
+      return false;
+    }
+    lane->watch.sleeps = false;
+    lane->warp->cta->wake(*lane);
+    return true;
+  };
+  return std::erase_if(watchers_, changed) != 0;
+}
+
+void Cluster::park(Fiber& from) {
+  parked_ = &from;
+  parked_cta_ = &this_cta();
+  fiber_switch(from, scheduler_);
 }
 
 bool Cluster::waited_for_earlier_launches() const {

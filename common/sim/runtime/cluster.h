@@ -11,8 +11,15 @@ namespace flash_sim {
 
 class Cluster {
  public:
-  // Runs the CTAs first_block.. of one cluster to their ends. False: error() says what went wrong.
-  bool run(const Launch& launch, i32 first_block);
+  enum class State { kReturned, kFailed, kParked };
+  // Runs the CTAs first_block.. of one cluster until all their threads have returned, or one
+  // failed: error() says how; or until none can run, and some wait for other CTAs to change global
+  // memory.
+  State run(const Launch& launch, i32 first_block);
+  // Goes on with a parked one, on any OS thread. can_resume: whether that memory has changed.
+  State resume();
+  bool can_resume() const;
+  i32 first_block() const { return ctas_[0]->block_idx; }
   const std::string& error() const { return error_; }
   bool waited_for_earlier_launches() const;
 
@@ -23,6 +30,11 @@ class Cluster {
   // Lets one load or copy land, if one is in flight, preferably one of this CTA.
   bool land_one(Cta& running);
   std::string waiting_list() const;
+  // Threads that sleep until global memory changes.
+  void watch(Lane& lane) { watchers_.push_back(&lane); }
+  bool watches() const { return !watchers_.empty(); }
+  bool wake_watchers();    // true: one can run now
+  void park(Fiber& from);  // comes back when resumed
   // Ends the cluster, from the fiber `from`; its fibers are abandoned as they stand.
   void leave(Fiber& from) { fiber_switch(from, scheduler_); }
   void leave_with_error(Fiber& from, std::string&& error);
@@ -52,7 +64,12 @@ class Cluster {
   };
   std::vector<std::unique_ptr<Cta>> ctas_;  // at least size_
   i32 size_ = 0;
+  State enter(Cta& cta, Fiber& fiber);
+
   Fiber scheduler_;
+  Fiber* parked_ = nullptr;
+  Cta* parked_cta_ = nullptr;
+  std::vector<Lane*> watchers_;
   std::string error_;
   u32 barrier_phase_ = 0;  // phases completed
   Races::Clock arrived_, completed_;

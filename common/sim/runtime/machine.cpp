@@ -91,6 +91,7 @@ void Cta::reset() {
       lane.copies.clear();
       lane.open_store_group = 0;
       lane.stores.clear();
+      lane.watch = Watch{};
       fiber_prepare(lane.fiber, stacks_.begin(lane.thread_idx), stacks_.end(lane.thread_idx),
                     fiber_main);
     }
@@ -149,11 +150,14 @@ void Cta::run_next() {
     tma.land_one(*this);
   }
   Lane* next = cluster.pick(*this);
-  while (next == nullptr && cluster.land_one(*this)) {
+  while (next == nullptr) {
+    if (!cluster.wake_watchers() && !cluster.land_one(*this)) {
+      if (!cluster.watches()) {
+        stop("deadlock: no thread can run\n" + cluster.waiting_list());
+      }
+      cluster.park(self->fiber);
+    }
     next = cluster.pick(*this);
-  }
-  if (next == nullptr) {
-    stop("deadlock: no thread can run\n" + cluster.waiting_list());
   }
   if (next != self) {
     switch_to(self->fiber, next);
@@ -163,6 +167,27 @@ void Cta::run_next() {
 void Cta::sleep() {
   current->warp->runnable &= ~(1u << current->lane_idx);
   run_next();
+}
+
+void Cta::sleep_until_global_change(const Site& site) {
+  Lane* self = current;
+  if (self->watch.address == nullptr) {
+    fail(
+        "nanosleep() without an acquiring load of global memory before it: in the simulator it "
+        "sleeps until that changes",
+        site);
+  }
+  if (self->watch.value != self->watch.present_value()) {
+    return;
+  }
+  if (may_pretend()) {
+    give_way();
+    return;
+  }
+  self->watch.sleeps = true;
+  self->watch.site = site;
+  cluster.watch(*self);
+  sleep();
 }
 
 bool Cta::may_pretend() { return launch->seed != 0 && random() % 4 == 0; }
@@ -344,7 +369,9 @@ std::string Cta::waiting_list() const {
       text += std::string("waits in ") + name_of(warp.op) +
               " for the other warps of its warpgroup, " + describe(warp.site);
     } else {
-      const std::string waits = mbarriers.waits_of(warp);
+      std::string waits = mbarriers.waits_of(warp);
+      const std::string global = global_waits_of(warp);
+      waits += (waits.empty() || global.empty() ? "" : "; ") + global;
       if (warp.arrived != 0) {
         text += lane_list(warp.arrived) + " wait in " + name_of(warp.op) + ", " +
                 describe(warp.site) + (waits.empty() ? "" : "; ");
@@ -380,6 +407,8 @@ i32 thread_idx() { return this_cta().current->thread_idx; }
 i32 block_idx() { return this_cta().block_idx; }
 
 i32 grid_dim() { return this_cta().launch->grid; }
+
+void nanosleep(Site site) { this_cta().sleep_until_global_change(site); }
 
 void warp_op(WarpOp op, void* args, Site site) { this_cta().warp_op(op, args, site); }
 

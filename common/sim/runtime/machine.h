@@ -50,6 +50,7 @@ struct Launch {
   i32 num_threads;
   i32 smem_bytes;
   i32 num_workers;
+  i32 resident_ctas;  // as many start before the first of them end, at most
   i32 racecheck;
 };
 
@@ -58,6 +59,16 @@ struct PendingCopy {
   u32 group;
   Site site;
   u8 data[16];
+};
+
+// What a thread has read last with acquire; it may sleep until that changes.
+struct Watch {
+  const void* address = nullptr;
+  u32 bytes = 0;
+  u64 value = 0;
+  bool sleeps = false;
+  Site site;
+  u64 present_value() const;
 };
 
 struct Warp;
@@ -72,6 +83,7 @@ struct Lane {  // a CUDA thread
   std::deque<PendingCopy> copies;
   u32 open_store_group = 0;
   std::deque<PendingStore> stores;
+  Watch watch;
 };
 
 struct Warp {
@@ -134,6 +146,8 @@ class Cta {
   void check_race_in(const Cta& owner, u32 offset, u32 bytes, Access access, const Site& site);
   // For mbarriers and the like, whose lanes sleep and wake alone.
   void sleep();
+  void sleep_until_global_change(const Site& site);
+  std::string global_waits_of(const Warp& warp) const;
   void give_way() { run_next(); }
   Lane& lane_at(i32 thread_idx) { return warps_[thread_idx / 32].lanes[thread_idx % 32]; }
   void wake(Lane& lane) { lane.warp->runnable |= 1u << lane.lane_idx; }

@@ -254,8 +254,58 @@ u64 add_global_u64(u64* dst, u64 value, Site site) {
 
 u64 load_acquire_global_u64(const void* src, Site site) {
   aligned_global(src, sizeof(u64), Use::kRead, "read", site);
-  u64& word = *static_cast<u64*>(const_cast<void*>(src));
-  return std::atomic_ref<u64>(word).load(std::memory_order_acquire);
+  Watch& watch = this_cta().current->watch;
+  watch = {src, sizeof(u64), 0, false, site};
+  return watch.value = watch.present_value();
+}
+
+u32 load_acquire_global_u32(const void* src, Site site) {
+  aligned_global(src, sizeof(u32), Use::kRead, "read", site);
+  Watch& watch = this_cta().current->watch;
+  watch = {src, sizeof(u32), 0, false, site};
+  watch.value = watch.present_value();
+  return static_cast<u32>(watch.value);
+}
+
+void store_release_global_u32(u32* dst, u32 value, Site site) {
+  aligned_global(dst, sizeof(u32), Use::kWrite, "write", site);
+  std::atomic_ref<u32>(*dst).store(value, std::memory_order_release);
+}
+
+void add_release_global_u32(u32* dst, u32 value, Site site) {
+  aligned_global(dst, sizeof(u32), Use::kWrite, "reduction", site);
+  std::atomic_ref<u32>(*dst).fetch_add(value, std::memory_order_release);
+}
+
+void fence_acq_rel_gpu() { std::atomic_thread_fence(std::memory_order_acq_rel); }
+
+u64 Watch::present_value() const {
+  void* at = const_cast<void*>(address);
+  return bytes == sizeof(u64)
+             ? std::atomic_ref<u64>(*static_cast<u64*>(at)).load(std::memory_order_acquire)
+             : std::atomic_ref<u32>(*static_cast<u32*>(at)).load(std::memory_order_acquire);
+}
+
+// "lanes 0 wait for ... to change": those that sleep until global memory does.
+std::string Cta::global_waits_of(const Warp& warp) const {
+  std::string text;
+  for (const Lane& lane : warp.lanes) {
+    const Watch& watch = lane.watch;
+    if (!watch.sleeps) {
+      continue;
+    }
+    const uintptr_t address = reinterpret_cast<uintptr_t>(watch.address);
+    i32 tensor = 0;
+    while (address < launch->ranges[tensor].begin || address >= launch->ranges[tensor].end) {
+      ++tensor;
+    }
+    text += (text.empty() ? "lane " : "; lane ") + std::to_string(lane.lane_idx) +
+            " waits for the " + std::to_string(watch.bytes) + " bytes at " +
+            std::to_string(address - launch->ranges[tensor].begin) + " of tensor " +
+            std::to_string(tensor) + ", which hold " + std::to_string(watch.value) +
+            ", to change, " + describe(watch.site);
+  }
+  return text;
 }
 
 void load_shared(void* value, u32 src, u32 bytes, Site site) {
