@@ -13,8 +13,9 @@ from .._common import arch as arch_table
 from .._common import tuned_tiles
 from .._common.backward_problem import BackwardProblem
 from .._common.problem import Problem
+from .._common.row_strides import wide_row_strides
 from .._common.spec import KernelSpec
-from .tiles import ELEM_BYTES, padded_bytes, row_bytes
+from .tiles import padded_bytes, row_bytes
 
 STAT_BYTES = 4  # lse and D of one query, each
 # Split roles hand P^T over as fp16. Times 2^14 (undone at the end, exactly) its normal numbers
@@ -300,6 +301,7 @@ def _main_spec(
     problem: BackwardProblem, arch: str, tile: BackwardTile, accum_columns: int
 ) -> KernelSpec:
     forward = problem.forward
+    copied = (forward.q_strides, forward.k_strides, forward.v_strides, problem.dout_strides)
     return KernelSpec.make(
         "flash2/bwd.cu",
         "flash2_bwd",
@@ -331,7 +333,7 @@ def _main_spec(
         accum_columns=accum_columns,
         vector_bytes=problem.vector_bytes,
         grad_vector_bytes=problem.grad_vector_bytes,
-        wide_row_strides=_wide_row_strides(problem),
+        wide_row_strides=wide_row_strides(*(row for _, row, _ in copied)),
         deterministic=problem.deterministic,
         unequal_heads=forward.qhead_per_khead != forward.qhead_per_vhead,
         causal=forward.causal,
@@ -349,9 +351,3 @@ def _main_spec(
 def _vector_atomics(arch: str) -> bool:
     """Whether red.global.add.v4.f32 exists."""
     return int(arch.removeprefix("sm_").rstrip("af")) >= 90
-
-
-def _wide_row_strides(problem: BackwardProblem) -> bool:
-    forward = problem.forward
-    of_inputs = (forward.q_strides, forward.k_strides, forward.v_strides, problem.dout_strides)
-    return max(row for _, row, _ in of_inputs) * ELEM_BYTES >= 2**31

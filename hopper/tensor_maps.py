@@ -27,6 +27,9 @@ from .tiles import ELEM_BYTES, WG_ROWS
 VECTOR_BYTES = 16
 # Rows of a ragged map's second dim, kRaggedRows in fwd_layout.cuh.
 RAGGED_ROWS = 2**30
+# Strides of maps are below this; of a ragged map's rows below 2**64 / RAGGED_ROWS, which leaves the
+# fifth dim a stride.
+END_OF_STRIDES_BYTES = 2**40
 
 
 def refuses_layout(problem: Problem) -> str | None:
@@ -48,6 +51,10 @@ def refuses_layout(problem: Problem) -> str | None:
         for axis, stride, size in zip(("batch", "row", "head"), strides, sizes, strict=True):
             if stride == 0 and size > 1 and not (varlen and axis == "batch"):
                 return f"{name} is expanded along its {axis} axis (stride 0)"
+            ragged = varlen or (name != "q" and p.has_seqused_k)
+            end = 2**64 // RAGGED_ROWS if ragged and axis == "row" else END_OF_STRIDES_BYTES
+            if stride * ELEM_BYTES >= end:
+                return f"{name}'s {axis} stride of {stride} elements reaches {end} bytes"
     if p.has_seqused_k and not p.varlen_k:
         for name, strides in (("k", p.k_strides), ("v", p.v_strides)):
             if p.batch > 1 and strides[1] and strides[0] % strides[1]:
