@@ -79,7 +79,7 @@ def check_cache(call: CacheCall) -> CacheProblem:
     _check_cache_seqlens(call.cache_seqlens, batch, rows - seqlen_new, q)
     rotary_dim, rotary_rows = _check_rotary(call, heads.head_dim_qk, batch, rows)
     check_int32_vector("cache_leftpad", call.cache_leftpad, batch, q.device)
-    alibi_batched = check_alibi_slopes(call.alibi_slopes, batch, heads.num_heads_q, q.device)
+    alibi_strides = check_alibi_slopes(call.alibi_slopes, batch, heads.num_heads_q, q.device)
 
     varlen_q = call.cu_seqlens_q is not None
     seqlen_q = seqlen_bound("q", call.max_seqlen_q, q) if varlen_q else q.shape[1]
@@ -124,7 +124,7 @@ def check_cache(call: CacheCall) -> CacheProblem:
         attention_chunk=chunk,
         softcap=max(0.0, check_values.real("softcap", call.softcap)),
         alibi=call.alibi_slopes is not None,
-        alibi_batched=alibi_batched,
+        alibi_strides=alibi_strides,
         return_lse=check_values.flag("return_softmax_lse", call.return_lse),
         q_strides=q_strides,
         k_strides=k_strides,

@@ -141,6 +141,7 @@ class BackwardPlan:
             self._prepare()
         softmax_lse = _fp32_contiguous(softmax_lse)
         dlse = None if dlse is None else _fp32_contiguous(dlse)
+        rng_state = None if rng_state is None else rng_state.contiguous()
         lse_log2 = self._empty(self._stat_shape())
         dq_accum = self._empty((self._dq_accum_size,))
         dk_accum = self._empty((self._dk_accum_size,)) if self._dk_accum_size else None

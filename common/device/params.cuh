@@ -45,7 +45,7 @@ struct FwdParams {
   f32 softmax_scale_log2;         // softmax_scale * log2(e)
   f32 softcap_in, softcap_out;    // Cfg::kSoftcap: softmax_scale / softcap and softcap * log2(e)
   const f32* alibi_slopes;        // Cfg::kAlibi; (num_heads_q,) or (batch, num_heads_q)
-  i64 alibi_batch_stride;
+  i64 alibi_batch_stride, alibi_head_stride;
 
   // dropout.cuh
   const i64* rng_state;  // Cfg::kDropout; (2,) = seed, offset
@@ -130,7 +130,7 @@ struct BwdParams {
   f32 softmax_scale_log2;
   f32 softcap_in, softcap_out;
   const f32* alibi_slopes;
-  i64 alibi_batch_stride;
+  i64 alibi_batch_stride, alibi_head_stride;
   f32 dqk_scale;  // of dQ and dK: softmax_scale, times keep_scale, times 2^-kProbabilityShift
   f32 dv_scale;   // keep_scale, times 2^-kProbabilityShift
 
@@ -174,7 +174,7 @@ struct HopperFwdParams {
   f32 softmax_scale_log2;
   f32 softcap_in, softcap_out;
   const f32* alibi_slopes;
-  i64 alibi_batch_stride;
+  i64 alibi_batch_stride, alibi_head_stride;
   const i64* rng_state;
   u32 keep_threshold;
   f32 keep_scale;
@@ -237,7 +237,7 @@ struct DecodeParams {
   f32 softmax_scale_log2;
   f32 softcap_in, softcap_out;
   const f32* alibi_slopes;
-  i64 alibi_batch_stride;
+  i64 alibi_batch_stride, alibi_head_stride;
 };
 
 // Merge of splits (flash2/combine.cu): attention over disjoint sets of keys into that over all.

@@ -73,8 +73,9 @@ struct Score {
       small_product = last < 1e36f ? fabsf(limit / p.softcap_in) : -1.0f;
     }
     if constexpr (Cfg::kAlibi) {
-      slope_log2 =
-          ld_global_f32(p.alibi_slopes + batch_idx * p.alibi_batch_stride + head_idx) * kLog2e;
+      slope_log2 = ld_global_f32(p.alibi_slopes + batch_idx * p.alibi_batch_stride +
+                                 head_idx * p.alibi_head_stride) *
+                   kLog2e;
     }
   }
 
