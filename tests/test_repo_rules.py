@@ -127,7 +127,8 @@ def test_products_with_strides_have_64_bits() -> None:
 
     What is narrowed implicitly, the simulator's compiler refuses (-Werror=conversion).
     """
-    blocks = (ROOT / "common/device/params.cuh").read_text(encoding="utf-8")
+    names = ("params.cuh", "bwd_params.cuh")
+    blocks = "".join((ROOT / "common/device" / n).read_text(encoding="utf-8") for n in names)
     declared = re.findall(r"^\s*(\w+)\s+([^;/]*stride[^;/]*);", blocks, flags=re.MULTILINE)
     assert len(declared) > 30 and {kind for kind, _ in declared} == {"i64"}
     narrow = r"\b(?:[iu](?:8|16|32)|int|unsigned|f32|bool)\b"
