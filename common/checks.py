@@ -94,6 +94,7 @@ def check_forward(call: ForwardCall) -> Problem:
         total_k if varlen_k else seqlen_k,
     )
     dropout_p = check_values.dropout_probability(call.dropout_p)
+    scale = check_values.softmax_scale(call.softmax_scale, heads.head_dim_qk)
     q_strides, k_strides, v_strides = (
         strides_of(q, varlen_q),
         strides_of(k, varlen_k and not paged),
@@ -111,7 +112,7 @@ def check_forward(call: ForwardCall) -> Problem:
         seqlen_k=seqlen_k,
         total_q=total_q,
         total_k=total_k,
-        softmax_scale=check_values.softmax_scale(call.softmax_scale, heads.head_dim_qk),
+        softmax_scale=scale,
         varlen_q=varlen_q,
         varlen_k=varlen_k,
         has_seqused_q=call.seqused_q is not None,
@@ -119,8 +120,10 @@ def check_forward(call: ForwardCall) -> Problem:
         causal=causal,
         window_left=left,
         window_right=right,
-        attention_chunk=check_values.non_negative("attention_chunk", call.attention_chunk),
-        softcap=max(0.0, check_values.real("softcap", call.softcap)),
+        attention_chunk=check_values.attention_chunk(
+            call.attention_chunk, total_k if varlen_k else seqlen_k
+        ),
+        softcap=check_values.softcap(call.softcap, scale),
         alibi=call.alibi_slopes is not None,
         alibi_strides=alibi_strides,
         dropout_p=dropout_p,

@@ -106,6 +106,11 @@ class Problem:
         return self.dropout_p > 0.0
 
     @property
+    def large_softcap(self) -> bool:
+        """tanh from exponentials, as the kernels have it, is not precise enough for such a cap."""
+        return self.softcap > 1000.0
+
+    @property
     def varlen(self) -> bool:
         return self.varlen_q or self.varlen_k
 
