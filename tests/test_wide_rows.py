@@ -25,8 +25,7 @@ from flash_attn_interface._common import row_strides, sources
 from flash_attn_interface._common.backward_problem import BackwardProblem
 from flash_attn_interface._common.checks import ForwardCall, check_forward
 from flash_attn_interface._common.spec import KernelSpec
-from flash_attn_interface._flash2 import bwd_tiles, decode_tiles, tiles
-from flash_attn_interface._flash2.bwd import BackwardPlan
+from flash_attn_interface._flash2 import BACKEND, bwd_tiles, decode_tiles, tiles
 
 ROWS = 131
 PAGES = 4  # of each sequence
@@ -206,11 +205,15 @@ def run_backward(
     out: Tensor,
     lse: Tensor,
     gradients: Sequence[Tensor],
+    backend: Any = BACKEND,
 ) -> None:
     forward = check_forward(ForwardCall(*qkv, causal=True, return_lse=True))
-    asked = BackwardProblem.of(forward, dout, *qkv, out, *gradients, deterministic=True)
+    asked = BackwardProblem.of(
+        forward, dout, *qkv, out, *gradients, deterministic=backend is BACKEND
+    )
+    assert backend.refuses_backward(asked, target_of(runner)) is None
     with runner.active():
-        BackwardPlan(asked, target_of(runner)).run(dout, *qkv, out, lse, *gradients)
+        backend.plan_backward(asked, target_of(runner)).run(dout, *qkv, out, lse, *gradients)
 
 
 @on_both(FEW)
@@ -320,3 +323,43 @@ def test_hopper_forward(stride: int, varlen: bool, monkeypatch: pytest.MonkeyPat
         for tensors in (qkv, packed(*qkv))
     )
     torch.testing.assert_close(wide, narrow, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.sim
+@pytest.mark.parametrize("stride", [2**26, 2**31])
+def test_hopper_backward(stride: int):
+    runner = Runner("sim", torch.device("cpu"), "sm_90a")
+    tree: Any = hopper_tree.load().BACKEND
+    rows = Rows(runner, stride)
+    q, k, v, dout = (rows.random(64) for _ in range(4))
+    narrow = packed(q, k, v)
+    out, lse = attend(runner, *narrow)
+    wanted = [torch.full_like(x, float("nan")) for x in narrow]
+    run_backward(runner, dout.contiguous(), narrow, out, lse, wanted, tree)
+    got = [rows.take(64) for _ in range(3)]
+    run_backward(runner, dout, (q, k, v), rows.take(64).copy_(out), lse, got, tree)
+    assert_same(got[1:], wanted[1:])
+    torch.testing.assert_close(got[0], wanted[0], atol=1e-2, rtol=1e-2)  # sums in any order
+
+
+@pytest.mark.parametrize(
+    ("stride", "ragged", "served"),
+    [
+        (2**39 - 8, False, True),
+        (2**39, False, False),
+        (2**33 - 8, True, True),
+        (2**33, True, False),
+    ],
+)
+def test_strides_that_no_tensor_map_holds_are_refused(stride: int, ragged: bool, served: bool):
+    hopper_tree.load()
+    from flash_attn_3 import tensor_maps
+
+    plain = problem((64, 64), "plain", "bf16")
+    strides = {f"{x}_strides": (64, 64, 64) for x in "qkv"}
+    plain = replace(plain, varlen_q=ragged, varlen_k=ragged, **strides)
+    for name in "qkv":
+        wide = replace(plain, **{f"{name}_strides": (64, stride, 64)})
+        assert (tensor_maps.refuses_layout(wide) is None) == served
+        backward = BackwardProblem(wide, *[(64, 64, 64)] * 5)
+        assert (tensor_maps.refuses_backward_layout(backward) is None) == served
