@@ -148,6 +148,7 @@ class BackwardPlan:
             self._prepare(dout, q, k, v)
         softmax_lse = _fp32_contiguous(softmax_lse)
         dlse = None if dlse is None else _fp32_contiguous(dlse)
+        rng_state = None if rng_state is None else rng_state.contiguous()
         lse_log2 = self._empty(self._stat_shape())
         dq_accum = self._empty((self._dq_accum_size,))
         dk_accum = self._empty((self._dk_accum_size,)) if self._dk_accum_size else None
@@ -227,6 +228,7 @@ class BackwardPlan:
         stat_rows = self._stat_shape()[-1]
         accum_head = self._accum_rows_per_head() * self._accum_columns()
         keep_probability = 1.0 - p.dropout_p
+        ds_shift = bwd_tiles.ds_shift(p)
         unshift = 2.0 ** -int(self.specs[1]["probability_shift"])
         values: dict[str, Any] = {
             "lse_batch_stride": 0 if p.varlen_q else p.num_heads_q * p.seqlen_q,
@@ -256,7 +258,8 @@ class BackwardPlan:
             "q_tiles_per_unit": -(-p.seqlen_q // STAT_ROWS),
             "num_splits": schedule.dq_splits,
             **score_values(p),
-            "dqk_scale": p.softmax_scale / keep_probability * unshift,
+            "dqk_scale": p.softmax_scale / keep_probability * unshift * 2.0**ds_shift,
+            "ds_scale": 2.0**-ds_shift,
             "dv_scale": 1.0 / keep_probability * unshift,
             "keep_threshold": floor(keep_probability * 255.0),
             "keep_probability": keep_probability,

@@ -15,7 +15,7 @@ from flash_attn_interface._common import tuned_tiles
 from flash_attn_interface._common.backward_problem import BackwardProblem
 from flash_attn_interface._common.problem import Problem
 from flash_attn_interface._common.spec import KernelSpec
-from flash_attn_interface._flash2.bwd_tiles import streaming_specs
+from flash_attn_interface._flash2.bwd_tiles import ds_shift, streaming_specs
 
 from .tiles import ELEM_BYTES, WG_ROWS
 
@@ -229,12 +229,14 @@ def _main_spec(
         v_columns=v_columns,
         grad_vector_bytes=problem.grad_vector_bytes,
         probability_shift=0,
+        scale_ds=ds_shift(p) > 0,
         rotate=True,
         deterministic=problem.deterministic,
         causal=p.causal,
         local=p.local,
         chunk=p.attention_chunk > 0,
         softcap=p.softcap > 0.0,
+        large_softcap=p.large_softcap,
         alibi=p.alibi,
         prescale=False,  # P is recomputed from softmax_lse, whatever the sign of the scale
         dropout=p.dropout,
