@@ -21,7 +21,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import cache, compiler, env, headdim, sources, tuned_tiles
+from . import cache, compiler, env, headdim, source_state, sources, tuned_tiles
 from .headdim import Wanted
 from .spec import KernelSpec
 from .store import DamagedEntryError, check_entry
@@ -88,6 +88,11 @@ def install(trees: Trees, listing: Path, destination: Path, store: Path) -> None
         _install(trees, listing, destination, store)
     except (ValueError, PrebuildError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
+
+
+def record_sources(package: Path, checkout: Path) -> None:
+    """What the two `setup.py` do beside: see `source_state.py`."""
+    source_state.write(package, checkout)
 
 
 def _install(trees: Trees, listing: Path, destination: Path, store: Path) -> None:
