@@ -137,8 +137,10 @@ REQUIRES = [
 ]
 
 EXTRAS = {
-    # For drivers of the CUDA 12 generation, which refuse cubins made by CUDA 13's compiler.
-    "cu12": ["cuda-bindings>=12.9,<13", "nvidia-cuda-nvrtc-cu12>=12.8"],
+    # For drivers of the CUDA 12 generation, which refuse cubins made by CUDA 13's compiler. Bounds
+    # so wide that each torch built for CUDA 12, which pins the compiler, keeps its own: 12.4 is
+    # that of torch 2.5 and 2.6. GPUs from sm_100 on need 12.8.
+    "cu12": ["cuda-bindings>=12.9,<13", "nvidia-cuda-nvrtc-cu12>=12.4"],
     "test": [
         "pytest>=7.4",
         "pytest-xdist>=3.2",

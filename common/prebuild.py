@@ -21,7 +21,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import cache, compiler, env, headdim, source_state, sources, tuned_tiles
+from . import cache, compiler, env, headdim, nvrtc, source_state, sources, tuned_tiles
 from .headdim import Wanted
 from .spec import KernelSpec
 from .store import DamagedEntryError, check_entry
@@ -66,7 +66,7 @@ def build_requires() -> list[str]:
     """What must be installed for `install` to work. setuptools and Python aside."""
     if not _wanted_here():
         return []
-    return ["cuda-bindings>=13", "nvidia-cuda-nvrtc>=13", "filelock", "ninja"]
+    return [nvrtc.requirement(nvrtc.newest_major()), "filelock", "ninja"]
 
 
 def _wanted_here() -> bool:
