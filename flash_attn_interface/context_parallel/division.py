@@ -151,7 +151,7 @@ def _assign(lengths: Sequence[int], world: int, min_tokens: int) -> list[tuple[i
             tried[count] = _deal(lengths, order, count, world, min_tokens)
         return tried[count][0]
 
-    low, high = 0, divisible
+    low, high = 0, divisible if excess(0) > 0.0 else 0  # more divided is mostly, not always, better
     while low < high:
         middle = (low + high) // 2
         if excess(middle) <= 0.0:
