@@ -1,12 +1,13 @@
 """Processes that form process groups, and run the functions that a test sends them.
 
-Starting a process costs seconds, so one set serves a whole test module: ranks 0 .. n - 1 of it form
-the group that a test of n ranks uses.
+Starting a process costs seconds, so one set serves a whole session: ranks 0 .. n - 1 of it form the
+group that a test of n ranks uses. A hang ends the set, and the next test starts another.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -20,15 +21,20 @@ SECONDS = 60.0  # for one job: a hang, not a slow machine
 
 
 class Ranks:
-    """`count` processes with groups of 1, 2, ... count ranks; close() ends them."""
+    """`count` processes with groups of 1, 2, ... count ranks, from the first run on."""
 
-    def __init__(self, count: int, backend: str, folder: Path) -> None:
-        context = multiprocessing.get_context("spawn")
+    def __init__(self, count: int, backend: str) -> None:
+        self.count, self.backend = count, backend
         self.pipes: list[Connection] = []
-        self.processes = []
-        for rank in range(count):
+        self.processes: list[Any] = []
+
+    def start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.folder = tempfile.TemporaryDirectory()
+        store = str(Path(self.folder.name, "store"))
+        for rank in range(self.count):
             here, there = context.Pipe()
-            arguments = (rank, count, backend, str(folder / "store"), there)
+            arguments = (rank, self.count, self.backend, store, there)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             self.pipes.append(here)
@@ -39,6 +45,8 @@ class Ranks:
 
         Raises AssertionError with the traceback of every rank where it raised.
         """
+        if not self.processes:
+            self.start()
         for pipe in self.pipes[:world]:
             pipe.send((world, function, arguments))
         results, failures = [], []
@@ -57,6 +65,9 @@ class Ranks:
         for process in self.processes:
             process.kill()
             process.join()
+        if self.processes:
+            self.folder.cleanup()
+        self.pipes, self.processes = [], []
 
 
 def _serve(rank: int, count: int, backend: str, store: str, pipe: Connection) -> None:

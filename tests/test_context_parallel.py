@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import context_parallel_cases as cases
@@ -10,13 +9,6 @@ import pytest
 import torch
 from context_parallel_cases import CASES, Case
 from ranks import Ranks
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    started = Ranks(4, "gloo", tmp_path_factory.mktemp("ranks"))
-    yield started
-    started.close()
 
 
 def seed() -> int:

@@ -88,7 +88,8 @@ def attention(
     Raises:
         TypeError, ValueError: an argument is wrong, here or on another rank, or ranks disagree.
             All ranks of the group raise before anything is transferred.
-        NotImplementedError: second derivatives; all_to_all with heads that cannot be dealt out.
+        NotImplementedError: method="all_to_all" with heads that cannot be dealt out.
+        RuntimeError: a gradient is differentiated once more.
     """
     if not isinstance(layout, Layout):
         raise TypeError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import operator
 from collections.abc import Hashable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from .._common.checks import shorten
 from . import all_to_all, gathering
 from .agreement import agree
 from .division import SCHEMES, Division
@@ -283,8 +285,8 @@ def _lengths(cu_seqlens: Sequence[int] | Tensor) -> list[int]:
         cu_seqlens = cu_seqlens.tolist()
     starts = [_count("an element of cu_seqlens", start, 0) for start in cu_seqlens]
     if not starts or starts[0] != 0:
-        raise ValueError(f"cu_seqlens is {starts[:4]}...: expected to start with 0")
-    lengths = [stop - start for start, stop in zip(starts, starts[1:], strict=False)]
-    if lengths and min(lengths) < 0:
-        raise ValueError(f"cu_seqlens decreases after {min(lengths, key=lambda n: n)} tokens")
-    return lengths
+        raise ValueError(f"cu_seqlens is {shorten(starts)}: expected to start with 0")
+    for start, stop in pairwise(starts):
+        if stop < start:
+            raise ValueError(f"cu_seqlens decreases from {start} to {stop}")
+    return [stop - start for start, stop in pairwise(starts)]
