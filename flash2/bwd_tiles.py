@@ -250,6 +250,20 @@ def backward_specs(
     forward = problem.forward
     tile = tile or tuned_tile(forward, arch, gpu) or backward_tile(forward, arch)
     accum_columns = tile.accum_columns(forward.head_dim_qk)
+    v_columns = tile.v_columns(forward.head_dim_v)
+    preprocess, *others = streaming_specs(problem, arch, accum_columns, v_columns)
+    return preprocess, _main_spec(problem, arch, tile, accum_columns), *others
+
+
+def streaming_specs(
+    problem: BackwardProblem, arch: str, accum_columns: int, v_columns: int
+) -> tuple[KernelSpec, ...]:
+    """(preprocess, convert) and, where query heads share K or V heads, sum: what runs before and
+    after the main kernel of either tree, limited by memory bandwidth.
+
+    accum_columns, v_columns: of the fp32 accumulators of dQ and dK, and of dV.
+    """
+    forward = problem.forward
     streaming: dict[str, bool | int] = {
         "bf16": forward.dtype == "bf16",
         "num_threads": STREAM_THREADS,
@@ -279,21 +293,21 @@ def backward_specs(
         deterministic=problem.deterministic,
         **streaming,
     )
-    specs = preprocess, _main_spec(problem, arch, tile, accum_columns), convert
     if forward.qhead_per_khead == forward.qhead_per_vhead == 1:
-        return specs
+        return preprocess, convert
     del streaming["vector_atomics"]
-    return *specs, KernelSpec.make(
+    total = KernelSpec.make(
         "flash2/bwd_sum.cu",
         "flash2_bwd_sum",
         "BwdParams",
         arch,
         head_dim_qk=forward.head_dim_qk,
         head_dim_v=forward.head_dim_v,
-        v_columns=tile.v_columns(forward.head_dim_v),
+        v_columns=v_columns,
         grad_vector_bytes=problem.grad_vector_bytes,
         **streaming,
     )
+    return preprocess, convert, total
 
 
 def _main_spec(

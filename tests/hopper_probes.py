@@ -47,12 +47,13 @@ def run(
     out: Tensor | None,
     tensors: Sequence[Tensor] = (),
     *,
+    grid: int = 1,
     which: int = 0,
     box_from: Sequence[int] = (),
     box_to: Sequence[int] = (),
     **constants: bool | int,
 ) -> None:
-    """Runs one CTA and waits for it. tensors: those behind the maps."""
+    """Runs the CTAs and waits for them. tensors: those behind the maps."""
     defaults: dict[str, bool | int] = {"num_threads": 32, "min_ctas_per_sm": 1, "smem_bytes": 0}
     spec = KernelSpec.make(
         f"tests/kernels/{name}.cu", name, "HopperProbeParams", ARCH, **{**defaults, **constants}
@@ -68,11 +69,11 @@ def run(
     if runner.name == "sim":
         from flash_attn_interface._common.sim.launcher import SimKernel
 
-        SimKernel(spec).launch(1, block.address, (data, out, *tensors))
+        SimKernel(spec).launch(grid, block.address, (data, out, *tensors))
         return
     from flash_attn_interface._common.driver import device_kernel
 
     device = torch.cuda.current_device()
     stream = torch.cuda.current_stream().cuda_stream
-    device_kernel(spec, device).launch(1, block.kernel_params_address, stream)
+    device_kernel(spec, device).launch(grid, block.kernel_params_address, stream)
     torch.cuda.synchronize()

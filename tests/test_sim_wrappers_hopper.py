@@ -160,6 +160,22 @@ def test_ragged_maps_end_where_the_sequence_does(
     assert torch.equal(target, before)
 
 
+@pytest.mark.parametrize("row", [4, 32, 132])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_bulk_copies_load_and_add(hopper: Runner, row: int, seed: int) -> None:
+    grid, warps, rounds = 3, 4, 5
+    data = torch.randn(grid, warps, rounds, row).to(hopper.device)
+    start = torch.randn(rounds, row).to(hopper.device)
+    out = start.clone()
+    with launcher.checks(seed=seed):
+        hopper_probes.run(
+            hopper, "probe_bulk", {}, data, out, grid=grid, which=rounds,
+            num_threads=32 * warps, smem_bytes=2 * warps * (4 * row + 8), row=row,
+        )  # fmt: skip
+    terms = torch.cat([start[None], 2 * data.flatten(0, 1)]).double()
+    assert ((out - terms.sum(0)).abs() <= 2.0**-20 * terms.abs().sum(0)).all()
+
+
 def test_stmatrix(hopper: Runner) -> None:
     registers = random_words(hopper, 32, 4)
     rows = torch.randperm(32, dtype=torch.int32).to(hopper.device)

@@ -65,10 +65,11 @@ struct EncodedTensorMap {
   u16 box[5];
 };
 
-struct Transfer {
-  EncodedTensorMap map;
+struct Transfer {  // of a box, or without a map of a run of bytes
+  EncodedTensorMap map{};
   std::array<i32, 5> coords{};
-  u32 offset = 0, bytes = 0;  // the box in shared memory
+  char* run = nullptr;        // in global memory; null: a box
+  u32 offset = 0, bytes = 0;  // in shared memory
   Lane* lane = nullptr;       // that issued it
   Site site;
 };
@@ -76,6 +77,7 @@ struct Transfer {
 struct PendingStore {
   Transfer transfer;
   u32 group = 0;
+  bool adds = false;  // floats, instead of storing
   bool source_read = false;
   std::vector<u8> data;
 };
@@ -86,6 +88,8 @@ class Tma {
   void load(Cta& cta, u32 dst, const void* map, u32 bar, const i32* coords, i32 rank,
             const Site& site);
   void store(Cta& cta, const void* map, u32 src, const i32* coords, i32 rank, const Site& site);
+  void load_run(Cta& cta, u32 dst, const void* src, u32 bytes, u32 bar, const Site& site);
+  void add_run(Cta& cta, f32* dst, u32 src, u32 bytes, const Site& site);
   void wait_stores(Cta& cta, i32 pending, bool read_only);
   bool loads_in_flight() const { return !loads_.empty(); }
   // Lets one load land, if one is in flight.
@@ -100,6 +104,8 @@ class Tma {
     Transfer transfer;
     Mbarrier* barrier;
   };
+  void issue_load(Cta& cta, const Transfer& transfer, Mbarrier& barrier);
+  void issue_store(Cta& cta, const Transfer& transfer, bool adds);
   std::deque<PendingLoad> loads_;
 };
 

@@ -19,6 +19,9 @@ void fence_proxy_async_shared();
 void prefetch_tensor_map(const void* map, Site site);
 void tma_load(u32 dst, const void* map, u32 bar, const i32* coords, i32 rank, Site site);
 void tma_store(const void* map, u32 src, const i32* coords, i32 rank, Site site);
+// The same without a map, of a run of bytes.
+void bulk_load(u32 dst, const void* src, u32 bytes, u32 bar, Site site);
+void bulk_reduce_add_f32(f32* dst, u32 src, u32 bytes, Site site);
 void tma_store_commit_group();
 void tma_store_wait_group_read(i32 pending);
 void tma_store_wait_group(i32 pending);
