@@ -93,7 +93,7 @@ class BackwardPlan:
             sum_grid += self._key_tiles() * p.num_heads_v
         values = self._values()
         query_grid = self._query_tiles() * p.num_heads_q
-        key_grid = self.schedule.k_units * self.schedule.k_tiles_per_unit
+        key_grid = self._main_grid()
         largest = max(query_grid, key_grid, sum_grid)
         if largest >= 2**31:
             raise NotImplementedError(
@@ -164,6 +164,9 @@ class BackwardPlan:
         for kernel, grid in zip(self._kernels, self.grids, strict=True):
             kernel.launch(grid, self._block, tensors)
         return softmax_d
+
+    def _main_grid(self) -> int:
+        return self.schedule.k_units * self.schedule.k_tiles_per_unit
 
     def _point_maps(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
         """For a main kernel that sees these by tensor maps."""
