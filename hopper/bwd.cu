@@ -18,6 +18,7 @@
 #include "common/device/params.cuh"
 #include "common/ptx/barrier.cuh"
 #include "common/ptx/cluster.cuh"
+#include "common/ptx/griddepcontrol.cuh"
 #include "common/ptx/setmaxnreg.cuh"
 #include "common/ptx/shuffle.cuh"
 #include "common/ptx/tma.cuh"
@@ -86,7 +87,9 @@ hopper_bwd(GRID_CONSTANT HopperBwdParams p) {
   }
   init_aux(smem);
   cta_sync();
+  griddepcontrol_launch_dependents();
   if (KeyTile(smem).empty()) {
+    griddepcontrol_wait();  // what follows relies on this launch to end after the one ahead
     return;
   }
   cluster_sync();

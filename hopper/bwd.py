@@ -62,6 +62,7 @@ class BackwardPlan(StreamedBackwardPlan):
 
     specs_of = staticmethod(bwd_tiles.backward_specs)
     schedule_of = staticmethod(schedule)
+    programmatic = True
 
     def _prepare(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
         super()._prepare(dout, q, k, v)

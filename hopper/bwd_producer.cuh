@@ -3,6 +3,7 @@
 #pragma once
 #include "common/device/row_io.cuh"
 #include "common/ptx/barrier.cuh"
+#include "common/ptx/griddepcontrol.cuh"
 #include "common/ptx/tma.cuh"
 #include "hopper/bwd_layout.cuh"
 
@@ -105,6 +106,7 @@ struct StatWriter {
 
   DEVICE StatWriter(const HopperBwdParams& p, const KeyTile& tile, u32 smem)
       : p(p), tile(tile), q(smem), dos(smem), lane_idx(thread_idx() % 32) {
+    griddepcontrol_wait();  // bwd_preprocess.cu writes lse and D
     // S^T is multiplied by the scale after lse has been added.
     lse_factor = -1.0f / p.softmax_scale_log2;
     lse_of_nothing = p.softmax_scale_log2 > 0.0f ? -kFar : kFar;

@@ -5,6 +5,7 @@
 #include "common/ptx/barrier.cuh"
 #include "common/ptx/bulk.cuh"
 #include "common/ptx/cluster.cuh"
+#include "common/ptx/griddepcontrol.cuh"
 #include "common/ptx/stmatrix.cuh"
 #include "common/ptx/tma.cuh"
 #include "hopper/bwd_epilogue.cuh"
@@ -297,7 +298,9 @@ struct DqRole : RoleBase {
   u32 steps;
 
   DEVICE DqRole(const HopperBwdParams& p, const KeyTile& tile, u32 smem)
-      : RoleBase(p, tile, smem), ds(smem), add_stage(0), steps(0) {}
+      : RoleBase(p, tile, smem), ds(smem), add_stage(0), steps(0) {
+    griddepcontrol_wait();  // bwd_preprocess.cu clears dq_accum
+  }
 
   DEVICE void step(i32 head, i32 m_block) {
     const SeqlenInfo seq = tile.seq();

@@ -189,7 +189,9 @@ def backward_specs(
     forward = problem.forward
     tile = tile or tuned_tile(forward, arch, gpu) or backward_tile(forward, arch)
     accum_columns, v_columns = (_round_up(d, 16) for d in _dims(forward))
-    preprocess, *others = streaming_specs(problem, arch, accum_columns, v_columns)
+    preprocess, *others = streaming_specs(
+        problem, arch, accum_columns, v_columns, programmatic=True
+    )
     return preprocess, _main_spec(problem, arch, tile, accum_columns, v_columns), *others
 
 
