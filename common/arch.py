@@ -7,6 +7,7 @@ before it is compiled.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 # The driver keeps this much of an SM's shared memory per resident CTA for itself (sm_80 and later).
@@ -70,8 +71,11 @@ def known_archs() -> tuple[str, ...]:
 
 
 def limits(arch: str) -> ArchLimits:
-    """Limits of "sm_XX", with or without the suffix of arch-specific code ("sm_90a")."""
-    row = _LIMITS.get(arch.rstrip("af"))
+    """Limits of "sm_XX", with or without the suffix of arch-specific code ("sm_90a").
+
+    ValueError for what is no such name.
+    """
+    row = _LIMITS.get(re.sub(r"(?<=\d)[af]$", "", arch)) if isinstance(arch, str) else None
     if row is None:
         raise ValueError(f"unknown architecture {arch!r} (known: {', '.join(_LIMITS)})")
     return row

@@ -7,6 +7,7 @@ hot path of the package: beside the binding's own 5 us it may cost well under on
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import threading
 import warnings
@@ -19,6 +20,8 @@ from .spec import KernelSpec
 # of shared memory gives on a device it was not prepared for.
 _INVALID_VALUE = 1
 _INVALID_CONTEXT = 201
+_INSUFFICIENT_DRIVER = 35  # of the runtime API; the driver API has no such value
+_OLDEST_DRIVER = 12000
 _DEFAULT_MAX_DYNAMIC_SMEM = 48 * 1024
 
 
@@ -45,7 +48,8 @@ def load_bindings() -> Any:
 class DeviceKernel:
     """A loaded kernel. One object serves all devices, contexts, streams and threads of the process.
 
-    It is never unloaded: plans and captured CUDA graphs may hold its handle.
+    It is never unloaded: plans and captured CUDA graphs may hold its handle. On the device it takes
+    what its code takes, 10 to 150 KiB; a process loads one for each kind of call that it makes.
     """
 
     def __init__(self, spec: KernelSpec, cubin: bytes, made_by: str = "") -> None:
@@ -58,6 +62,7 @@ class DeviceKernel:
         self._threads = int(spec["num_threads"])
         self._prepared: set[int] = set()
         self._guard = threading.Lock()
+        _check_driver(cuda)
         self._call("cuInit", 0)
         self._library = self._load(cubin, made_by)
         self._kernel = self._call("cuLibraryGetKernel", self._library, spec.entry.encode())
@@ -146,13 +151,9 @@ class DeviceKernel:
             return self._call("cuLibraryLoadData", cubin, None, None, 0, None, None, 0)
         except DriverError as error:
             version = int(self._call("cuDriverGetVersion"))
-            made_by = made_by or compiler.compiler_version()
-            raise DriverError(
-                f"{error}\n  The display driver supports CUDA {version // 1000}."
-                f"{version % 1000 // 10}, the compiler is {made_by}: a driver "
-                f"loads what a compiler of its own or an older CUDA version made",
-                error.code,
-            ) from error
+            supported = version // 1000, version % 1000 // 10
+            told = compiler.too_old(supported, made_by or compiler.compiler_version())
+            raise DriverError(f"{error}\n  {told}", error.code) from error
 
     def _stream(self, stream: int) -> Any:
         if len(self._streams) >= 1024:  # handles are reused, this only bounds a leak
@@ -209,10 +210,25 @@ _kernels_guard = threading.Lock()
 _contexts: dict[int, Any] = {}
 
 
+def _after_fork() -> None:
+    """In a forked child, nobody would ever release what another thread of the parent held."""
+    global _kernels_guard
+    _kernels_guard = threading.Lock()
+    for kernel in _kernels.values():
+        kernel._guard = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def device_kernel(spec: KernelSpec, device_index: int) -> DeviceKernel:
     """The kernel, ready to launch on the device: found or compiled, loaded and prepared."""
     kernel = _kernels.get(spec)
     if kernel is None:
+        told = compiler.unfit_for_the_driver()
+        if told is not None and cache.default_kernels().find(spec) is None:
+            raise DriverError(f"{told}\n  {spec.describe()}", _INSUFFICIENT_DRIVER)
         image = cache.default_kernels().image(spec)  # outside the guard: others compile meanwhile
         with _kernels_guard:
             kernel = _kernels.get(spec)
@@ -220,6 +236,17 @@ def device_kernel(spec: KernelSpec, device_index: int) -> DeviceKernel:
                 kernel = _kernels[spec] = _loaded(image)
     kernel.prepare(device_index)
     return kernel
+
+
+def _check_driver(cuda: Any) -> None:
+    """DriverError where the driver lacks the functions that load kernels."""
+    status, version = cuda.cuDriverGetVersion()
+    if int(status) == 0 and version < _OLDEST_DRIVER:
+        raise DriverError(
+            f"the display driver supports CUDA {version // 1000}.{version % 1000 // 10}, which is "
+            f"too old for these kernels: they need a driver for CUDA 12.0 or newer (525 and later)",
+            _INSUFFICIENT_DRIVER,
+        )
 
 
 def _loaded(image: cache.KernelImage) -> DeviceKernel:

@@ -46,7 +46,7 @@ struct FwdParams {
   f32 softmax_scale_log2;         // softmax_scale * log2(e)
   f32 softcap_in, softcap_out;    // Cfg::kSoftcap: softmax_scale / softcap and softcap * log2(e)
   const f32* alibi_slopes;        // Cfg::kAlibi; (num_heads_q,) or (batch, num_heads_q)
-  i64 alibi_batch_stride;
+  i64 alibi_batch_stride, alibi_head_stride;
 
   // dropout.cuh
   const i64* rng_state;  // Cfg::kDropout; (2,) = seed, offset
@@ -99,7 +99,7 @@ struct HopperFwdParams {
   f32 softmax_scale_log2;
   f32 softcap_in, softcap_out;
   const f32* alibi_slopes;
-  i64 alibi_batch_stride;
+  i64 alibi_batch_stride, alibi_head_stride;
   const i64* rng_state;
   u32 keep_threshold;
   f32 keep_scale;
@@ -162,7 +162,7 @@ struct DecodeParams {
   f32 softmax_scale_log2;
   f32 softcap_in, softcap_out;
   const f32* alibi_slopes;
-  i64 alibi_batch_stride;
+  i64 alibi_batch_stride, alibi_head_stride;
 };
 
 // Merge of splits (flash2/combine.cu): attention over disjoint sets of keys into that over all.

@@ -36,6 +36,7 @@ _KERNEL_FLAGS = (
     "-fno-asynchronous-unwind-tables",
     "-Wno-unknown-pragmas",
     "-Wreturn-type",
+    "-Werror=conversion",  # what is narrowed, offsets above all, says so by a cast
     "-I.",
 )
 
