@@ -20,11 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import arch as arch_table
 from .sources import PRELUDE
 from .spec import KernelSpec
 
 _SLOW_SECONDS = 1.0
 _FIRST_WITH_CACHE = (12, 9)
+_PTX_VERSION = b".version 8.3"  # of CUDA 12.3
 
 
 class CompileError(RuntimeError):
@@ -52,6 +54,8 @@ class ResourceUsage:
 
 @dataclass(frozen=True)
 class Compiled:
+    """cubin: machine code; of a spec for a virtual architecture, PTX that ends in a zero byte."""
+
     cubin: bytes
     log: str
     seconds: float
@@ -97,10 +101,13 @@ def compile_cubin(spec: KernelSpec, sources: Mapping[str, str], why: str | None 
         log = _fetch(nvrtc, program, "ProgramLog").decode(errors="replace").strip("\0 \n")
         if int(status) != 0:
             raise CompileError(spec, _failure(nvrtc, spec, status), log)
-        cubin = _fetch(nvrtc, program, "CUBIN")
+        if arch_table.is_virtual(spec.arch):
+            code = _for_older_drivers(_fetch(nvrtc, program, "PTX"))
+        else:
+            code = _fetch(nvrtc, program, "CUBIN")
     finally:
         nvrtc.nvrtcDestroyProgram(program)
-    return Compiled(cubin, log, seconds)
+    return Compiled(code, log, seconds)
 
 
 @contextlib.contextmanager
@@ -242,6 +249,18 @@ def _failure(nvrtc: Any, spec: KernelSpec, status: object) -> str:
         )
     name = getattr(status, "name", status)
     return f"{name} while compiling {spec.label()} with {loaded_version()}"
+
+
+def _for_older_drivers(ptx: bytes) -> bytes:
+    """The same PTX, declared to be of the oldest language version that has all it uses.
+
+    NVRTC declares its own version, which drivers refuse that are older than it; machine code knows
+    no such limit. A driver still checks each instruction against the declared version.
+    """
+    lowered, found = re.subn(rb"(?m)^\.version \d+\.\d+$", _PTX_VERSION, ptx, count=1)
+    if found != 1:
+        raise RuntimeError("NVRTC made PTX without a .version line")
+    return lowered
 
 
 def _checked(nvrtc: Any, function: str, *arguments: object) -> Any:
