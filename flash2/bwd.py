@@ -20,6 +20,7 @@ from .._common.plan_values import score_values
 from .._common.problem import Target
 from .._common.spec import KernelSpec
 from . import bwd_schedule, bwd_tiles
+from .bwd_schedule import BackwardSchedule
 from .bwd_tiles import BackwardTile
 
 STAT_ROWS = 128  # bwd_work.cuh: softmax_d gives each sequence whole tiles of so many rows
@@ -66,12 +67,14 @@ class BackwardPlan:
         self._is_empty = min(forward.total_q, forward.total_k) == 0
         self._kernels: tuple[kernels.Kernel, ...] = ()  # loaded, maybe compiled, by the first run
 
+    # What another tree's plan has of its own.
     specs_of: Callable[..., tuple[KernelSpec, ...]] = staticmethod(bwd_tiles.backward_specs)
+    schedule_of: Callable[..., BackwardSchedule] = staticmethod(bwd_schedule.schedule)
 
     def _prepare(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Everything that runs share."""
         problem, p = self.problem, self.problem.forward
-        self.schedule = bwd_schedule.schedule(
+        self.schedule = self.schedule_of(
             problem, self.specs[1], self._num_sms(), self._heads_per_cta
         )
         self._dq_accum_size = self.schedule.dq_splits * self._accum_rows() * self._accum_columns()

@@ -1,9 +1,10 @@
 // hopper/bwd.cu: dK, dV and the fp32 sums of dQ, for sm_90a (WGMMA, TMA). Launched by
 // hopper/bwd.py between bwd_preprocess.cu, which prepares softmax_d and lse_log2, and
 // bwd_convert.cu, which rounds dQ; both are those of flash2/.
-// CTA: one tile of kBlockN keys and the query heads that share them. Warpgroups: one that loads (a
-// thread for TMA, a warp for lse and D), one that computes dQ, and those with all of 64 keys each
-// (KeyRole) or, with Cfg::kSplitRoles, one with the upper and one with the lower line of
+// CTA: one tile of kBlockN keys and query heads that read the same K head and the same V head.
+// Warpgroups: one that loads (a thread for TMA, a warp for lse and D), one that computes dQ, and
+// those with all of 64 keys each (KeyRole) or, with Cfg::kSplitRoles, one with the upper and one
+// with the lower line of
 //   S^T = K Q^T      P^T = exp(S^T - lse)            dV += P^T dO
 //   dP^T = V dO^T    dS^T = P^T * (dP^T - D)         dK += dS^T Q      dQ += dS K
 // Roles meet at mbarriers only, so one's exponentials run beside another's products.
@@ -26,7 +27,6 @@
 DEVICE void init_barriers(u32 smem) {
   mbarrier_init(smem + Smem::kBarKFull, 1);
   mbarrier_init(smem + Smem::kBarVFull, 1);
-  mbarrier_init(smem + Smem::kBarKvEmpty, kReaders + 4);
   QRing(smem).init(kReaders, 2);
   DoRing(smem).init(kReaders, 2);
   DsRing(smem).init(4, 4 * kKeyBlocks);
@@ -47,18 +47,18 @@ DEVICE void take_registers() {
   }
 }
 
-template <class Role>
-DEVICE void run_role(Role role, const HopperBwdParams& p, const KeyTile& tile) {
-  walk(role, p, tile);
+// The rest of a warp's life, in one role.
+template <class Role, class... Arguments>
+DEVICE void run_role(const HopperBwdParams& p, u32 smem, Arguments... arguments) {
+  const KeyTile tile(smem);
+  Role role(p, tile, smem, arguments...);
+  walk(role, tile);
+  role.finish();
 }
 
 KERNEL(Cfg::kNumThreads, Cfg::kMinCtasPerSm) hopper_bwd(GRID_CONSTANT HopperBwdParams p) {
   const u32 smem = smem_base();
   const i32 wg_idx = i32(shfl_idx_u32(u32(thread_idx() / 128), 0));  // uniform, and known to be
-  const KeyTile tile(p, thread_idx() % 32);
-  if (tile.rows() <= 0) {
-    return;
-  }
   if (thread_idx() == 0) {
     prefetch_tensor_map(&p.q_map);
     prefetch_tensor_map(&p.k_map);
@@ -66,27 +66,33 @@ KERNEL(Cfg::kNumThreads, Cfg::kMinCtasPerSm) hopper_bwd(GRID_CONSTANT HopperBwdP
     prefetch_tensor_map(&p.dout_map);
     init_barriers(smem);
   }
+  if (wg_idx == 1 && thread_idx() / 32 == 4) {
+    KeyTile(smem).init(p);
+  }
   init_aux(smem);
   cta_sync();
+  if (KeyTile(smem).rows() <= 0) {
+    return;
+  }
   if (wg_idx == 0) {
     take_registers<Cfg::kProducerRegisters>();
     const i32 warp_idx = i32(shfl_idx_u32(u32(thread_idx() / 32), 0));
     if (warp_idx == 0 && thread_idx() % 32 == 0) {
-      run_role(Producer(p, tile, smem), p, tile);
+      run_role<Producer>(p, smem);
     } else if (warp_idx == 1) {
-      run_role(StatWriter(p, tile, smem), p, tile);
+      run_role<StatWriter>(p, smem);
     }
   } else if (wg_idx == 1) {
     take_registers<Cfg::kDqRegisters>();
-    run_role(DqRole(p, tile, smem), p, tile);
+    run_role<DqRole>(p, smem);
   } else if constexpr (!Cfg::kSplitRoles) {
     take_registers<Cfg::kScoreRegisters>();
-    run_role(KeyRole(p, tile, smem, wg_idx - 2), p, tile);
+    run_role<KeyRole>(p, smem, wg_idx - 2);
   } else if (wg_idx == 2) {
     take_registers<Cfg::kScoreRegisters>();
-    run_role(ScoreRole(p, tile, smem), p, tile);
+    run_role<ScoreRole>(p, smem);
   } else {
     take_registers<Cfg::kGradientRegisters>();
-    run_role(GradientRole(p, tile, smem), p, tile);
+    run_role<GradientRole>(p, smem);
   }
 }

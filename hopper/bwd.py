@@ -8,22 +8,41 @@ Called by the autograd of `flash_attn_interface/`. Tile choices: `bwd_tiles.py`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import gcd
 from typing import Any
 
 from torch import Tensor
 
 from flash_attn_interface._common import tensor_map
 from flash_attn_interface._common.backward_problem import BackwardProblem
+from flash_attn_interface._common.spec import KernelSpec
+from flash_attn_interface._flash2 import bwd_schedule
 from flash_attn_interface._flash2.bwd import BackwardPlan as StreamedBackwardPlan
+from flash_attn_interface._flash2.bwd_schedule import BackwardSchedule
 
 from . import bwd_tiles, tensor_maps
 from .tensor_maps import MapPlan
+
+
+def schedule(
+    problem: BackwardProblem, kernel: KernelSpec, num_sms: int, heads_per_cta: int = 0
+) -> BackwardSchedule:
+    """As flash2's, but the heads of a CTA read one K head and one V head: it loads these once, and
+    its sums are of one head each.
+    """
+    p = problem.forward
+    heads = heads_per_cta or bwd_schedule.choose_heads_per_cta(problem, kernel, num_sms)
+    if p.qhead_per_khead != p.qhead_per_vhead:
+        common = gcd(p.qhead_per_khead, p.qhead_per_vhead)
+        heads = max(n for n in range(1, common + 1) if common % n == 0 and n <= heads)
+    return bwd_schedule.schedule(problem, kernel, num_sms, heads)
 
 
 class BackwardPlan(StreamedBackwardPlan):
     """As flash2's, with the main kernel of this tree."""
 
     specs_of = staticmethod(bwd_tiles.backward_specs)
+    schedule_of = staticmethod(schedule)
 
     def _prepare(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
         super()._prepare(dout, q, k, v)

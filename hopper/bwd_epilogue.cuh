@@ -44,16 +44,17 @@ struct GradientPlace {
 template <i32 kHeadDim, i32 kAccumColumns, i32 kParts, i32 kRegs>
 DEVICE void store_gradient(const f32 (&rD)[kParts][kRegs], const BwdParams& p, const KeyTile& tile,
                            const GradientPlace& to, i32 first_row, i32 lane_idx) {
-  const KeyWork& work = tile.work;
+  const i32 first_key = tile.get(KeyTile::kFirstKey), batch_idx = tile.get(KeyTile::kBatchIdx);
+  const SeqlenInfo seq = tile.seq();
   if (to.accum != nullptr) {
-    if (first_row >= work.seq.seqlen_k - tile.first_key) {
+    if (first_row >= seq.seqlen_k - first_key) {
       return;
     }
-    const i32 split = work.first_head % p.heads_per_group / p.heads_per_cta -
+    const i32 split = tile.get(KeyTile::kFirstHead) % p.heads_per_group / p.heads_per_cta -
                       contributors(p, to.head_idx, to.qheads_per_head).first_cta;
-    f32* strip = key_accum_rows<Cfg>(to.accum, kAccumColumns, p, work.seq, work.batch_idx,
+    f32* strip = key_accum_rows<Cfg>(to.accum, kAccumColumns, p, seq, batch_idx,
                                      p.num_heads_q / to.qheads_per_head, to.head_idx, split,
-                                     tile.first_key + first_row) +
+                                     first_key + first_row) +
                  lane_idx * 4;
 #pragma unroll
     for (i32 part = 0; part < kParts; ++part) {
@@ -70,9 +71,10 @@ DEVICE void store_gradient(const f32 (&rD)[kParts][kRegs], const BwdParams& p, c
     }
     return;
   }
-  u16* dst = static_cast<u16*>(to.gradient) + work.batch_idx * to.batch_stride +
+  const i32 rows = tile.rows();
+  u16* dst = static_cast<u16*>(to.gradient) + batch_idx * to.batch_stride +
              to.head_idx * to.head_stride +
-             (work.seq.k_row + tile.first_key + first_row + lane_idx / 4) * to.row_stride;
+             (seq.k_row + first_key + first_row + lane_idx / 4) * to.row_stride;
   constexpr i32 kFragments = kRegs / 4;  // of 8 columns, in a part
 #pragma unroll
   for (i32 part = 0; part < kParts; ++part) {
@@ -88,7 +90,7 @@ DEVICE void store_gradient(const f32 (&rD)[kParts][kRegs], const BwdParams& p, c
         }
         transpose_in_quad(words, lane_idx);
         const i32 fragment = j + lane_idx % 4, column = (part * kFragments + fragment) * 8;
-        if (fragment < kFragments && first_row + lane_idx / 4 + 8 * half < tile.rows()) {
+        if (fragment < kFragments && first_row + lane_idx / 4 + 8 * half < rows) {
           store_eight<Cfg::kGradVectorBytes>(dst + 8 * half * to.row_stride + column, words,
                                              kHeadDim - column);
         }
@@ -98,15 +100,17 @@ DEVICE void store_gradient(const f32 (&rD)[kParts][kRegs], const BwdParams& p, c
 }
 
 // first_row: as above.
-DEVICE void store_dk(const DkSum& rDk, const BwdParams& p, const KeyTile& tile, const Run& run,
-                     i32 first_row, i32 lane_idx) {
-  const GradientPlace to{p.dk,       p.dk_batch_stride, p.dk_head_stride,  p.dk_row_stride,
-                         p.dk_accum, run.head_k,        p.qhead_per_khead, p.dqk_scale};
+DEVICE void store_dk(const DkSum& rDk, const BwdParams& p, const KeyTile& tile, i32 first_row,
+                     i32 lane_idx) {
+  const i32 head = tile.get(KeyTile::kFirstHead) / p.qhead_per_khead;
+  const GradientPlace to{p.dk, p.dk_batch_stride, p.dk_head_stride, p.dk_row_stride, p.dk_accum,
+                         head, p.qhead_per_khead, p.dqk_scale};
   store_gradient<Cfg::kHeadDimQk, Cfg::kAccumColumns>(rDk, p, tile, to, first_row, lane_idx);
 }
-DEVICE void store_dv(const DvSum& rDv, const BwdParams& p, const KeyTile& tile, const Run& run,
-                     i32 first_row, i32 lane_idx) {
-  const GradientPlace to{p.dv,       p.dv_batch_stride, p.dv_head_stride,  p.dv_row_stride,
-                         p.dv_accum, run.head_v,        p.qhead_per_vhead, p.dv_scale};
+DEVICE void store_dv(const DvSum& rDv, const BwdParams& p, const KeyTile& tile, i32 first_row,
+                     i32 lane_idx) {
+  const i32 head = tile.get(KeyTile::kFirstHead) / p.qhead_per_vhead;
+  const GradientPlace to{p.dv, p.dv_batch_stride, p.dv_head_stride, p.dv_row_stride, p.dv_accum,
+                         head, p.qhead_per_vhead, p.dv_scale};
   store_gradient<Cfg::kHeadDimV, Cfg::kVColumns>(rDv, p, tile, to, first_row, lane_idx);
 }

@@ -4,6 +4,8 @@
 #include "common/device/bwd_work.cuh"
 #include "common/device/mask.cuh"
 #include "common/device/wgmma_desc.cuh"
+#include "common/ptx/memory.cuh"
+#include "common/ptx/shuffle.cuh"
 #include "hopper/pipeline.cuh"
 #include "hopper/row_coords.cuh"
 
@@ -64,8 +66,7 @@ struct Smem {
   // of dS and P, the warps that write them. Empty: each warp that has read the tile.
   static constexpr u32 kBarKFull = kD + Cfg::kStagesDo * kDBytes;
   static constexpr u32 kBarVFull = kBarKFull + 8;
-  static constexpr u32 kBarKvEmpty = kBarVFull + 8;
-  static constexpr u32 kBarQFull = kBarKvEmpty + 8;
+  static constexpr u32 kBarQFull = kBarVFull + 8;
   static constexpr u32 kBarQEmpty = kBarQFull + 8 * Cfg::kStagesQ;
   static constexpr u32 kBarDoFull = kBarQEmpty + 8 * Cfg::kStagesQ;
   static constexpr u32 kBarDoEmpty = kBarDoFull + 8 * Cfg::kStagesDo;
@@ -73,7 +74,8 @@ struct Smem {
   static constexpr u32 kBarDsEmpty = kBarDsFull + 8 * Cfg::kStagesDs;
   static constexpr u32 kBarPFull = kBarDsEmpty + 8 * Cfg::kStagesDs;  // [kKeyBlocks]
   static constexpr u32 kBarPEmpty = kBarPFull + 8 * kKeyBlocks;       // [kKeyBlocks]
-  static constexpr u32 kEnd = kBarPEmpty + 8 * kKeyBlocks;
+  static constexpr u32 kTile = kBarPEmpty + 8 * kKeyBlocks;           // see KeyTile
+  static constexpr u32 kEnd = kTile + 16 * 4;
 };
 static_assert(Smem::kEnd <= Cfg::kSmemBytes,
               "hopper/bwd_tiles.py and this file agree on shared memory");
@@ -103,83 +105,78 @@ struct Warp {
   DEVICE bool leads() const { return lane_idx == 0; }
 };
 
-// The key tile of a CTA, and the query tiles that see it.
+// The key tile of a CTA and the query tiles that see it, in shared memory: most of it is needed now
+// and then only, and registers are short.
 struct KeyTile {
-  KeyWork work;
-  i32 first_key;
-  TileRange tiles;
-  i32 start;  // the walk over `tiles` begins there
+  enum Field {
+    kBatchIdx,
+    kFirstHead,
+    kEndHead,
+    kSlotK,
+    kFirstKey,
+    kQRow,
+    kKRow,
+    kSeqlenQ,
+    kSeqlenK,
+    kBegin,
+    kEnd,
+    kInteriorBegin,
+    kInteriorEnd,
+    kStart,
+    kFields
+  };
+  u32 at;
 
-  DEVICE KeyTile(const HopperBwdParams& p, i32 lane_idx)
-      : work(key_work<Cfg, kN>(p, block_idx(), lane_idx)),
-        first_key(work.n_block * kN),
-        tiles(query_tiles<Cfg>(p, work.seq, first_key, kN)),
-        start(tiles.begin < tiles.end ? first_query_tile<Cfg>(tiles, first_key) : 0) {}
-
-  // Rows of dk and dv that are this CTA's to write.
-  DEVICE i32 rows() const { return work.slot_k - first_key; }
-  DEVICE bool masked(i32 m_block) const {
-    return m_block < tiles.interior_begin || m_block >= tiles.interior_end;
-  }
-};
-
-// Query heads of a CTA that read the same K and V, one after another.
-struct Run {
-  i32 head_begin, head_end;
-  i32 head_k, head_v;
-  bool ends_k, ends_v;  // the CTA's last head that reads this head of K, of V
-
-  DEVICE Run(const BwdParams& p, const KeyWork& work, i32 head) : head_begin(head) {
-    head_k = head / p.qhead_per_khead;
-    head_v = head_k;
-    head_end = work.end_head;
-    ends_k = ends_v = true;
-    if constexpr (Cfg::kUnequalHeads) {
-      head_v = head / p.qhead_per_vhead;
-      const i32 end_k = imin(work.end_head, (head_k + 1) * p.qhead_per_khead);
-      const i32 end_v = imin(work.end_head, (head_v + 1) * p.qhead_per_vhead);
-      head_end = imin(end_k, end_v);
-      ends_k = head_end == end_k;
-      ends_v = head_end == end_v;
-    }
-  }
-  DEVICE i32 num_steps(const KeyTile& tile) const {
-    return imax(tile.tiles.end - tile.tiles.begin, 0) * (head_end - head_begin);
-  }
-};
-
-// role.begin(run), role.step<masked>(cursor) for all of its steps in order, role.end(run), for all
-// runs. Each role of a CTA walks so. Steps with and without masks have loops of their own.
-template <class Role>
-DEVICE void walk(Role& role, const HopperBwdParams& p, const KeyTile& tile) {
-#pragma unroll 1
-  for (i32 head = tile.work.first_head; head < tile.work.end_head;) {
-    const Run run(p, tile.work, head);
-    i32 left = run.num_steps(tile);
-    role.begin(run, left);
-    Cursor at{run.head_begin, tile.start};
-#pragma unroll 1
-    while (left > 0) {
-      if (Role::kMasks && tile.masked(at.m_block)) {
-#pragma unroll 1
-        do {
-          role.template step<true>(at);
-          at.advance(tile.tiles, tile.start);
-          --left;
-        } while (left > 0 && tile.masked(at.m_block));
-      } else {
-#pragma unroll 1
-        do {
-          role.template step<false>(at);
-          at.advance(tile.tiles, tile.start);
-          --left;
-        } while (left > 0 && !(Role::kMasks && tile.masked(at.m_block)));
+  DEVICE explicit KeyTile(u32 smem) : at(smem + Smem::kTile) {}
+  // By one warp, before a barrier.
+  DEVICE void init(const HopperBwdParams& p) const {
+    const KeyWork work = key_work<Cfg, kN>(p, block_idx(), thread_idx() % 32);
+    const i32 first_key = work.n_block * kN;
+    const TileRange tiles = query_tiles<Cfg>(p, work.seq, first_key, kN);
+    const bool seen = tiles.begin < tiles.end;
+    if (thread_idx() % 32 == 0) {
+      const i32 values[kFields] = {
+          work.batch_idx,      work.first_head,
+          work.end_head,       work.slot_k,
+          first_key,           i32(work.seq.q_row),
+          i32(work.seq.k_row), work.seq.seqlen_q,
+          work.seq.seqlen_k,   tiles.begin,
+          tiles.end,           tiles.interior_begin,
+          tiles.interior_end,  seen ? first_query_tile<Cfg>(tiles, first_key) : tiles.begin};
+#pragma unroll
+      for (i32 i = 0; i < kFields; ++i) {
+        st_shared_u32(at + u32(4 * i), u32(values[i]));
       }
     }
-    role.end(run);
-    if constexpr (!Cfg::kUnequalHeads) {
-      break;  // all heads of a CTA read one K and one V head
-    }
-    head = run.head_end;
+  }
+
+  DEVICE i32 get(Field field) const { return i32(ld_shared_u32(at + u32(4 * field))); }
+  DEVICE i32 num_steps() const {
+    return imax(get(kEnd) - get(kBegin), 0) * (get(kEndHead) - get(kFirstHead));
+  }
+  // Whether a mask hides any of the tile's pairs; keys behind the last are no matter of masks.
+  DEVICE bool masked(i32 m_block) const {
+    return m_block < get(kInteriorBegin) || m_block >= get(kInteriorEnd);
+  }
+  // Rows of dk and dv that are this CTA's to write.
+  DEVICE i32 rows() const { return get(kSlotK) - get(kFirstKey); }
+  // What masks need of it.
+  DEVICE SeqlenInfo seq() const {
+    const i32 seqlen_q = get(kSeqlenQ), seqlen_k = get(kSeqlenK);
+    return {get(kQRow), get(kKRow), seqlen_q, seqlen_q, seqlen_k, seqlen_k - seqlen_q};
+  }
+};
+
+// role.step(head, m_block) for all query tiles of all heads of the CTA, in order. Each role walks
+// so. CTAs begin at different query tiles and wrap around, so that they add to different parts of
+// dQ. One loop for all steps: sums that several loops share make ptxas spill.
+template <class Role>
+DEVICE void walk(Role& role, const KeyTile& tile) {
+  i32 head = tile.get(KeyTile::kFirstHead), m_block = tile.get(KeyTile::kStart);
+#pragma unroll 1
+  for (i32 left = tile.num_steps(); left > 0; --left) {
+    role.step(head, m_block);
+    m_block = m_block + 1 == tile.get(KeyTile::kEnd) ? tile.get(KeyTile::kBegin) : m_block + 1;
+    head += m_block == tile.get(KeyTile::kStart) ? 1 : 0;
   }
 }

@@ -6,60 +6,41 @@
 #include "common/ptx/tma.cuh"
 #include "hopper/bwd_layout.cuh"
 
-// One thread. K and V stay for a run; Q and dO stream through rings.
+// One thread. K and V are loaded once; Q and dO stream through rings.
 struct Producer {
-  static constexpr bool kMasks = false;
   const HopperBwdParams& p;
   const KeyTile& tile;
   u32 smem;
   QRing q;
   DoRing dos;
-  Run run;
-  bool v_pending;
-  u32 kv_parity;
+  bool first;
 
   DEVICE Producer(const HopperBwdParams& p, const KeyTile& tile, u32 smem)
-      : p(p),
-        tile(tile),
-        smem(smem),
-        q(smem),
-        dos(smem),
-        run(p, tile.work, tile.work.first_head),
-        v_pending(false),
-        kv_parity(1) {}
+      : p(p), tile(tile), smem(smem), q(smem), dos(smem), first(true) {}
 
-  DEVICE void begin(const Run& next, i32 num_steps) {
-    run = next;
-    if (num_steps == 0) {
-      return;
+  DEVICE void step(i32 head, i32 m_block) {
+    if (first) {
+      load_keys<kChunksQk>(Smem::kK, Smem::kBarKFull, &p.k_map, head / p.qhead_per_khead,
+                           p.k_batch_rows);
     }
-    if constexpr (Cfg::kUnequalHeads) {
-      wait_phase(smem + Smem::kBarKvEmpty, kv_parity);
-      kv_parity ^= 1u;
+    load_queries<kChunksQk>(q, &p.q_map, head, m_block, p.q_batch_rows);
+    if (first) {  // the first S^T needs K and Q only
+      load_keys<kChunksV>(Smem::kV, Smem::kBarVFull, &p.v_map, head / p.qhead_per_vhead,
+                          p.v_batch_rows);
+      first = false;
     }
-    load_keys<kChunksQk>(Smem::kK, Smem::kBarKFull, &p.k_map, run.head_k, p.k_batch_rows);
-    v_pending = true;
+    load_queries<kChunksV>(dos, &p.dout_map, head, m_block, p.dout_batch_rows);
   }
 
-  template <bool kMasked>
-  DEVICE void step(const Cursor& at) {
-    load_queries<kChunksQk>(q, &p.q_map, at, p.q_batch_rows);
-    if (v_pending) {  // the first S^T needs K and Q only
-      load_keys<kChunksV>(Smem::kV, Smem::kBarVFull, &p.v_map, run.head_v, p.v_batch_rows);
-      v_pending = false;
-    }
-    load_queries<kChunksV>(dos, &p.dout_map, at, p.dout_batch_rows);
-  }
-
-  DEVICE void end(const Run&) {}
+  DEVICE void finish() {}
 
  private:
   template <i32 kChunks>
   DEVICE void load_keys(u32 to, u32 bar, const TensorMap* map, i32 head, i32 batch_rows) const {
-    const SeqlenInfo& seq = tile.work.seq;
-    const RowCoords rows =
-        row_coords<Cfg::kRaggedK>(tile.first_key, i32(seq.k_row) + tile.work.batch_idx * batch_rows,
-                                  seq.seqlen_k, tile.work.batch_idx);
+    const i32 batch_idx = tile.get(KeyTile::kBatchIdx);
+    const RowCoords rows = row_coords<Cfg::kRaggedK>(
+        tile.get(KeyTile::kFirstKey), tile.get(KeyTile::kKRow) + batch_idx * batch_rows,
+        tile.get(KeyTile::kSeqlenK), batch_idx);
     mbarrier_arrive_expect_tx(smem + bar, kChunks * kKeyChunkBytes);
 #pragma unroll
     for (i32 c = 0; c < kChunks; ++c) {
@@ -69,17 +50,17 @@ struct Producer {
   }
 
   template <i32 kChunks, class Ring>
-  DEVICE void load_queries(Ring& ring, const TensorMap* map, const Cursor& at,
+  DEVICE void load_queries(Ring& ring, const TensorMap* map, i32 head, i32 m_block,
                            i32 batch_rows) const {
-    const SeqlenInfo& seq = tile.work.seq;
-    const RowCoords rows = row_coords<Cfg::kRaggedQ>(
-        at.m_block * kM, i32(seq.q_row) + tile.work.batch_idx * batch_rows, seq.seqlen_q,
-        tile.work.batch_idx);
+    const i32 batch_idx = tile.get(KeyTile::kBatchIdx);
+    const RowCoords rows =
+        row_coords<Cfg::kRaggedQ>(m_block * kM, tile.get(KeyTile::kQRow) + batch_idx * batch_rows,
+                                  tile.get(KeyTile::kSeqlenQ), batch_idx);
     ring.acquire();
 #pragma unroll
     for (i32 c = 0; c < kChunks; ++c) {
       tma_load_5d(ring.tile() + u32(c) * kQueryChunkBytes, map, ring.full(), c * Chunk::kCols,
-                  rows.row, at.head_idx, rows.dim3, rows.dim4);
+                  rows.row, head, rows.dim3, rows.dim4);
     }
     ring.advance();
   }
@@ -107,7 +88,6 @@ struct Parts {
 
 // One warp: lse of each Q tile and D of each dO tile, from memory to shared memory.
 struct StatWriter {
-  static constexpr bool kMasks = false;
   static constexpr i32 kRows = kM / 32;  // of a lane
   const HopperBwdParams& p;
   const KeyTile& tile;
@@ -123,41 +103,41 @@ struct StatWriter {
     lse_of_nothing = p.softmax_scale_log2 > 0.0f ? -kFar : kFar;
   }
 
-  DEVICE void begin(const Run&, i32) {}
-
-  template <bool kMasked>
-  DEVICE void step(const Cursor& at) {
-    const KeyWork& work = tile.work;
-    const i64 row = work.batch_idx * p.stat_batch_stride + at.head_idx * p.stat_head_stride +
-                    stat_row<Cfg>(work.seq, work.batch_idx) + at.m_block * kM;
-    f32 lse[kRows], d[kRows];
-#pragma unroll
-    for (i32 i = 0; i < kRows; ++i) {
-      lse[i] = ld_global_f32(p.lse_log2 + row + i * 32 + lane_idx);
-      d[i] = ld_global_f32(p.softmax_d + row + i * 32 + lane_idx);
-    }
+  DEVICE void step(i32 head, i32 m_block) {
+    const i32 batch_idx = tile.get(KeyTile::kBatchIdx);
+    const i64 row = batch_idx * p.stat_batch_stride + head * p.stat_head_stride +
+                    stat_row<Cfg>(tile.seq(), batch_idx) + m_block * kM;
+    f32 stats[kRows];  // asked for before the stage is free
+    load(stats, p.lse_log2 + row);
     q.wait_empty();
 #pragma unroll
     for (i32 i = 0; i < kRows; ++i) {
-      const bool nothing = lse[i] == bits_as_f32(0x7f800000u);  // no key, or no row
-      const f32 value = nothing ? lse_of_nothing : lse[i] * lse_factor;
-      write<Cfg::kAuxLse>(lse_stage(q), i * 32 + lane_idx, Cfg::kAuxLse ? value : lse[i]);
+      const bool nothing = stats[i] == bits_as_f32(0x7f800000u);  // no key, or no row
+      const f32 value = nothing ? lse_of_nothing : stats[i] * lse_factor;
+      write<Cfg::kAuxLse>(lse_stage(q), i * 32 + lane_idx, Cfg::kAuxLse ? value : stats[i]);
     }
     publish(q);
+    load(stats, p.softmax_d + row);
     dos.wait_empty();
 #pragma unroll
     for (i32 i = 0; i < kRows; ++i) {
-      write<Cfg::kAuxD>(d_stage(dos), i * 32 + lane_idx, Cfg::kAuxD ? -d[i] : d[i]);
+      write<Cfg::kAuxD>(d_stage(dos), i * 32 + lane_idx, Cfg::kAuxD ? -stats[i] : stats[i]);
     }
     publish(dos);
   }
 
-  DEVICE void end(const Run&) {}
+  DEVICE void finish() {}
 
  private:
   // Far enough for exp2 to give 0, near enough for Parts.
   static constexpr f32 kFar = Cfg::kBf16 ? 1e30f : 2e9f;
 
+  DEVICE void load(f32 (&stats)[kRows], const f32* rows) const {
+#pragma unroll
+    for (i32 i = 0; i < kRows; ++i) {
+      stats[i] = ld_global_f32(rows + i * 32 + lane_idx);
+    }
+  }
   template <bool kAux>
   DEVICE static void write(u32 stage, i32 query, f32 value) {
     if constexpr (kAux) {  // the other half of the row has been zero since init_aux

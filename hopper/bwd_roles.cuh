@@ -3,6 +3,7 @@
 // who does what when.
 #pragma once
 #include "common/ptx/barrier.cuh"
+#include "common/ptx/bulk.cuh"
 #include "common/ptx/stmatrix.cuh"
 #include "common/ptx/tma.cuh"
 #include "hopper/bwd_epilogue.cuh"
@@ -14,18 +15,16 @@ struct RoleBase {
   const HopperBwdParams& p;
   const KeyTile& tile;
   Warp warp;
-  u32 kv_parity;
+  bool keys_pending;
 
   DEVICE RoleBase(const HopperBwdParams& p, const KeyTile& tile, u32 smem)
-      : p(p), tile(tile), warp(smem), kv_parity(1) {}
+      : p(p), tile(tile), warp(smem), keys_pending(true) {}
 
-  // Waits for K or V of the run that begins. bar: Smem::kBarKFull or kBarVFull.
-  DEVICE void wait_keys(u32 bar) const { wait_phase(warp.smem + bar, kv_parity); }
-  DEVICE void begin_run(i32 num_steps) { kv_parity ^= num_steps > 0 ? 1u : 0u; }
-  // This warp is done with K and V of the run.
-  DEVICE void release_keys(i32 num_steps) const {
-    if (Cfg::kUnequalHeads && num_steps > 0 && warp.leads()) {
-      mbarrier_arrive(warp.smem + Smem::kBarKvEmpty);
+  // The first step that needs K or V waits for it. bar: Smem::kBarKFull or kBarVFull.
+  DEVICE void wait_keys(u32 bar) {
+    if (keys_pending) {
+      wait_phase(warp.smem + bar, 0);
+      keys_pending = false;
     }
   }
   // Hands dS^T of key block `block` to dQ.
@@ -46,52 +45,39 @@ struct RoleBase {
 
 // Joint division: all of S^T, dP^T, dV and dK of 64 keys.
 struct KeyRole : RoleBase {
-  static constexpr bool kMasks = true;
   i32 block;
   QRing q;
   DoRing dos;
   DsRing ds;
   DkSum rDk;
   DvSum rDv;
-  i32 num_steps;
-  bool v_pending;
 
   DEVICE KeyRole(const HopperBwdParams& p, const KeyTile& tile, u32 smem, i32 block)
-      : RoleBase(p, tile, smem), block(block), q(smem), dos(smem), ds(smem), v_pending(false) {
+      : RoleBase(p, tile, smem), block(block), q(smem), dos(smem), ds(smem) {
     clear(rDk);
     clear(rDv);
   }
 
   DEVICE i32 first_row() const { return block * 64 + warp.warp_idx * 16; }
 
-  DEVICE void begin(const Run&, i32 steps) {
-    num_steps = steps;
-    begin_run(steps);
-    if (steps > 0) {
-      wait_keys(Smem::kBarKFull);
-      v_pending = true;
-    }
-  }
-
-  template <bool kMasked>
-  DEVICE void step(const Cursor& at) {
+  DEVICE void step(i32 head, i32 m_block) {
     const u32 rows = u32(block * 64 * 128);
-    const ScoreTile scores{p, tile.work, tile.first_key + first_row(), warp.lane_idx};
+    const ScoreTile scores{p, tile, first_row(), warp.lane_idx};
     f32 rS[kRegsS];
     Packed rP, rX;
+    if (keys_pending) {
+      wait_phase(warp.smem + Smem::kBarKFull, 0);
+    }
     q.wait();
     wgmma_fence();
     issue_scores<Cfg::kHeadDimQk, Cfg::kAuxLse>(rS, warp.smem + Smem::kK + rows, q.tile(),
                                                 warp.smem + Smem::kOnes, lse_stage(q));
     wgmma_wait_group<0>();
     wgmma_hold(rS);
-    scores.finish_scores<kMasked>(rS, rP, rX, at, lse_stage(q));
+    scores.finish_scores(rS, rP, rX, head, m_block, lse_stage(q));
 
     f32 rDp[kRegsS];
-    if (v_pending) {
-      wait_keys(Smem::kBarVFull);
-      v_pending = false;
-    }
+    wait_keys(Smem::kBarVFull);
     dos.wait();
     wgmma_fence();
     issue_scores<Cfg::kHeadDimV, Cfg::kAuxD>(rDp, warp.smem + Smem::kV + rows, dos.tile(),
@@ -112,16 +98,9 @@ struct KeyRole : RoleBase {
     q.release(warp.leads());
   }
 
-  DEVICE void end(const Run& run) {
-    release_keys(num_steps);
-    if (run.ends_v) {
-      store_dv(rDv, p, tile, run, first_row(), warp.lane_idx);
-      clear(rDv);
-    }
-    if (run.ends_k) {
-      store_dk(rDk, p, tile, run, first_row(), warp.lane_idx);
-      clear(rDk);
-    }
+  DEVICE void finish() const {
+    store_dv(rDv, p, tile, first_row(), warp.lane_idx);
+    store_dk(rDk, p, tile, first_row(), warp.lane_idx);
   }
 };
 
@@ -133,33 +112,25 @@ DEVICE u32 handoff(const Warp& warp, i32 block, i32 k) {
 
 // Split roles, first: S^T, P^T and dV.
 struct ScoreRole : RoleBase {
-  static constexpr bool kMasks = true;
   QRing q;
   DoRing dos;
   DvSum rDv[kKeyBlocks];
   u32 p_parity;
-  i32 num_steps;
 
   DEVICE ScoreRole(const HopperBwdParams& p, const KeyTile& tile, u32 smem)
       : RoleBase(p, tile, smem), q(smem), dos(smem), p_parity(1) {
-    clear_all();
-  }
-
-  DEVICE void begin(const Run&, i32 steps) {
-    num_steps = steps;
-    begin_run(steps);
-    if (steps > 0) {
-      wait_keys(Smem::kBarKFull);
+#pragma unroll
+    for (i32 block = 0; block < kKeyBlocks; ++block) {
+      clear(rDv[block]);
     }
   }
 
-  template <bool kMasked>
-  DEVICE void step(const Cursor& at) {
+  DEVICE void step(i32 head, i32 m_block) {
+    wait_keys(Smem::kBarKFull);
     q.wait();
 #pragma unroll
     for (i32 block = 0; block < kKeyBlocks; ++block) {
-      const ScoreTile scores{p, tile.work, tile.first_key + block * 64 + warp.warp_idx * 16,
-                             warp.lane_idx};
+      const ScoreTile scores{p, tile, block * 64 + warp.warp_idx * 16, warp.lane_idx};
       f32 rS[kRegsS];
       Packed rP, rX;
       wgmma_fence();
@@ -170,7 +141,7 @@ struct ScoreRole : RoleBase {
       if (block > 0) {
         hold(rDv[block > 0 ? block - 1 : 0]);
       }
-      scores.finish_scores<kMasked>(rS, rP, rX, at, lse_stage(q));
+      scores.finish_scores(rS, rP, rX, head, m_block, lse_stage(q));
       wait_phase(warp.smem + Smem::kBarPEmpty + u32(8 * block), p_parity);
 #pragma unroll
       for (i32 k = 0; k < kStepsM; ++k) {
@@ -193,52 +164,33 @@ struct ScoreRole : RoleBase {
     p_parity ^= 1u;
   }
 
-  DEVICE void end(const Run& run) {
-    release_keys(num_steps);
-    if (run.ends_v) {
-#pragma unroll
-      for (i32 block = 0; block < kKeyBlocks; ++block) {
-        store_dv(rDv[block], p, tile, run, block * 64 + warp.warp_idx * 16, warp.lane_idx);
-      }
-      clear_all();
-    }
-  }
-
- private:
-  DEVICE void clear_all() {
+  DEVICE void finish() const {
 #pragma unroll
     for (i32 block = 0; block < kKeyBlocks; ++block) {
-      clear(rDv[block]);
+      store_dv(rDv[block], p, tile, block * 64 + warp.warp_idx * 16, warp.lane_idx);
     }
   }
 };
 
 // Split roles, second: dP^T, dS^T and dK.
 struct GradientRole : RoleBase {
-  static constexpr bool kMasks = false;
   QRing q;
   DoRing dos;
   DsRing ds;
   DkSum rDk[kKeyBlocks];
   u32 p_parity;
-  i32 num_steps;
 
   DEVICE GradientRole(const HopperBwdParams& p, const KeyTile& tile, u32 smem)
       : RoleBase(p, tile, smem), q(smem), dos(smem), ds(smem), p_parity(0) {
-    clear_all();
-  }
-
-  DEVICE void begin(const Run&, i32 steps) {
-    num_steps = steps;
-    begin_run(steps);
-    if (steps > 0) {
-      wait_keys(Smem::kBarVFull);
+#pragma unroll
+    for (i32 block = 0; block < kKeyBlocks; ++block) {
+      clear(rDk[block]);
     }
   }
 
-  template <bool kMasked>
-  DEVICE void step(const Cursor&) {
-    const ScoreTile scores{p, tile.work, 0, warp.lane_idx};
+  DEVICE void step(i32, i32) {
+    const ScoreTile scores{p, tile, 0, warp.lane_idx};
+    wait_keys(Smem::kBarVFull);
     dos.wait();
 #pragma unroll
     for (i32 block = 0; block < kKeyBlocks; ++block) {
@@ -276,57 +228,37 @@ struct GradientRole : RoleBase {
     p_parity ^= 1u;
   }
 
-  DEVICE void end(const Run& run) {
-    release_keys(num_steps);
-    if (run.ends_k) {
-#pragma unroll
-      for (i32 block = 0; block < kKeyBlocks; ++block) {
-        store_dk(rDk[block], p, tile, run, block * 64 + warp.warp_idx * 16, warp.lane_idx);
-      }
-      clear_all();
-    }
-  }
-
- private:
-  DEVICE void clear_all() {
+  DEVICE void finish() const {
 #pragma unroll
     for (i32 block = 0; block < kKeyBlocks; ++block) {
-      clear(rDk[block]);
+      store_dk(rDk[block], p, tile, block * 64 + warp.warp_idx * 16, warp.lane_idx);
     }
   }
 };
 
 // dQ += dS K, added to dq_accum in memory.
 struct DqRole : RoleBase {
-  static constexpr bool kMasks = false;
   static constexpr i32 kColumns = round_up(Cfg::kHeadDimQk, 16);
   static constexpr i32 kPartColumns = Cfg::kWgmmaDqN;  // of one product; the last may be narrower
   static constexpr i32 kFullParts = kColumns / kPartColumns;
   static constexpr i32 kLastColumns = kColumns % kPartColumns;
   static_assert(kColumns <= kPartColumns || kPartColumns % Chunk::kCols == 0);
   DsRing ds;
-  i32 num_steps;
+  i32 add_stage;
 
   DEVICE DqRole(const HopperBwdParams& p, const KeyTile& tile, u32 smem)
-      : RoleBase(p, tile, smem), ds(smem) {}
+      : RoleBase(p, tile, smem), ds(smem), add_stage(0) {}
 
-  DEVICE void begin(const Run&, i32 steps) {
-    num_steps = steps;
-    begin_run(steps);
-    if (steps > 0) {
-      wait_keys(Smem::kBarKFull);
-    }
-  }
-
-  template <bool kMasked>
-  DEVICE void step(const Cursor& at) {
-    const KeyWork& work = tile.work;
+  DEVICE void step(i32 head, i32 m_block) {
+    const SeqlenInfo seq = tile.seq();
+    const i32 batch_idx = tile.get(KeyTile::kBatchIdx);
+    wait_keys(Smem::kBarKFull);
     ds.wait();
 #pragma unroll 1
     for (i32 m = 0; m < kM / 64; ++m) {
-      const i32 first_row = at.m_block * kM + m * 64 + warp.warp_idx * 16;
-      f32* strip = accum_rows<Cfg>(p, work.seq, work.batch_idx, at.head_idx, 0, first_row);
-      const bool exists = first_row < work.seq.seqlen_q;
+      const i32 first_row = m_block * kM + m * 64 + warp.warp_idx * 16;
+      f32* strip = accum_rows<Cfg>(p, seq, batch_idx, head, 0, first_row);
+      const bool exists = first_row < seq.seqlen_q;
       const u32 a = ds.tile() + u32(m * 64 * 128);
 #pragma unroll 1
       for (i32 part = 0; part < kFullParts; ++part) {
@@ -339,12 +271,16 @@ struct DqRole : RoleBase {
     ds.release(warp.leads());
   }
 
-  DEVICE void end(const Run&) { release_keys(num_steps); }
+  DEVICE void finish() const {
+    if (Cfg::kAddStages > 0 && warp.leads()) {
+      tma_store_wait_group<0>();  // shared memory lives as long as the CTA
+    }
+  }
 
  private:
   // kCols columns from `column` on. a: dS of 64 queries. strip: of this warp's 16 rows.
   template <i32 kCols>
-  DEVICE void add_part(u32 a, i32 column, f32* strip, bool exists) const {
+  DEVICE void add_part(u32 a, i32 column, f32* strip, bool exists) {
     f32 rDq[kCols / 2];
     const u64 desc_a = Chunk::k_major(a);
     const u64 desc_b = Chunk::mn_major(
@@ -360,12 +296,40 @@ struct DqRole : RoleBase {
     wgmma_wait_group<0>();
     wgmma_hold(rDq);
     if (exists) {
-      f32* dst = strip + column / 8 * kFragmentFloats + warp.lane_idx * 4;
+      f32* dst = strip + column / 8 * kFragmentFloats;
+      if constexpr (Cfg::kAddStages > 0) {
+        add_staged<kCols>(dst, rDq);
+      } else {
 #pragma unroll
-      for (i32 j = 0; j < kCols / 8; ++j) {
-        const f32 fragment[4] = {rDq[4 * j], rDq[4 * j + 1], rDq[4 * j + 2], rDq[4 * j + 3]};
-        red_global_add_v4_f32(dst + j * kFragmentFloats, fragment);
+        for (i32 j = 0; j < kCols / 8; ++j) {
+          const f32 fragment[4] = {rDq[4 * j], rDq[4 * j + 1], rDq[4 * j + 2], rDq[4 * j + 3]};
+          red_global_add_v4_f32(dst + j * kFragmentFloats + warp.lane_idx * 4, fragment);
+        }
       }
     }
+  }
+
+  // By one bulk addition of the warp, through shared memory.
+  template <i32 kCols>
+  DEVICE void add_staged(f32* dst, const f32 (&rDq)[kCols / 2]) {
+    if (warp.leads()) {
+      tma_store_wait_group_read<Cfg::kAddStages - 1>();
+    }
+    warp_sync();
+    const u32 stage =
+        warp.smem + Smem::kStage + u32(add_stage * 4 + warp.warp_idx) * (64 * kPartColumns);
+#pragma unroll
+    for (i32 j = 0; j < kCols / 8; ++j) {
+      const u32 words[4] = {f32_as_bits(rDq[4 * j]), f32_as_bits(rDq[4 * j + 1]),
+                            f32_as_bits(rDq[4 * j + 2]), f32_as_bits(rDq[4 * j + 3])};
+      st_shared_v4(stage + u32(j * 512 + warp.lane_idx * 16), words);
+    }
+    fence_proxy_async_shared();
+    warp_sync();
+    if (warp.leads()) {
+      bulk_reduce_add_f32(dst, stage, kCols * 64);
+      tma_store_commit_group();
+    }
+    add_stage = add_stage + 1 == Cfg::kAddStages ? 0 : add_stage + 1;
   }
 };

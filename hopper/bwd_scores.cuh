@@ -78,26 +78,45 @@ DEVICE void load_stats(f32 (&stats)[4], u32 stage, i32 k, i32 lane_idx) {
   }
 }
 
-// Where a warp's part of S^T lies: 16 keys from `key` on, kM queries of `at`.
+// A warp's part of S^T: 16 keys, kM queries.
 struct ScoreTile {
   const HopperBwdParams& p;
-  const KeyWork& work;
-  i32 key;
+  const KeyTile& tile;
+  i32 row;  // first key, from the tile's first
   i32 lane_idx;
 
   // rS: S^T -> P^T. rP: P^T as dV sees it. rX: as dS^T sees it: times softcap's derivative, sign
   // bit set where dropped; the same as rP without these. lse: of the tile's queries, if not in S^T.
-  template <bool kMasked>
-  DEVICE void finish_scores(f32 (&rS)[kRegsS], Packed& rP, Packed& rX, const Cursor& at,
+  DEVICE void finish_scores(f32 (&rS)[kRegsS], Packed& rP, Packed& rX, i32 head, i32 m_block,
                             u32 lse) const {
-    const Score<Cfg> score(p, work.batch_idx, at.head_idx);
-    const MaybeDropout dropout(p, work.batch_idx, at.head_idx);
-    const i32 first_query = at.m_block * kM, query = first_query + 2 * (lane_idx % 4);
+    if constexpr (Cfg::kCausal || Cfg::kLocal || Cfg::kChunk) {
+      if (tile.masked(m_block)) {
+        finish<true>(rS, rP, rX, head, m_block, lse);
+        return;
+      }
+    }
+    finish<false>(rS, rP, rX, head, m_block, lse);
+  }
+
+  template <bool kMasked>
+  DEVICE void finish(f32 (&rS)[kRegsS], Packed& rP, Packed& rX, i32 head, i32 m_block,
+                     u32 lse) const {
+    const i32 batch_idx = kNeedsPlace ? tile.get(KeyTile::kBatchIdx) : 0;
+    const i32 key = tile.get(KeyTile::kFirstKey) + row;
+    const Score<Cfg> score(p, batch_idx, head);
+    const MaybeDropout dropout(p, batch_idx, head);
+    const i32 first_query = m_block * kM, query = first_query + 2 * (lane_idx % 4);
     const i32 first_row = key + lane_idx / 4;
+    const i32 diagonal = Cfg::kAlibi ? tile.seq().diagonal : 0;
+    // P of keys behind the last must be 0, their K and V are.
+    const i32 seqlen_k = tile.get(KeyTile::kSeqlenK);
+    const f32 bias[2] = {first_row < seqlen_k ? 0.0f : bits_as_f32(0xff800000u),
+                         first_row + 8 < seqlen_k ? 0.0f : bits_as_f32(0xff800000u)};
     QueryRange visible[2];
     if constexpr (kMasked) {
-      visible[0] = key_queries<Cfg>(p, work.seq, first_row);
-      visible[1] = key_queries<Cfg>(p, work.seq, first_row + 8);
+      const SeqlenInfo seq = tile.seq();
+      visible[0] = key_queries<Cfg>(p, seq, first_row);
+      visible[1] = key_queries<Cfg>(p, seq, first_row + 8);
     }
 #pragma unroll
     for (i32 k = 0; k < kStepsM; ++k) {
@@ -110,13 +129,13 @@ struct ScoreTile {
 #pragma unroll
       for (i32 e = 0; e < 8; ++e) {
         f32& x = rS[8 * k + e];
-        const i32 column = query + 16 * k + col_of(e), row = first_row + row_of(e);
+        const i32 column = query + 16 * k + col_of(e);
         f32 derivative = 1.0f;
         if constexpr (Score<Cfg>::kPrescaled) {
-          x = score.with_derivative(x, column + work.seq.diagonal, row, derivative);
+          x = score.with_derivative(x, column + diagonal, first_row + row_of(e), derivative);
         }
-        x = Cfg::kAuxLse ? ex2_approx(x * score.to_log2())
-                         : ex2_approx(x * score.to_log2() - stats[e / 4 * 2 + e % 2]);
+        x = x * score.to_log2() + bias[row_of(e) / 8];
+        x = ex2_approx(Cfg::kAuxLse ? x : x - stats[e / 4 * 2 + e % 2]);
         if constexpr (kMasked) {
           const QueryRange& range = visible[row_of(e) / 8];
           x = column >= range.begin && column < range.end ? x : 0.0f;
@@ -131,7 +150,14 @@ struct ScoreTile {
 #pragma unroll
       for (i32 i = 0; i < 4; ++i) {
         rP[k][i] = pack2<Cfg::kBf16>(rS[8 * k + 2 * i], rS[8 * k + 2 * i + 1]);
-        rX[k][i] = kOnePacked ? rP[k][i] : pack2<Cfg::kBf16>(for_ds[2 * i], for_ds[2 * i + 1]);
+        rX[k][i] = kOnePacked ? 0 : pack2<Cfg::kBf16>(for_ds[2 * i], for_ds[2 * i + 1]);
+      }
+      wgmma_pin(rP[k]);
+      if constexpr (kOnePacked) {
+#pragma unroll
+        for (i32 i = 0; i < 4; ++i) {
+          rX[k][i] = rP[k][i];
+        }
       }
     }
   }
@@ -156,6 +182,7 @@ struct ScoreTile {
   }
 
   static constexpr bool kOnePacked = !Cfg::kSoftcap && !Cfg::kDropout;
+  static constexpr bool kNeedsPlace = Cfg::kAlibi || Cfg::kDropout;
 
  private:
   DEVICE f32 ds(f32 x, f32 dp, f32 d) const {

@@ -232,7 +232,6 @@ def _main_spec(
         scale_ds=ds_shift(p) > 0,
         rotate=True,
         deterministic=problem.deterministic,
-        unequal_heads=p.qhead_per_khead != p.qhead_per_vhead,
         causal=p.causal,
         local=p.local,
         chunk=p.attention_chunk > 0,

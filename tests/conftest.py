@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import inputs
 import pytest
 import torch
+from ranks import Ranks
 
 if TYPE_CHECKING:  # markers and options need no package
     from flash_attn_interface._common.problem import Target
@@ -171,6 +172,14 @@ def runner(request: pytest.FixtureRequest) -> Runner:
 def gpu() -> Runner:
     """For tests that make sense on a GPU only; mark them `gpu` as well."""
     return _runner("gpu")
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Four gloo processes."""
+    started = Ranks(4, "gloo")
+    yield started
+    started.close()
 
 
 @pytest.fixture

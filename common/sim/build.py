@@ -73,6 +73,14 @@ def kernel(spec: KernelSpec) -> ctypes.CDLL:
     return ctypes.CDLL(str(artifact.path()))
 
 
+def cluster_size(library: ctypes.CDLL) -> int:
+    """CTAs of a cluster, as the entry of a kernel's library declares it."""
+    try:
+        return ctypes.c_int32.in_dll(library, "flash_sim_cluster_size").value
+    except ValueError:  # a KERNEL
+        return 1
+
+
 def _object(
     label: str,
     texts: Mapping[str, str],
