@@ -84,17 +84,14 @@ def known_archs() -> tuple[str, ...]:
 
 
 def limits(arch: str) -> ArchLimits:
-<<<<<<< HEAD
     """Limits of "sm_XX", with or without the suffix of arch-specific code ("sm_90a"). "compute_XX",
-    the virtual architecture that PTX is for, has those of sm_XX."""
-    row = _LIMITS.get(arch.rstrip("af").replace(_VIRTUAL, "sm_"))
-=======
-    """Limits of "sm_XX", with or without the suffix of arch-specific code ("sm_90a").
+    the virtual architecture that PTX is for, has those of sm_XX.
 
     ValueError for what is no such name.
     """
-    row = _LIMITS.get(re.sub(r"(?<=\d)[af]$", "", arch)) if isinstance(arch, str) else None
->>>>>>> main
+    row = None
+    if isinstance(arch, str):
+        row = _LIMITS.get(re.sub(r"(?<=\d)[af]$", "", arch).replace(_VIRTUAL, "sm_"))
     if row is None:
         raise ValueError(f"unknown architecture {arch!r} (known: {', '.join(_LIMITS)})")
     return row

@@ -16,13 +16,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-<<<<<<< HEAD
 from . import arch as arch_table
-=======
 from . import log as package_log
 from . import nvrtc as libraries
 from .nvrtc import Nvrtc
->>>>>>> main
 from .sources import PRELUDE
 from .spec import KernelSpec
 
@@ -109,13 +106,9 @@ def compile_cubin(spec: KernelSpec, sources: Mapping[str, str], why: str | None 
             code = _fetch(nvrtc, program, "CUBIN")
     finally:
         nvrtc.nvrtcDestroyProgram(program)
-<<<<<<< HEAD
-    return Compiled(code, log, seconds)
-=======
     version = loaded_version()
     package_log.info("compiled %s with %s in %.2f s", spec.label(), version, seconds)
-    return Compiled(cubin, log, seconds)
->>>>>>> main
+    return Compiled(code, log, seconds)
 
 
 @contextlib.contextmanager
