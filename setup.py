@@ -45,6 +45,7 @@ PACKAGES = {
     "flash_attn.ops": "flash_attn/ops",
     "flash_attn.ops.triton": "flash_attn/ops/triton",
     "flash_attn_interface": "flash_attn_interface",
+    "flash_attn_interface.context_parallel": "flash_attn_interface/context_parallel",
     "flash_attn_interface._common": "common",
     "flash_attn_interface._common.ptx": "common/ptx",
     "flash_attn_interface._common.sim": "common/sim",

@@ -31,6 +31,11 @@ class ArchLimits:
     max_threads_per_cta: int = 1024
     max_registers_per_thread: int = 255
 
+    @property
+    def max_cluster_size(self) -> int:
+        """CTAs of a cluster that may be relied on; 1: no clusters."""
+        return 8 if self.name in ("sm_90", "sm_100", "sm_103") else 1
+
     def max_ctas_per_sm(self, smem_bytes: int, num_threads: int) -> int:
         """CTAs of this size that fit on one SM by shared memory and threads (registers aside)."""
         if smem_bytes > self.max_smem_per_cta or num_threads > self.max_threads_per_cta:

@@ -70,6 +70,7 @@ class DeviceKernel:
         self._function = cuda.CUfunction(int(self._kernel))
         self._launch = cuda.cuLaunchKernel
         self._streams: dict[int, Any] = {}
+        self._programmatic: dict[tuple[int, int], Any] = {}
 
     def prepare(self, device_index: int) -> None:
         """Allows the kernel its shared memory on the device and loads its code there. Once each.
@@ -95,21 +96,55 @@ class DeviceKernel:
                 self._call("cuCtxSetCurrent", previous)
             self._prepared.add(device_index)
 
-    def launch(self, grid: int, params_address: int, stream: int) -> None:
+    def launch(
+        self, grid: int, params_address: int, stream: int, programmatic: bool = False
+    ) -> None:
         """Queues the kernel with ``grid`` CTAs.
 
         params_address: of a void*[1] array that points to the parameter block
         (``ParamBlock.kernel_params_address``); the block is copied before this returns.
         stream: raw handle, of the device the caller made current; 0 is the default stream.
+        programmatic: the kernel may start before the launch ahead of it on the stream has ended. It
+        is compiled for sm_90 or newer and calls griddepcontrol_wait() (common/ptx).
         """
-        handle = self._streams.get(stream)
-        if handle is None:
-            handle = self._stream(stream)
-        (status,) = self._launch(
-            self._function, grid, 1, 1, self._threads, 1, 1, self._smem, handle, params_address, 0
-        )
+        if programmatic:
+            status = self._launch_early(grid, params_address, stream)
+        else:
+            handle = self._streams.get(stream)
+            if handle is None:
+                handle = self._stream(stream)
+            (status,) = self._launch(
+                self._function, grid, 1, 1, self._threads, 1, 1, self._smem, handle,
+                params_address, 0,
+            )  # fmt: skip
         if status:
-            self._mend_or_raise(status, grid, params_address, handle)
+            self._mend_or_raise(status, grid, params_address, stream, programmatic)
+
+    def _launch_early(self, grid: int, params_address: int, stream: int) -> Any:
+        config = self._programmatic.get((grid, stream))
+        if config is None:
+            config = self._programmatic_config(grid, stream)
+        (status,) = self._cuda.cuLaunchKernelEx(config, self._function, params_address, 0)
+        return status
+
+    def _programmatic_config(self, grid: int, stream: int) -> Any:
+        """Made once, because filling one in costs more than the launch; never changed later."""
+        cuda = self._cuda
+        attribute = cuda.CUlaunchAttribute()
+        ids = cuda.CUlaunchAttributeID
+        attribute.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config = cuda.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = self._threads, 1, 1
+        config.sharedMemBytes = self._smem
+        config.hStream = self._stream(stream)
+        config.attrs = [attribute]
+        config.numAttrs = 1
+        if len(self._programmatic) >= 1024:
+            self._programmatic.clear()
+        self._programmatic[grid, stream] = config
+        return config
 
     def _load(self, cubin: bytes, made_by: str) -> Any:
         try:
@@ -126,7 +161,9 @@ class DeviceKernel:
         handle = self._streams[stream] = self._cuda.CUstream(stream)
         return handle
 
-    def _mend_or_raise(self, status: Any, grid: int, params_address: int, handle: Any) -> None:
+    def _mend_or_raise(
+        self, status: Any, grid: int, params_address: int, stream: int, programmatic: bool
+    ) -> None:
         """The slow path of ``launch``: one retry where the cause can be removed."""
         code = int(status)
         if code in (_INVALID_CONTEXT, _INVALID_VALUE):
@@ -139,14 +176,17 @@ class DeviceKernel:
             if device_index not in self._prepared:
                 self.prepare(device_index)
                 mended = True
-            if mended:
+            if mended and programmatic:
+                status = self._launch_early(grid, params_address, stream)
+            elif mended:
                 (status,) = self._launch(
-                    self._function, grid, 1, 1, self._threads, 1, 1, self._smem, handle,
-                    params_address, 0,
+                    self._function, grid, 1, 1, self._threads, 1, 1, self._smem,
+                    self._stream(stream), params_address, 0,
                 )  # fmt: skip
-                code = int(status)
+            code = int(status)
         if code:
-            self._fail("cuLaunchKernel", status, f", grid {grid}")
+            function = "cuLaunchKernelEx" if programmatic else "cuLaunchKernel"
+            self._fail(function, status, f", grid {grid}")
 
     def _call(self, function: str, *arguments: object) -> Any:
         status, *result = getattr(self._cuda, function)(*arguments)
