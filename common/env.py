@@ -158,7 +158,7 @@ PREBUILT_DIR: Variable[Path | None] = Variable(
     "FLASH_ATTN_INTERFACE_PREBUILT_DIR",
     "a folder",
     "none",
-    "A folder that `python -m flash_attn_interface.build --out` filled, maybe on another machine. "
+    "A folder that `python -m flash_attn_interface build --out` filled, maybe on another machine. "
     "Only read, and before the kernels that the installation brings along. Not used where users "
     "other than root, the installation's owner and this one own it or may write to it.",
     lambda: None,
@@ -231,7 +231,7 @@ TUNED_TILES: Variable[Path | None] = Variable(
     "FLASH_ATTN_INTERFACE_TUNED_TILES",
     "a folder or `off`",
     "`tuned` in the cache folder",
-    "Where `python -m flash_attn_interface.tune` keeps this user's tile tables, which come before "
+    "Where `python -m flash_attn_interface tune` keeps this user's tile tables, which come before "
     "those of the package. `off`: no tables at all, not even the package's.",
     lambda: None,
     _tables,

@@ -120,20 +120,33 @@ def _candidates(problem: Problem) -> Iterator[BackwardTile]:
 
     dK and dV of a CTA stay in registers: that bounds block_n. Up to 256 columns of both, a
     warpgroup can have all of 64 keys. Softcap and dropout need a second copy of P^T, so they split
-    roles sooner.
+    roles sooner. Beyond that dQ's additions are the limit, 64 keys at a time: pairs of CTAs add half
+    as often, and a part of dQ is added beside the next one's product. Measured on an H200:
+    docs/performance/.
     """
     qk, v = (_round_up(d, 16) for d in _dims(problem))
     plain = problem.softcap == 0.0 and not problem.dropout
     if plain and qk + v <= 128:
-        yield BackwardTile(128, 128, add_stages=2)
+        yield BackwardTile(128, 128, stages_q=3, stages_ds=1)
     if plain and qk + v <= 256:
-        yield BackwardTile(64, 128)
+        # Bulk additions are faster where they are short.
+        joint = BackwardTile(64, 128, add_stages=2 if qk <= 64 else 0)
+        if not problem.causal and problem.seqlen_q >= 2048:
+            yield replace(joint, stages_ds=3)
+        yield joint
     if max(qk, v) <= 64:
         yield BackwardTile(64, 128, split_roles=True)
     split = BackwardTile(64, 64, split_roles=True)
+    if plain and qk <= 96:
+        yield replace(split, add_stages=2, dq_columns=96, stages_ds=2 if problem.causal else 3)
+    pair = replace(split, cluster_size=2, dq_buffers=2 if qk % 64 == 0 else 1)
+    if plain and qk > 96 and not (problem.causal and min(qk, v) > 192):
+        yield replace(pair, stages_ds=2 if qk > v else 1)
+        yield replace(pair, stages_ds=1)
+        yield replace(pair, stages_q=1, stages_do=1, stages_ds=1)
+    one = replace(split, dq_buffers=pair.dq_buffers if plain else 1)
     for q, do, ds in ((2, 2, 2), (2, 1, 2), (1, 1, 2), (1, 1, 1)):
-        for adds in (2, 1, 0):
-            yield replace(split, stages_q=q, stages_do=do, stages_ds=ds, add_stages=adds)
+        yield replace(one, stages_q=q, stages_do=do, stages_ds=ds)
 
 
 def backward_tile(problem: Problem, arch: str) -> BackwardTile:
