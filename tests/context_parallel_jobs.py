@@ -146,9 +146,8 @@ def methods_chosen(group: dist.ProcessGroup, calls: list[tuple[int, tuple[int, .
         layout = Layout(group, seqlen=seqlen)
         rows = (1, layout.tokens)
         q, k, v = (torch.empty(*rows, h, 128, dtype=torch.bfloat16) for h in heads)
-        call = function._checked(
-            q, k, v, layout, True, window, None, 0.0, None, False, "auto", False
-        )
+        asked = function._Arguments(True, window, None, 0.0, False, "auto", False)
+        call = function._checked(q, k, v, layout, None, asked)
         chosen.append(call.method)
     return chosen
 

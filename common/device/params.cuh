@@ -46,7 +46,7 @@ struct FwdParams {
   f32 softmax_scale_log2;         // softmax_scale * log2(e)
   f32 softcap_in, softcap_out;    // Cfg::kSoftcap: softmax_scale / softcap and softcap * log2(e)
   const f32* alibi_slopes;        // Cfg::kAlibi; (num_heads_q,) or (batch, num_heads_q)
-  i64 alibi_batch_stride;
+  i64 alibi_batch_stride, alibi_head_stride;
 
   // dropout.cuh
   const i64* rng_state;  // Cfg::kDropout; (2,) = seed, offset
@@ -99,7 +99,7 @@ struct HopperFwdParams {
   f32 softmax_scale_log2;
   f32 softcap_in, softcap_out;
   const f32* alibi_slopes;
-  i64 alibi_batch_stride;
+  i64 alibi_batch_stride, alibi_head_stride;
   const i64* rng_state;
   u32 keep_threshold;
   f32 keep_scale;
@@ -162,7 +162,7 @@ struct DecodeParams {
   f32 softmax_scale_log2;
   f32 softcap_in, softcap_out;
   const f32* alibi_slopes;
-  i64 alibi_batch_stride;
+  i64 alibi_batch_stride, alibi_head_stride;
 };
 
 // Merge of splits (flash2/combine.cu): attention over disjoint sets of keys into that over all.
@@ -179,6 +179,21 @@ struct CombineParams {
   i64 lse_batch_stride, lse_head_stride;
   i64 num_rows;  // batch * seqlen * num_heads
   i32 seqlen, num_heads, num_splits;
+};
+
+// Attention over more keys, added to a result in place (flash2/merge.cu).
+struct MergeParams {
+  void* out;         // (batch, rows, num_heads, head_dim_v), last dim contiguous, of Cfg's type
+  f32* softmax_lse;  // (batch, num_heads, rows), rows contiguous; so is that of the part
+  const void* part;  // (batch, seqlen, num_heads, head_dim_v), last dim contiguous
+  const f32* lse_part;
+  const i64* rows;  // nullable; (seqlen,): the row of out of each row of the part, none twice
+  i64 out_batch_stride, out_row_stride, out_head_stride;
+  i64 part_batch_stride, part_row_stride, part_head_stride;
+  i64 lse_batch_stride, lse_head_stride;
+  i64 lse_part_batch_stride, lse_part_head_stride;
+  i64 num_rows;  // batch * seqlen * num_heads
+  i32 seqlen, num_heads;
 };
 
 // New keys and values into a cache, and queries rotated (flash2/append.cu).

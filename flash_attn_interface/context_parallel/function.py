@@ -5,7 +5,7 @@ The methods are `ring.py` and `all_to_all.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,18 @@ METHODS = ("ring", "all_to_all", "auto")
 # FLOPs that a GPU does while a byte comes from another: below it the ring's transfers outlast its
 # kernels. An H200 does 600 TFLOP/s of attention and receives 300 GB/s over NVLink.
 FLOPS_PER_BYTE = 2000
+
+
+class _Arguments(NamedTuple):
+    """As the caller passed them."""
+
+    causal: bool
+    window_size: Sequence[int]
+    softmax_scale: float | None
+    softcap: float
+    deterministic: bool
+    method: str
+    return_lse: bool
 
 
 class _Call(NamedTuple):
@@ -96,46 +108,66 @@ def attention(
             f"layout is {type(layout).__name__}: expected a context_parallel.Layout, which every "
             "rank of the group makes"
         )
-    call = error = None
-    try:
-        call = _checked(
-            q, k, v, layout, causal, window_size, softmax_scale, softcap, s_aux, deterministic,
-            method, return_lse,
-        )  # fmt: skip
-    except (TypeError, ValueError, NotImplementedError) as refused:
-        error = refused
-    device = q.device if isinstance(q, Tensor) else torch.device("cpu")
-    layout.agree(device, None if call is None else _facts(call, q, k, v, s_aux), error)
-    assert call is not None
+    arguments = _Arguments(
+        causal, window_size, softmax_scale, softcap, deterministic, method, return_lse
+    )
+    call = _agreed(q, k, v, layout, s_aux, arguments)
     out, softmax_lse = _Attention.apply(  # type: ignore[no-untyped-call]
         q, k, v, s_aux, layout, call
     )
     return (out, softmax_lse) if return_lse else out
 
 
+def _agreed(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, s_aux: Tensor | None, arguments: _Arguments
+) -> _Call:
+    """The call that all ranks make; errors are raised on all of them."""
+    key: Hashable = None
+    if isinstance(q, Tensor) and q.is_cuda and simulated_arch() is None:
+        # All that a check may depend on; a call that passed them once is not looked at again.
+        try:
+            key = (
+                *(_facts_of(tensor) for tensor in (q, k, v, s_aux)),
+                arguments,
+                torch.is_grad_enabled(),
+            )
+            known: _Call | None = layout.calls.get(key)
+            if known is not None:
+                return known
+        except TypeError:  # an unhashable argument, a list say
+            key = None
+    call = error = None
+    try:
+        call = _checked(q, k, v, layout, s_aux, arguments)
+    except (TypeError, ValueError, NotImplementedError) as refused:
+        error = refused
+    device = q.device if isinstance(q, Tensor) else torch.device("cpu")
+    layout.agree(device, None if call is None else _facts(call, q, k, v, s_aux), error)
+    assert call is not None
+    if key is not None:
+        layout.calls[key] = call
+    return call
+
+
+def _facts_of(tensor: Any) -> Hashable:
+    if not isinstance(tensor, Tensor):
+        return tensor is None
+    return type(tensor), tensor.shape, tensor.dtype, tensor.get_device(), tensor.requires_grad
+
+
 def _checked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: Layout,
-    causal: bool,
-    window_size: Sequence[int],
-    softmax_scale: float | None,
-    softcap: float,
-    s_aux: Tensor | None,
-    deterministic: bool,
-    method: str,
-    return_lse: bool,
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, s_aux: Tensor | None, asked: _Arguments
 ) -> _Call:
     """This rank's errors."""
     _check_tensors(q, k, v, layout)
     heads = check_heads(q, k, v, "k", "v")
     if s_aux is not None:
         _check_sinks(s_aux, q)
+    method = asked.method
     if method not in METHODS:
         raise ValueError(f"method is {method!r}: expected 'ring', 'all_to_all' or 'auto'")
-    causal = check_values.flag("causal", causal)
-    left, right = check_values.window_pair(window_size)
+    causal = check_values.flag("causal", asked.causal)
+    left, right = check_values.window_pair(asked.window_size)
     window = max(-1, left), 0 if causal else max(-1, right)
     unable = all_to_all.refusal(
         layout.world, heads.num_heads_q, heads.num_heads_k, heads.num_heads_v
@@ -147,12 +179,12 @@ def _checked(
         ring_hides = windowed or unable is not None or _ring_hides(layout, heads)
         method = "ring" if ring_hides else "all_to_all"
     options = Options(
-        check_values.softmax_scale(softmax_scale, heads.head_dim_qk),
-        max(0.0, check_values.real("softcap", softcap)),
-        check_values.flag("deterministic", deterministic),
+        check_values.softmax_scale(asked.softmax_scale, heads.head_dim_qk),
+        max(0.0, check_values.real("softcap", asked.softcap)),
+        check_values.flag("deterministic", asked.deterministic),
         simulated_arch() if q.device.type == "cpu" else None,
     )
-    return _Call(method, causal, window, options, check_values.flag("return_lse", return_lse))
+    return _Call(method, causal, window, options, check_values.flag("return_lse", asked.return_lse))
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> None:

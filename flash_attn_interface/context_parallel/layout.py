@@ -83,6 +83,7 @@ class Layout:
         self.digest = hashlib.blake2b(
             repr((lengths, scheme, least)).encode(), digest_size=8
         ).hexdigest()
+        self.calls: dict[Hashable, Any] = {}  # that function.py has checked, on a GPU
         self._agreed: set[Hashable] = set()
         self._placed: dict[Hashable, Placed] = {}
         self._orders: dict[torch.device, all_to_all.Order] = {}
