@@ -137,3 +137,8 @@ def test_heads_divided_along_another_dimension_of_the_mesh(ranks: Ranks) -> None
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing_gives_the_same_bits(ranks: Ranks, reentrant: bool) -> None:
     ranks.run(3, jobs.checkpointing, reentrant)
+
+
+def test_torch_compile_breaks_the_graph(ranks: Ranks) -> None:
+    for error in ranks.run(2, jobs.compiled):
+        assert error.startswith("Unsupported"), error

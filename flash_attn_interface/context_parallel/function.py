@@ -71,6 +71,8 @@ def attention(
     arguments. The result is what `flash_attn_func` or `flash_attn_varlen_func` gives for the
     undivided tensors, up to rounding.
 
+    torch.compile breaks its graph at the call; fullgraph=True is an error, of torch._dynamo.
+
     Args:
         q: (batch, tokens, num_heads_q, head_dim_qk) of a dense layout, (tokens, num_heads_q,
             head_dim_qk) of a packed one; tokens is layout.tokens. fp16 or bf16; CPU tensors may
@@ -103,6 +105,13 @@ def attention(
         NotImplementedError: method="all_to_all" with heads that cannot be dealt out.
         RuntimeError: a gradient is differentiated once more.
     """
+    if torch.compiler.is_compiling():
+        results: Tensor | tuple[Tensor, Tensor] = _outside_of_graphs(
+            q, k, v, layout, causal=causal, window_size=window_size, softmax_scale=softmax_scale,
+            softcap=softcap, s_aux=s_aux, deterministic=deterministic, method=method,
+            return_lse=return_lse,
+        )  # fmt: skip
+        return results
     if not isinstance(layout, Layout):
         raise TypeError(
             f"layout is {type(layout).__name__}: expected a context_parallel.Layout, which every "
@@ -116,6 +125,12 @@ def attention(
         q, k, v, s_aux, layout, call
     )
     return (out, softmax_lse) if return_lse else out
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _outside_of_graphs(*tensors: Any, **options: Any) -> Any:
+    """Transfers and their order are no part of a graph: torch.compile breaks it here."""
+    return attention(*tensors, **options)
 
 
 def _agreed(
