@@ -112,16 +112,17 @@ def test_second_derivatives_are_refused(ranks: Ranks) -> None:
         assert error.startswith("RuntimeError"), error
 
 
-def test_auto_takes_all_to_all_where_the_ring_cannot_hide_its_transfers(ranks: Ranks) -> None:
+def test_auto_takes_the_cheaper_method(ranks: Ranks) -> None:
     calls = [
-        (1 << 17, (16, 16, 16), (-1, -1)),  # much to compute
-        (1 << 12, (16, 16, 16), (-1, -1)),  # little
-        (1 << 12, (32, 4, 4), (-1, -1)),  # little, of which little has to travel
-        (1 << 12, (15, 15, 15), (-1, -1)),  # little, but heads cannot be dealt out
-        (1 << 12, (16, 16, 16), (128, 0)),  # a window: few keys travel
+        (1 << 16, (16, 16, 16), (-1, -1)),  # few ranks, much to compute
+        (1 << 10, (16, 16, 16), (-1, -1)),  # too little to hide transfers
+        (1 << 10, (32, 4, 4), (-1, -1)),  # of which little has to travel
+        (1 << 10, (15, 15, 15), (-1, -1)),  # heads cannot be dealt out
+        (1 << 10, (16, 16, 16), (128, 0)),  # a window: few keys travel
     ]
     for chosen in ranks.run(2, jobs.methods_chosen, calls):
         assert chosen == ["ring", "all_to_all", "ring", "ring", "ring"]
+    assert ranks.run(4, jobs.methods_chosen, [(1 << 14, (16, 1, 1), (-1, -1))])[0] == ["all_to_all"]
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2", "fsdp2-checkpoint"])

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._common import check_values
-from .._common.checks import check_heads
+from .._common.checks import Heads, check_heads
 from ..simulation import simulated_arch
 from . import all_to_all, kernels, ring
 from .all_to_all import AllToAll, Exchanged
@@ -23,9 +23,11 @@ from .merge import add_sink, sink_gradient
 
 METHODS = ("ring", "all_to_all", "auto")
 
-# FLOPs that a GPU does while a byte comes from another: below it the ring's transfers outlast its
-# kernels. An H200 does 600 TFLOP/s of attention and receives 300 GB/s over NVLink.
-FLOPS_PER_BYTE = 2000
+# Costs of the methods per token, in keys that a query could see in that time, for as many heads and
+# dims of k and v as of q. From benchmarks/simulate_context_parallel.py with the rates of an H200.
+RING_STEP = 600  # merging, adding up gradients, starting launches anew
+RING_TRANSFER = 1100  # keys and their gradients, which kernels hide if a step takes longer
+ALL_TO_ALL = 1200  # exchanging q and out, and the same again for k and v; nothing hides it
 
 
 class _Arguments(NamedTuple):
@@ -91,8 +93,8 @@ def attention(
         deterministic: gradients are bitwise reproducible too. out and softmax_lse always are.
         method: "ring" keeps queries and sends keys and values, while the kernels run. "all_to_all"
             exchanges tokens for heads and back. "auto" takes all_to_all where there is no window,
-            heads can be dealt out evenly, and ranks have too few tokens for the ring's kernels to
-            take as long as its transfers; see docs/context_parallel.md.
+            heads can be dealt out evenly, and documents are divided among so many ranks, or have so
+            few tokens on each, that the ring costs more; see docs/context_parallel.md.
         return_lse: also return softmax_lse, which is differentiable.
 
     Returns:
@@ -191,8 +193,8 @@ def _checked(
         raise NotImplementedError(f'method="all_to_all": {unable}; use method="ring"')
     if method == "auto":
         windowed = window[0] >= 0 or (window[1] >= 0 and not causal)
-        ring_hides = windowed or unable is not None or _ring_hides(layout, heads)
-        method = "ring" if ring_hides else "all_to_all"
+        cheaper = windowed or unable is not None or _ring_is_cheaper(layout, heads)
+        method = "ring" if cheaper else "all_to_all"
     options = Options(
         check_values.softmax_scale(asked.softmax_scale, heads.head_dim_qk),
         max(0.0, check_values.real("softcap", asked.softcap)),
@@ -251,17 +253,19 @@ def _check_sinks(s_aux: Any, q: Tensor) -> None:
         raise ValueError(f"s_aux is on {s_aux.device} but q is on {q.device}: move it there")
 
 
-def _ring_hides(layout: Layout, heads: Any) -> bool:
-    """Whether a causal step's kernels take at least as long as the transfer of the next keys.
-
-    A step's scores are half of (tokens of a rank per document) x (tokens of a rank), where a
-    document counts by its tokens.
-    """
-    lengths = layout.division.lengths
-    mean = sum(n * n for n in lengths) / max(1, sum(lengths)) / layout.world
-    flops = mean * heads.num_heads_q * (heads.head_dim_qk + heads.head_dim_v)  # of a key's step
-    elements = heads.num_heads_k * heads.head_dim_qk + heads.num_heads_v * heads.head_dim_v
-    return bool(flops >= FLOPS_PER_BYTE * 2 * elements)
+def _ring_is_cheaper(layout: Layout, heads: Heads) -> bool:
+    """By the costs above, of a mean token of a causal call."""
+    division = layout.division
+    tokens = max(1, division.total)
+    counts = list(zip(division.lengths, division.ranks, strict=True))
+    steps = sum(n * (len(ranks) - 1) for n, ranks in counts) / tokens
+    rows = sum(n * n / len(ranks) for n, ranks in counts) / tokens  # of a document, on a rank
+    of_q = heads.num_heads_q * (heads.head_dim_qk + heads.head_dim_v)
+    of_k = heads.num_heads_k * heads.head_dim_qk + heads.num_heads_v * heads.head_dim_v
+    ratio = of_k / of_q
+    exposed = max(0.0, RING_TRANSFER * ratio - rows / 2)
+    exchanged = ALL_TO_ALL * (1 + ratio) * (layout.world - 1) / layout.world
+    return steps * (RING_STEP + exposed) <= exchanged
 
 
 def _facts(call: _Call, q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None) -> dict[str, object]:
