@@ -20,6 +20,8 @@ SCHEMES = ("zigzag", "contiguous")
 # What a further rank costs each token of a document that it has a part of, in keys that one query
 # could see in that time: sending and adding up its keys' gradients, merging results.
 KEYS_PER_RANK = 1024
+NODE = 8  # neighbours that a fast link joins; blocks of more ranks pay for the network
+KEYS_PER_DISTANT_RANK = 8192
 
 # A rank may have this much more than the mean before finer parts of documents are tried.
 GOOD_ENOUGH = 1.02
@@ -189,7 +191,8 @@ def _deal(
         start = int(starts[np.argmin(load[blocks].max(1))])
         block = slice(start, start + count)
         ranks[document] = tuple(range(start, start + count))
-        keys = length + 2 * KEYS_PER_RANK * (count - 1)  # twice the mean of a query, if causal
+        further = (count - 1) * (KEYS_PER_RANK if count <= NODE else KEYS_PER_DISTANT_RANK)
+        keys = length + 2 * further  # twice the mean of a query, if causal
         work[block] += length * keys / count / all_work
         tokens[block] += length / count / all_tokens
         load[block] = np.maximum(work[block], tokens[block])
