@@ -69,6 +69,7 @@ class BackwardPlan:
 
     # What another tree's plan has of its own.
     specs_of: Callable[..., tuple[KernelSpec, ...]] = staticmethod(bwd_tiles.backward_specs)
+    programmatic = False  # a kernel may start before the one ahead of it has ended
     schedule_of: Callable[..., BackwardSchedule] = staticmethod(bwd_schedule.schedule)
 
     def _prepare(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -93,7 +94,7 @@ class BackwardPlan:
             sum_grid += self._key_tiles() * p.num_heads_v
         values = self._values()
         query_grid = self._query_tiles() * p.num_heads_q
-        key_grid = self.schedule.k_units * self.schedule.k_tiles_per_unit
+        key_grid = self._main_grid()
         largest = max(query_grid, key_grid, sum_grid)
         if largest >= 2**31:
             raise NotImplementedError(
@@ -148,6 +149,7 @@ class BackwardPlan:
             self._prepare(dout, q, k, v)
         softmax_lse = _fp32_contiguous(softmax_lse)
         dlse = None if dlse is None else _fp32_contiguous(dlse)
+        rng_state = None if rng_state is None else rng_state.contiguous()
         lse_log2 = self._empty(self._stat_shape())
         dq_accum = self._empty((self._dq_accum_size,))
         dk_accum = self._empty((self._dk_accum_size,)) if self._dk_accum_size else None
@@ -160,9 +162,14 @@ class BackwardPlan:
         for slot, tensor in zip(self._slots, tensors, strict=True):
             slot.value = 0 if tensor is None else tensor.data_ptr()
         self._point_maps(dout, q, k, v)
+        programmatic = False  # the first waits for all that is ahead on the stream
         for kernel, grid in zip(self._kernels, self.grids, strict=True):
-            kernel.launch(grid, self._block, tensors)
+            kernel.launch(grid, self._block, tensors, programmatic)
+            programmatic = self.programmatic
         return softmax_d
+
+    def _main_grid(self) -> int:
+        return self.schedule.k_units * self.schedule.k_tiles_per_unit
 
     def _point_maps(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
         """For a main kernel that sees these by tensor maps."""
@@ -227,6 +234,7 @@ class BackwardPlan:
         stat_rows = self._stat_shape()[-1]
         accum_head = self._accum_rows_per_head() * self._accum_columns()
         keep_probability = 1.0 - p.dropout_p
+        ds_shift = bwd_tiles.ds_shift(p)
         unshift = 2.0 ** -int(self.specs[1]["probability_shift"])
         values: dict[str, Any] = {
             "lse_batch_stride": 0 if p.varlen_q else p.num_heads_q * p.seqlen_q,
@@ -256,7 +264,8 @@ class BackwardPlan:
             "q_tiles_per_unit": -(-p.seqlen_q // STAT_ROWS),
             "num_splits": schedule.dq_splits,
             **score_values(p),
-            "dqk_scale": p.softmax_scale / keep_probability * unshift,
+            "dqk_scale": p.softmax_scale / keep_probability * unshift * 2.0**ds_shift,
+            "ds_scale": 2.0**-ds_shift,
             "dv_scale": 1.0 / keep_probability * unshift,
             "keep_threshold": floor(keep_probability * 255.0),
             "keep_probability": keep_probability,

@@ -17,6 +17,8 @@
 
 #include "common/device/params.cuh"
 #include "common/ptx/barrier.cuh"
+#include "common/ptx/cluster.cuh"
+#include "common/ptx/griddepcontrol.cuh"
 #include "common/ptx/setmaxnreg.cuh"
 #include "common/ptx/shuffle.cuh"
 #include "common/ptx/tma.cuh"
@@ -34,7 +36,20 @@ DEVICE void init_barriers(u32 smem) {
     mbarrier_init(smem + Smem::kBarPFull + u32(8 * i), 4);
     mbarrier_init(smem + Smem::kBarPEmpty + u32(8 * i), 4);
   }
+  mbarrier_init(smem + Smem::kBarKPeerFull, 1);
+  for (i32 i = 0; i < Cfg::kStagesDs; ++i) {
+    mbarrier_init(smem + Smem::kBarSentEmpty + u32(8 * i), 4);
+  }
   fence_mbarrier_init();
+}
+
+// Meets all threads of the cluster: before any reaches into another CTA, and before any returns.
+DEVICE void cluster_sync() {
+  if constexpr (kCtas > 1) {
+    warp_sync();
+    cluster_arrive();
+    cluster_wait();
+  }
 }
 
 // Registers of a role, of the kLaunchRegisters that its threads start with.
@@ -56,7 +71,8 @@ DEVICE void run_role(const HopperBwdParams& p, u32 smem, Arguments... arguments)
   role.finish();
 }
 
-KERNEL(Cfg::kNumThreads, Cfg::kMinCtasPerSm) hopper_bwd(GRID_CONSTANT HopperBwdParams p) {
+CLUSTER_KERNEL(Cfg::kNumThreads, Cfg::kMinCtasPerSm, Cfg::kClusterSize)
+hopper_bwd(GRID_CONSTANT HopperBwdParams p) {
   const u32 smem = smem_base();
   const i32 wg_idx = i32(shfl_idx_u32(u32(thread_idx() / 128), 0));  // uniform, and known to be
   if (thread_idx() == 0) {
@@ -71,9 +87,12 @@ KERNEL(Cfg::kNumThreads, Cfg::kMinCtasPerSm) hopper_bwd(GRID_CONSTANT HopperBwdP
   }
   init_aux(smem);
   cta_sync();
-  if (KeyTile(smem).rows() <= 0) {
+  griddepcontrol_launch_dependents();
+  if (KeyTile(smem).empty()) {
+    griddepcontrol_wait();  // what follows relies on this launch to end after the one ahead
     return;
   }
+  cluster_sync();
   if (wg_idx == 0) {
     take_registers<Cfg::kProducerRegisters>();
     const i32 warp_idx = i32(shfl_idx_u32(u32(thread_idx() / 32), 0));
@@ -95,4 +114,5 @@ KERNEL(Cfg::kNumThreads, Cfg::kMinCtasPerSm) hopper_bwd(GRID_CONSTANT HopperBwdP
     take_registers<Cfg::kGradientRegisters>();
     run_role<GradientRole>(p, smem);
   }
+  cluster_sync();
 }

@@ -8,6 +8,7 @@ Called by the autograd of `flash_attn_interface/`. Tile choices: `bwd_tiles.py`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import gcd
 from typing import Any
 
@@ -23,19 +24,37 @@ from flash_attn_interface._flash2.bwd_schedule import BackwardSchedule
 from . import bwd_tiles, tensor_maps
 from .tensor_maps import MapPlan
 
+L2_BUDGET_BYTES = 32 * 2**20
+
 
 def schedule(
     problem: BackwardProblem, kernel: KernelSpec, num_sms: int, heads_per_cta: int = 0
 ) -> BackwardSchedule:
-    """As flash2's, but the heads of a CTA read one K head and one V head: it loads these once, and
-    its sums are of one head each.
+    """As flash2's, of clusters for CTAs. The heads of a CTA read one K head and one V head: it loads
+    these once, and its sums are of one head each.
     """
-    p = problem.forward
-    heads = heads_per_cta or bwd_schedule.choose_heads_per_cta(problem, kernel, num_sms)
+    p, ctas = problem.forward, int(kernel["cluster_size"])
+    clusters = {
+        "block_m": kernel["block_m"],
+        "block_n": int(kernel["block_n"]) * ctas,
+        "accum_columns": kernel["accum_columns"],
+        "min_ctas_per_sm": 1,
+    }
+    slots = num_sms // ctas
+    heads = heads_per_cta or bwd_schedule.choose_heads_per_cta(problem, clusters, slots)
     if p.qhead_per_khead != p.qhead_per_vhead:
         common = gcd(p.qhead_per_khead, p.qhead_per_vhead)
         heads = max(n for n in range(1, common + 1) if common % n == 0 and n <= heads)
-    return bwd_schedule.schedule(problem, kernel, num_sms, heads)
+    chosen = bwd_schedule.schedule(problem, clusters, slots, heads)
+    if p.causal and not p.varlen_k:
+        # Longest first among as many heads as fill the GPU twice, or as L2 holds.
+        tiles, units = chosen.k_tiles_per_unit, chosen.k_units
+        row_bytes = 2 * (p.head_dim_qk + p.head_dim_v) + 4 * int(kernel["accum_columns"])
+        fit = L2_BUDGET_BYTES // max(1, p.seqlen_q * row_bytes * heads)
+        together = min(units, max(fit, -(-2 * slots // tiles), 1))
+        turns = -(-units // together)
+        chosen = replace(chosen, k_tiles_per_phase=tiles, k_units_per_turn=-(-units // turns))
+    return chosen
 
 
 class BackwardPlan(StreamedBackwardPlan):
@@ -43,6 +62,7 @@ class BackwardPlan(StreamedBackwardPlan):
 
     specs_of = staticmethod(bwd_tiles.backward_specs)
     schedule_of = staticmethod(schedule)
+    programmatic = True
 
     def _prepare(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
         super()._prepare(dout, q, k, v)
@@ -72,6 +92,9 @@ class BackwardPlan(StreamedBackwardPlan):
             )
             for side in tensor_maps.sides(self.problem)
         )
+
+    def _main_grid(self) -> int:
+        return super()._main_grid() * int(self.specs[1]["cluster_size"])
 
     def _values(self) -> dict[str, Any]:
         rows = {

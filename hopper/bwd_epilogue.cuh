@@ -1,6 +1,7 @@
 // dK and dV of 64 keys, from a warpgroup's registers to memory. Included by bwd.cu only.
 #pragma once
 #include "common/device/row_io.cuh"
+#include "common/ptx/griddepcontrol.cuh"
 #include "common/ptx/shuffle.cuh"
 #include "hopper/bwd_layout.cuh"
 
@@ -102,6 +103,7 @@ DEVICE void store_gradient(const f32 (&rD)[kParts][kRegs], const BwdParams& p, c
 // first_row: as above.
 DEVICE void store_dk(const DkSum& rDk, const BwdParams& p, const KeyTile& tile, i32 first_row,
                      i32 lane_idx) {
+  griddepcontrol_wait();  // nothing is written before the launch ahead has ended
   const i32 head = tile.get(KeyTile::kFirstHead) / p.qhead_per_khead;
   const GradientPlace to{p.dk, p.dk_batch_stride, p.dk_head_stride, p.dk_row_stride, p.dk_accum,
                          head, p.qhead_per_khead, p.dqk_scale};
@@ -109,6 +111,7 @@ DEVICE void store_dk(const DkSum& rDk, const BwdParams& p, const KeyTile& tile, 
 }
 DEVICE void store_dv(const DvSum& rDv, const BwdParams& p, const KeyTile& tile, i32 first_row,
                      i32 lane_idx) {
+  griddepcontrol_wait();  // nothing is written before the launch ahead has ended
   const i32 head = tile.get(KeyTile::kFirstHead) / p.qhead_per_vhead;
   const GradientPlace to{p.dv, p.dv_batch_stride, p.dv_head_stride, p.dv_row_stride, p.dv_accum,
                          head, p.qhead_per_vhead, p.dv_scale};

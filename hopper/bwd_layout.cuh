@@ -16,6 +16,10 @@ constexpr i32 kStepsM = kM / 16;     // of WGMMA's depth of 16
 constexpr i32 kRegsS = kM / 2;       // of S^T or dP^T of 64 keys
 constexpr i32 kKeyWarpgroups = Cfg::kSplitRoles ? 2 : kKeyBlocks;
 constexpr u32 kReaders = 4 * kKeyWarpgroups;  // warps that read Q and dO
+// CTAs of a cluster have neighbouring key tiles and share dQ: each adds that of every kCtas-th
+// step, over the keys of all, and so to memory half as often.
+constexpr i32 kCtas = Cfg::kClusterSize;
+static_assert(kCtas == 1 || kCtas == 2);
 
 // Columns, cut into chunks of 64; TMA fills those past the head dim with zeros.
 using Chunk = SwizzledChunk<128>;
@@ -47,16 +51,20 @@ struct Smem {
   static constexpr u32 kKBytes = kChunksQk * kKeyChunkBytes, kVBytes = kChunksV * kKeyChunkBytes;
   static constexpr u32 kQBytes = kChunksQk * kQueryChunkBytes;
   static constexpr u32 kDoBytes = kChunksV * kQueryChunkBytes;
-  static constexpr u32 kDsBytes = kKeyBlocks * kQueryChunkBytes;
-  static constexpr u32 kPBytes = Cfg::kSplitRoles ? kDsBytes : 0;  // P^T from role to role
+  static constexpr u32 kOwnDsBytes = kKeyBlocks * kQueryChunkBytes;
+  static constexpr u32 kDsBytes = kCtas * kOwnDsBytes;  // own keys first
+  static constexpr u32 kSentDsBytes = (kCtas - 1) * kOwnDsBytes;
+  static constexpr u32 kPBytes = Cfg::kSplitRoles ? kOwnDsBytes : 0;  // P^T from role to role
   static constexpr u32 kStageBytes = Cfg::kAddStages * 4 * 64 * Cfg::kWgmmaDqN;
 
   static constexpr u32 kK = 0;
   static constexpr u32 kV = kK + kKBytes;
-  static constexpr u32 kQ = kV + kVBytes;                      // [kStagesQ]
-  static constexpr u32 kDo = kQ + Cfg::kStagesQ * kQBytes;     // [kStagesDo]
-  static constexpr u32 kDs = kDo + Cfg::kStagesDo * kDoBytes;  // [kStagesDs]: rows are queries
-  static constexpr u32 kP = kDs + Cfg::kStagesDs * kDsBytes;
+  static constexpr u32 kKPeer = kV + kVBytes;                      // K of the other CTA
+  static constexpr u32 kQ = kKPeer + (kCtas - 1) * kKBytes;        // [kStagesQ]
+  static constexpr u32 kDo = kQ + Cfg::kStagesQ * kQBytes;         // [kStagesDo]
+  static constexpr u32 kDs = kDo + Cfg::kStagesDo * kDoBytes;      // [kStagesDs]: rows are queries
+  static constexpr u32 kSentDs = kDs + Cfg::kStagesDs * kDsBytes;  // [kStagesDs]: for the other CTA
+  static constexpr u32 kP = kSentDs + Cfg::kStagesDs * kSentDsBytes;
   static constexpr u32 kStage = kP + kPBytes;         // of dQ on its way to memory
   static constexpr u32 kOnes = kStage + kStageBytes;  // 64 rows of the constant A
   static constexpr u32 kLse = kOnes + (Cfg::kAuxLse || Cfg::kAuxD ? 64 * 32 : 0);  // [kStagesQ]
@@ -74,7 +82,10 @@ struct Smem {
   static constexpr u32 kBarDsEmpty = kBarDsFull + 8 * Cfg::kStagesDs;
   static constexpr u32 kBarPFull = kBarDsEmpty + 8 * Cfg::kStagesDs;  // [kKeyBlocks]
   static constexpr u32 kBarPEmpty = kBarPFull + 8 * kKeyBlocks;       // [kKeyBlocks]
-  static constexpr u32 kTile = kBarPEmpty + 8 * kKeyBlocks;           // see KeyTile
+  static constexpr u32 kBarKPeerFull = kBarPEmpty + 8 * kKeyBlocks;
+  // [kStagesDs]: the warps of the other CTA's dQ, done with what this one has sent.
+  static constexpr u32 kBarSentEmpty = kBarKPeerFull + 8;
+  static constexpr u32 kTile = kBarSentEmpty + 8 * Cfg::kStagesDs;  // see KeyTile
   static constexpr u32 kEnd = kTile + 16 * 4;
 };
 static_assert(Smem::kEnd <= Cfg::kSmemBytes,
@@ -123,6 +134,7 @@ struct KeyTile {
     kInteriorBegin,
     kInteriorEnd,
     kStart,
+    kRank,
     kFields
   };
   u32 at;
@@ -130,19 +142,29 @@ struct KeyTile {
   DEVICE explicit KeyTile(u32 smem) : at(smem + Smem::kTile) {}
   // By one warp, before a barrier.
   DEVICE void init(const HopperBwdParams& p) const {
-    const KeyWork work = key_work<Cfg, kN>(p, block_idx(), thread_idx() % 32);
-    const i32 first_key = work.n_block * kN;
-    const TileRange tiles = query_tiles<Cfg>(p, work.seq, first_key, kN);
+    const KeyWork work = key_work<Cfg, kCtas * kN>(p, block_idx() / kCtas, thread_idx() % 32);
+    const i32 rank = block_idx() % kCtas;
+    const i32 cluster_key = work.n_block * kCtas * kN, first_key = cluster_key + rank * kN;
+    // All CTAs of a cluster visit the same tiles; some may hide all keys of one.
+    const TileRange tiles = query_tiles<Cfg>(p, work.seq, cluster_key, kCtas * kN);
+    const TileRange own = query_tiles<Cfg>(p, work.seq, first_key, kN);
     const bool seen = tiles.begin < tiles.end;
     if (thread_idx() % 32 == 0) {
-      const i32 values[kFields] = {
-          work.batch_idx,      work.first_head,
-          work.end_head,       work.slot_k,
-          first_key,           i32(work.seq.q_row),
-          i32(work.seq.k_row), work.seq.seqlen_q,
-          work.seq.seqlen_k,   tiles.begin,
-          tiles.end,           tiles.interior_begin,
-          tiles.interior_end,  seen ? first_query_tile<Cfg>(tiles, first_key) : tiles.begin};
+      const i32 values[kFields] = {work.batch_idx,
+                                   work.first_head,
+                                   work.end_head,
+                                   work.slot_k,
+                                   first_key,
+                                   i32(work.seq.q_row),
+                                   i32(work.seq.k_row),
+                                   work.seq.seqlen_q,
+                                   work.seq.seqlen_k,
+                                   tiles.begin,
+                                   tiles.end,
+                                   own.interior_begin,
+                                   own.interior_end,
+                                   seen ? first_query_tile<Cfg>(tiles, cluster_key) : tiles.begin,
+                                   rank};
 #pragma unroll
       for (i32 i = 0; i < kFields; ++i) {
         st_shared_u32(at + u32(4 * i), u32(values[i]));
@@ -158,8 +180,10 @@ struct KeyTile {
   DEVICE bool masked(i32 m_block) const {
     return m_block < get(kInteriorBegin) || m_block >= get(kInteriorEnd);
   }
-  // Rows of dk and dv that are this CTA's to write.
+  // Rows of dk and dv that are this CTA's to write; may be negative in a cluster.
   DEVICE i32 rows() const { return get(kSlotK) - get(kFirstKey); }
+  // No CTA of the cluster has any.
+  DEVICE bool empty() const { return rows() + get(kRank) * kN <= 0; }
   // What masks need of it.
   DEVICE SeqlenInfo seq() const {
     const i32 seqlen_q = get(kSeqlenQ), seqlen_k = get(kSeqlenK);

@@ -3,6 +3,7 @@
 #pragma once
 #include "common/device/row_io.cuh"
 #include "common/ptx/barrier.cuh"
+#include "common/ptx/griddepcontrol.cuh"
 #include "common/ptx/tma.cuh"
 #include "hopper/bwd_layout.cuh"
 
@@ -19,28 +20,35 @@ struct Producer {
       : p(p), tile(tile), smem(smem), q(smem), dos(smem), first(true) {}
 
   DEVICE void step(i32 head, i32 m_block) {
+    const i32 first_key = tile.get(KeyTile::kFirstKey);
     if (first) {
       load_keys<kChunksQk>(Smem::kK, Smem::kBarKFull, &p.k_map, head / p.qhead_per_khead,
-                           p.k_batch_rows);
+                           p.k_batch_rows, first_key);
     }
     load_queries<kChunksQk>(q, &p.q_map, head, m_block, p.q_batch_rows);
     if (first) {  // the first S^T needs K and Q only
       load_keys<kChunksV>(Smem::kV, Smem::kBarVFull, &p.v_map, head / p.qhead_per_vhead,
-                          p.v_batch_rows);
-      first = false;
+                          p.v_batch_rows, first_key);
     }
     load_queries<kChunksV>(dos, &p.dout_map, head, m_block, p.dout_batch_rows);
+    if (kCtas > 1 && first) {
+      const i32 towards_other = tile.get(KeyTile::kRank) == 0 ? kN : -kN;
+      load_keys<kChunksQk>(Smem::kKPeer, Smem::kBarKPeerFull, &p.k_map, head / p.qhead_per_khead,
+                           p.k_batch_rows, first_key + towards_other);
+    }
+    first = false;
   }
 
   DEVICE void finish() {}
 
  private:
   template <i32 kChunks>
-  DEVICE void load_keys(u32 to, u32 bar, const TensorMap* map, i32 head, i32 batch_rows) const {
+  DEVICE void load_keys(u32 to, u32 bar, const TensorMap* map, i32 head, i32 batch_rows,
+                        i32 first_key) const {
     const i32 batch_idx = tile.get(KeyTile::kBatchIdx);
-    const RowCoords rows = row_coords<Cfg::kRaggedK>(
-        tile.get(KeyTile::kFirstKey), tile.get(KeyTile::kKRow) + batch_idx * batch_rows,
-        tile.get(KeyTile::kSeqlenK), batch_idx);
+    const RowCoords rows =
+        row_coords<Cfg::kRaggedK>(first_key, tile.get(KeyTile::kKRow) + batch_idx * batch_rows,
+                                  tile.get(KeyTile::kSeqlenK), batch_idx);
     mbarrier_arrive_expect_tx(smem + bar, kChunks * kKeyChunkBytes);
 #pragma unroll
     for (i32 c = 0; c < kChunks; ++c) {
@@ -98,6 +106,7 @@ struct StatWriter {
 
   DEVICE StatWriter(const HopperBwdParams& p, const KeyTile& tile, u32 smem)
       : p(p), tile(tile), q(smem), dos(smem), lane_idx(thread_idx() % 32) {
+    griddepcontrol_wait();  // bwd_preprocess.cu writes lse and D
     // S^T is multiplied by the scale after lse has been added.
     lse_factor = -1.0f / p.softmax_scale_log2;
     lse_of_nothing = p.softmax_scale_log2 > 0.0f ? -kFar : kFar;

@@ -4,11 +4,17 @@
 #pragma once
 #include "common/ptx/barrier.cuh"
 #include "common/ptx/bulk.cuh"
+#include "common/ptx/cluster.cuh"
+#include "common/ptx/griddepcontrol.cuh"
 #include "common/ptx/stmatrix.cuh"
 #include "common/ptx/tma.cuh"
 #include "hopper/bwd_epilogue.cuh"
 #include "hopper/bwd_layout.cuh"
 #include "hopper/bwd_scores.cuh"
+
+enum NamedBarrier {
+  kBarSend = 1,  // + key block: dS^T of the block lies ready for the other CTA
+};
 
 // A warp's end of what several roles do.
 struct RoleBase {
@@ -20,6 +26,7 @@ struct RoleBase {
   DEVICE RoleBase(const HopperBwdParams& p, const KeyTile& tile, u32 smem)
       : p(p), tile(tile), warp(smem), keys_pending(true) {}
 
+  DEVICE u32 rank() const { return kCtas > 1 ? u32(tile.get(KeyTile::kRank)) : 0; }
   // The first step that needs K or V waits for it. bar: Smem::kBarKFull or kBarVFull.
   DEVICE void wait_keys(u32 bar) {
     if (keys_pending) {
@@ -27,19 +34,62 @@ struct RoleBase {
       keys_pending = false;
     }
   }
-  // Hands dS^T of key block `block` to dQ.
-  DEVICE void put_ds(DsRing& ds, const Packed& rDs, i32 block) const {
-    if (block == 0 || !Cfg::kSplitRoles) {
-      ds.wait_empty();
+};
+
+DEVICE void wait_phase_cluster(u32 bar, u32 parity) {
+  while (!mbarrier_try_wait_parity_cluster(bar, parity)) {
+  }
+}
+
+// Hands dS^T to the warpgroup that makes dQ of it: this CTA's, or in every other step the other's.
+struct DsWriter {
+  u32 rank;
+  DsRing own;
+  u32 sent_stage = 0, sent_parity = 1;
+  u32 step = 0;
+
+  DEVICE DsWriter(u32 smem, u32 rank) : rank(rank), own(smem) {}
+
+  // Of key block `block`. first, last: of the blocks of a step that this warp hands over.
+  DEVICE void put(const Packed& rDs, const Warp& warp, i32 block, bool first, bool last) {
+    const u32 in_tile = u32(block) * kQueryChunkBytes;
+    if (kCtas == 1 || step % 2 == rank) {
+      if (first) {
+        own.wait_empty();
+      }
+      store_ds(own.tile() + in_tile, rDs, warp);
+      warp_sync();
+      if (warp.leads()) {
+        if constexpr (kCtas > 1) {  // a fourth of a block of the other CTA's
+          mbarrier_arrive_expect_tx(own.full(), kQueryChunkBytes / 4);
+        } else {
+          mbarrier_arrive(own.full());
+        }
+      }
+      if (last) {
+        own.advance();
+      }
+    } else {
+      if (first) {
+        wait_phase_cluster(warp.smem + Smem::kBarSentEmpty + sent_stage * 8, sent_parity);
+      }
+      const u32 from = warp.smem + Smem::kSentDs + sent_stage * Smem::kOwnDsBytes + in_tile;
+      const u32 to =
+          warp.smem + Smem::kDs + sent_stage * Smem::kDsBytes + Smem::kOwnDsBytes + in_tile;
+      store_ds(from, rDs, warp);
+      named_barrier_sync(kBarSend + block, 128);
+      if (warp.warp_idx == 0 && warp.leads()) {
+        bulk_copy_to_cluster(
+            mapa_shared_cluster(to, rank ^ 1u), from, kQueryChunkBytes,
+            mapa_shared_cluster(warp.smem + Smem::kBarDsFull + sent_stage * 8, rank ^ 1u));
+      }
+      if (last) {
+        const bool end = sent_stage + 1 == Cfg::kStagesDs;
+        sent_stage = end ? 0 : sent_stage + 1;
+        sent_parity ^= end ? 1u : 0u;
+      }
     }
-    store_ds(ds.tile() + u32(block) * kQueryChunkBytes, rDs, warp);
-    warp_sync();
-    if (warp.leads()) {
-      mbarrier_arrive(ds.full());
-    }
-    if (block == kKeyBlocks - 1 || !Cfg::kSplitRoles) {
-      ds.advance();
-    }
+    step += last ? 1u : 0u;
   }
 };
 
@@ -48,12 +98,12 @@ struct KeyRole : RoleBase {
   i32 block;
   QRing q;
   DoRing dos;
-  DsRing ds;
+  DsWriter ds;
   DkSum rDk;
   DvSum rDv;
 
   DEVICE KeyRole(const HopperBwdParams& p, const KeyTile& tile, u32 smem, i32 block)
-      : RoleBase(p, tile, smem), block(block), q(smem), dos(smem), ds(smem) {
+      : RoleBase(p, tile, smem), block(block), q(smem), dos(smem), ds(smem, rank()) {
     clear(rDk);
     clear(rDv);
   }
@@ -89,7 +139,7 @@ struct KeyRole : RoleBase {
     scores.finish_ds(rDs, rX, rDp, d_stage(dos));
     wgmma_fence();
     issue_gradient(rDk, rDs, q.tile());
-    put_ds(ds, rDs, block);
+    ds.put(rDs, warp, block, true, true);
     wgmma_wait_group<1>();
     hold(rDv);
     dos.release(warp.leads());
@@ -176,12 +226,12 @@ struct ScoreRole : RoleBase {
 struct GradientRole : RoleBase {
   QRing q;
   DoRing dos;
-  DsRing ds;
+  DsWriter ds;
   DkSum rDk[kKeyBlocks];
   u32 p_parity;
 
   DEVICE GradientRole(const HopperBwdParams& p, const KeyTile& tile, u32 smem)
-      : RoleBase(p, tile, smem), q(smem), dos(smem), ds(smem), p_parity(0) {
+      : RoleBase(p, tile, smem), q(smem), dos(smem), ds(smem, rank()), p_parity(0) {
 #pragma unroll
     for (i32 block = 0; block < kKeyBlocks; ++block) {
       clear(rDk[block]);
@@ -219,7 +269,7 @@ struct GradientRole : RoleBase {
       }
       wgmma_fence();
       issue_gradient(rDk[block], rDs, q.tile());
-      put_ds(ds, rDs, block);
+      ds.put(rDs, warp, block, block == 0, block == kKeyBlocks - 1);
     }
     dos.release(warp.leads());
     wgmma_wait_group<0>();
@@ -245,15 +295,32 @@ struct DqRole : RoleBase {
   static_assert(kColumns <= kPartColumns || kPartColumns % Chunk::kCols == 0);
   DsRing ds;
   i32 add_stage;
+  u32 steps;
 
   DEVICE DqRole(const HopperBwdParams& p, const KeyTile& tile, u32 smem)
-      : RoleBase(p, tile, smem), ds(smem), add_stage(0) {}
+      : RoleBase(p, tile, smem), ds(smem), add_stage(0), steps(0) {
+    griddepcontrol_wait();  // bwd_preprocess.cu clears dq_accum
+  }
 
   DEVICE void step(i32 head, i32 m_block) {
     const SeqlenInfo seq = tile.seq();
     const i32 batch_idx = tile.get(KeyTile::kBatchIdx);
+    if constexpr (kCtas > 1) {
+      const bool others = steps % 2 != rank();
+      ++steps;
+      if (others) {
+        return;
+      }
+      if (keys_pending) {
+        wait_phase(warp.smem + Smem::kBarKPeerFull, 0);
+      }
+    }
     wait_keys(Smem::kBarKFull);
-    ds.wait();
+    if constexpr (kCtas > 1) {
+      wait_phase_cluster(ds.full(), ds.parity);
+    } else {
+      ds.wait();
+    }
 #pragma unroll 1
     for (i32 m = 0; m < kM / 64; ++m) {
       const i32 first_row = m_block * kM + m * 64 + warp.warp_idx * 16;
@@ -266,6 +333,12 @@ struct DqRole : RoleBase {
       }
       if constexpr (kLastColumns > 0) {
         add_part<kLastColumns>(a, kFullParts * kPartColumns, strip, exists);
+      }
+    }
+    if constexpr (kCtas > 1) {
+      if (warp.leads()) {
+        mbarrier_arrive_cluster(
+            mapa_shared_cluster(warp.smem + Smem::kBarSentEmpty + ds.stage * 8, rank() ^ 1u));
       }
     }
     ds.release(warp.leads());
@@ -283,14 +356,17 @@ struct DqRole : RoleBase {
   DEVICE void add_part(u32 a, i32 column, f32* strip, bool exists) {
     f32 rDq[kCols / 2];
     const u64 desc_a = Chunk::k_major(a);
-    const u64 desc_b = Chunk::mn_major(
-        warp.smem + Smem::kK + u32(column / Chunk::kCols) * kKeyChunkBytes, kKeyChunkBytes);
+    const u32 chunks = u32(column / Chunk::kCols) * kKeyChunkBytes;
+    const u64 desc_own = Chunk::mn_major(warp.smem + Smem::kK + chunks, kKeyChunkBytes);
+    const u64 desc_other = Chunk::mn_major(warp.smem + Smem::kKPeer + chunks, kKeyChunkBytes);
     wgmma_fence();
 #pragma unroll
-    for (i32 k = 0; k < kN / 16; ++k) {
+    for (i32 k = 0; k < kCtas * kN / 16; ++k) {
       wgmma_ss<Cfg::kBf16, true>(
           rDq, wgmma_desc_advance(desc_a, Chunk::k_major_step(k, kQueryChunkBytes)),
-          wgmma_desc_advance(desc_b, Chunk::mn_major_step(k)), k > 0);
+          wgmma_desc_advance(k < kN / 16 ? desc_own : desc_other,
+                             Chunk::mn_major_step(k % (kN / 16))),
+          k > 0);
     }
     wgmma_commit_group();
     wgmma_wait_group<0>();

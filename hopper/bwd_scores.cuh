@@ -162,7 +162,8 @@ struct ScoreTile {
     }
   }
 
-  // dS^T = P^T * (dP^T - D). rX: of finish_scores. d: of the tile's queries, if not in dP^T.
+  // dS^T = P^T * (dP^T - D), times ds_scale. rX: of finish_scores. d: of the tile's queries, if not
+  // in dP^T.
   DEVICE void finish_ds(Packed& rDs, const Packed& rX, const f32 (&rDp)[kRegsS], u32 d) const {
 #pragma unroll
     for (i32 k = 0; k < kStepsM; ++k) {
@@ -185,6 +186,9 @@ struct ScoreTile {
 
  private:
   DEVICE f32 ds(f32 x, f32 dp, f32 d) const {
+    return Cfg::kScaleDs ? unscaled_ds(x, dp, d) * p.ds_scale : unscaled_ds(x, dp, d);
+  }
+  DEVICE f32 unscaled_ds(f32 x, f32 dp, f32 d) const {
     if constexpr (Cfg::kDropout) {  // the factor keep_scale of dP waits in dqk_scale
       const bool keep = (f32_as_bits(x) >> 31) == 0;
       return fabsf(x) * ((keep ? dp : 0.0f) - d * p.keep_probability);

@@ -15,7 +15,7 @@ from flash_attn_interface._common import tuned_tiles
 from flash_attn_interface._common.backward_problem import BackwardProblem
 from flash_attn_interface._common.problem import Problem
 from flash_attn_interface._common.spec import KernelSpec
-from flash_attn_interface._flash2.bwd_tiles import streaming_specs
+from flash_attn_interface._flash2.bwd_tiles import ds_shift, streaming_specs
 
 from .tiles import ELEM_BYTES, WG_ROWS
 
@@ -46,21 +46,34 @@ class BackwardTile:
     add_stages: int = 0  # dQ goes to memory by bulk additions of so many stages; 0: from registers
     dq_columns: int = 64  # of dQ computed at a time
     gradient_n: int = MAX_GRADIENT_N  # most columns of dK or dV in one product
+    cluster_size: int = 1  # 2: CTAs with neighbouring key tiles share dQ
+    aux: bool = True  # lse and D go through the tensor cores, where they can
 
     def smem_bytes(self, problem: Problem) -> int:
         """Shared memory of `Smem` in bwd_layout.cuh."""
         columns_qk = _round_up(problem.head_dim_qk, CHUNK_COLUMNS)
         columns_v = _round_up(problem.head_dim_v, CHUNK_COLUMNS)
         score_tile = self.block_m * self.block_n
-        elements = self.block_n * (columns_qk + columns_v)
+        ctas = self.cluster_size
+        elements = self.block_n * (ctas * columns_qk + columns_v)
         elements += self.block_m * (self.stages_q * columns_qk + self.stages_do * columns_v)
-        elements += score_tile * (self.stages_ds + self.split_roles)
-        lse_bytes = 32 if aux_lse(problem) else 4
-        d_bytes = 32 if aux_d(problem) else 4
+        elements += score_tile * (self.stages_ds * (2 * ctas - 1) + self.split_roles)
+        with_lse, with_d = self.aux_lse(problem), self.aux_d(problem)
+        lse_bytes = 32 if with_lse else 4
+        d_bytes = 32 if with_d else 4
         stats = self.block_m * (self.stages_q * lse_bytes + self.stages_do * d_bytes)
-        ones = WG_ROWS * 32 if aux_lse(problem) or aux_d(problem) else 0
+        ones = WG_ROWS * 32 if with_lse or with_d else 0
         staged = self.add_stages * WG_ROWS * self.dq_part(problem) * 4
         return elements * ELEM_BYTES + stats + ones + staged + BARRIER_BYTES
+
+    def aux_lse(self, problem: Problem) -> bool:
+        """softmax_lse is added by the tensor cores; softcap needs the scores themselves."""
+        low, high = AUX_SCALES
+        return self.aux and problem.softcap == 0.0 and low <= abs(problem.softmax_scale) <= high
+
+    def aux_d(self, problem: Problem) -> bool:
+        """D is subtracted by the tensor cores; dropout comes in between."""
+        return self.aux and not problem.dropout
 
     def dq_part(self, problem: Problem) -> int:
         """Columns of one product of dQ."""
@@ -98,17 +111,6 @@ def gradient_n(head_dim: int, most: int) -> int:
 def gradient_columns(head_dim: int, most: int) -> int:
     """Columns of dK or dV that the products write."""
     return _round_up(head_dim, gradient_n(head_dim, most))
-
-
-def aux_lse(problem: Problem) -> bool:
-    """softmax_lse is added by the tensor cores; softcap needs the scores themselves."""
-    low, high = AUX_SCALES
-    return problem.softcap == 0.0 and low <= abs(problem.softmax_scale) <= high
-
-
-def aux_d(problem: Problem) -> bool:
-    """D is subtracted by the tensor cores; dropout comes in between."""
-    return not problem.dropout
 
 
 def _candidates(problem: Problem) -> Iterator[BackwardTile]:
@@ -151,6 +153,8 @@ def refuses_tile(tile: BackwardTile, problem: Problem, arch: str) -> str | None:
             return "softcap and dropout need split_roles"
     if not {tile.stages_q, tile.stages_do, tile.stages_ds} <= {1, 2, 3, 4}:
         return "stages_q, stages_do and stages_ds are 1 to 4"
+    if tile.cluster_size not in (1, 2):
+        return f"cluster_size={tile.cluster_size}: 1 or 2"
     if not 0 <= tile.add_stages <= 4:
         return f"add_stages={tile.add_stages}: 0 to 4"
     if tile.dq_columns < _round_up(problem.head_dim_qk, 16) and tile.dq_columns % CHUNK_COLUMNS:
@@ -185,7 +189,9 @@ def backward_specs(
     forward = problem.forward
     tile = tile or tuned_tile(forward, arch, gpu) or backward_tile(forward, arch)
     accum_columns, v_columns = (_round_up(d, 16) for d in _dims(forward))
-    preprocess, *others = streaming_specs(problem, arch, accum_columns, v_columns)
+    preprocess, *others = streaming_specs(
+        problem, arch, accum_columns, v_columns, programmatic=True
+    )
     return preprocess, _main_spec(problem, arch, tile, accum_columns, v_columns), *others
 
 
@@ -210,8 +216,9 @@ def _main_spec(
         stages_do=tile.stages_do,
         stages_ds=tile.stages_ds,
         add_stages=tile.add_stages,
-        aux_lse=aux_lse(p),
-        aux_d=aux_d(p),
+        cluster_size=tile.cluster_size,
+        aux_lse=tile.aux_lse(p),
+        aux_d=tile.aux_d(p),
         wgmma_scores_n=tile.block_m,
         wgmma_dk_n=gradient_n(p.head_dim_qk, tile.gradient_n),
         wgmma_dv_n=gradient_n(p.head_dim_v, tile.gradient_n),
@@ -229,12 +236,14 @@ def _main_spec(
         v_columns=v_columns,
         grad_vector_bytes=problem.grad_vector_bytes,
         probability_shift=0,
-        rotate=True,
+        scale_ds=ds_shift(p) > 0,
+        rotate=not p.causal,  # causal CTAs begin at different queries anyway
         deterministic=problem.deterministic,
         causal=p.causal,
         local=p.local,
         chunk=p.attention_chunk > 0,
         softcap=p.softcap > 0.0,
+        large_softcap=p.large_softcap,
         alibi=p.alibi,
         prescale=False,  # P is recomputed from softmax_lse, whatever the sign of the scale
         dropout=p.dropout,

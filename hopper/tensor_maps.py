@@ -28,6 +28,9 @@ from .tiles import ELEM_BYTES, WG_ROWS
 VECTOR_BYTES = 16
 # Rows of a ragged map's second dim, kRaggedRows in fwd_layout.cuh.
 RAGGED_ROWS = 2**30
+# Strides of maps are below this; of a ragged map's rows below 2**64 / RAGGED_ROWS, which leaves the
+# fifth dim a stride.
+END_OF_STRIDES_BYTES = 2**40
 
 
 def refuses_layout(problem: Problem) -> str | None:
@@ -49,6 +52,9 @@ def refuses_layout(problem: Problem) -> str | None:
         for axis, stride, size in zip(("batch", "row", "head"), strides, sizes, strict=True):
             if stride == 0 and size > 1 and not (varlen and axis == "batch"):
                 return f"{name} is expanded along its {axis} axis (stride 0)"
+        reason = refuses_strides(name, strides, varlen or (name != "q" and p.has_seqused_k))
+        if reason is not None:
+            return reason
     if p.has_seqused_k and not p.varlen_k:
         for name, strides in (("k", p.k_strides), ("v", p.v_strides)):
             if p.batch > 1 and strides[1] and strides[0] % strides[1]:
@@ -58,6 +64,15 @@ def refuses_layout(problem: Problem) -> str | None:
                 )
             if ragged_rows(p, strides) >= RAGGED_ROWS:
                 return f"{name} spans {ragged_rows(p, strides)} rows, over {RAGGED_ROWS - 1}"
+    return None
+
+
+def refuses_strides(name: str, strides: Strides, ragged: bool) -> str | None:
+    """Whether they are too wide for a tensor map."""
+    for axis, stride in zip(("batch", "row", "head"), strides, strict=True):
+        end = 2**64 // RAGGED_ROWS if ragged and axis == "row" else END_OF_STRIDES_BYTES
+        if stride * ELEM_BYTES >= end:
+            return f"{name}'s {axis} stride of {stride} elements is not below {end} bytes"
     return None
 
 
@@ -144,6 +159,9 @@ def refuses_backward_layout(problem: BackwardProblem) -> str | None:
                     f"with lengths on the device TMA finds sequences by rows: {side.name}'s batch "
                     f"stride of {batch_stride} must be a multiple of its row stride of {row_stride}"
                 )
+        reason = refuses_strides(side.name, side.strides, side.ragged)
+        if reason is not None:
+            return reason
         if side.ragged_rows >= RAGGED_ROWS:
             return f"{side.name} spans {side.ragged_rows} rows, over {RAGGED_ROWS - 1}"
     return None

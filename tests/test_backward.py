@@ -120,6 +120,8 @@ class Call:
             self.problem, self.dout, *self._qkv(), self.out, *grads, deterministic=deterministic
         )
         target = target_of(runner)
+        if backend.name == "hopper":
+            target = replace(target, arch=runner.arch)
         assert backend.refuses_backward(problem, target) is None
         plan = backend.plan_backward(problem, target)
         if tile is not None or heads_per_cta:

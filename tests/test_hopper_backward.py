@@ -79,7 +79,7 @@ def test_layouts(machine: Runner, case: Case):
     check_case(machine, case)
 
 
-@on_hopper([case for case in cases.LARGE if case.softcap == 0.0])
+@on_hopper([case for case in cases.LARGE if case.softcap == 0.0 and serves(case)])
 def test_large(machine: Runner, case: Case):
     check_case(machine, case)
 
@@ -98,13 +98,19 @@ TILES = {
     "split": BackwardTile(64, 64, split_roles=True),
     "split-128": BackwardTile(64, 128, split_roles=True, add_stages=1),
     "split-one-stage": BackwardTile(64, 64, True, 1, 1, 1),
+    "split-floats": BackwardTile(64, 64, True, aux=False),
+    "pair": BackwardTile(64, 64, True, stages_ds=1, cluster_size=2),
+    "pair-two-stages": BackwardTile(64, 64, True, add_stages=2, cluster_size=2),
+    "pair-128": BackwardTile(64, 128, True, stages_ds=1, cluster_size=2),
+    "pair-joint": BackwardTile(64, 128, stages_ds=1, add_stages=1, cluster_size=2),
 }
 
 
 @on_hopper(
     [
-        Case(causal=True, seqlen_q=150, seqlen_k=170, batch=1).with_dims(64, 64),
+        Case(causal=True, seqlen_q=290, seqlen_k=310, batch=1).with_dims(64, 64),
         Case(seqlen_q=150, seqlen_k=170, batch=1).with_dims(80, 48).with_heads(4, 2, 1),
+        cases.VARLEN[1],
     ]
 )
 @pytest.mark.parametrize("tile", TILES.values(), ids=TILES)

@@ -98,7 +98,7 @@ MISTAKES = {
     82: r"global bulk_load of 512 bytes out of bounds.* passed by 256 bytes",
     83: r"shared memory bulk_load of 64 bytes misaligned",
     84: RACE.format("read", "TMA load not yet waited for"),
-    86: r"TMA load on an mbarrier whose thread has not called fence_mbarrier_init",
+    86: r"bulk_load on an mbarrier whose thread has not called fence_mbarrier_init",
     87: r"bulk_reduce_add_f32 of 0 bytes: a bulk copy moves whole units of 16",
     88: r"bulk_reduce_add_f32 misaligned in global memory",
     89: r"global bulk_reduce_add_f32 of 512 bytes out of bounds.* passed by 256 bytes",
@@ -177,3 +177,45 @@ def test_bulk_additions_are_in_memory_once_they_are_waited_for(seed: int) -> Non
     assert (sums == 1).all()
     assert (after_reading == 0).all()
     assert (after_completion[:64] == 1).all()
+
+
+# What a launch does that need not wait for the one before it to end.
+EARLY_MISTAKES = {
+    1: r"global read is not ordered after a griddepcontrol_wait\(\), and an earlier launch writes",
+    2: r"global write is not ordered after a griddepcontrol_wait\(\), and an earlier launch writes",
+    3: r"no thread of a programmatic launch called griddepcontrol_wait\(\)",
+    4: r"global read is not ordered after a griddepcontrol_wait\(\), and an earlier launch writes",
+}
+
+
+def launch_after_another(which: int, programmatic: bool) -> None:
+    a, b, c = torch.zeros(3, 2 * 64, dtype=torch.int32)
+    for data, out, mistake, early in ((a, b, 0, False), (b, c, which, programmatic)):
+        hopper_probes.run(
+            SIM, "probe_griddepcontrol", {}, data, out,
+            grid=2, which=mistake, num_threads=64, programmatic=early,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("which", EARLY_MISTAKES)
+def test_what_comes_before_a_grid_wait_is_found(which: int) -> None:
+    with pytest.raises(SimulatorError, match=EARLY_MISTAKES[which]) as caught:
+        launch_after_another(which, programmatic=True)
+    place = re.search(r"at (tests/kernels/\w+\.cu):(\d+) in ", str(caught.value))
+    if which != 3:
+        assert place
+        lines = (SOURCE.parent.parent.parent / place.group(1)).read_text("utf-8").splitlines()
+        assert f"BAD {which}:" in lines[int(place.group(2)) - 1]
+    launch_after_another(which, programmatic=False)  # an ordinary launch may
+
+
+def test_a_programmatic_launch_may_overlap_all_since_the_last_ordinary_one() -> None:
+    a, b, c, d = torch.zeros(4, 64, dtype=torch.int32)
+    for data, out, early in ((a, b, False), (c, d, True)):
+        hopper_probes.run(
+            SIM, "probe_griddepcontrol", {}, data, out, num_threads=64, programmatic=early
+        )
+    with pytest.raises(SimulatorError, match=EARLY_MISTAKES[1]):
+        hopper_probes.run(
+            SIM, "probe_griddepcontrol", {}, b, c, which=1, num_threads=64, programmatic=True
+        )

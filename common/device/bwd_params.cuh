@@ -69,14 +69,17 @@ struct BwdParams {
   f32 softmax_scale_log2;
   f32 softcap_in, softcap_out;
   const f32* alibi_slopes;
-  i64 alibi_batch_stride;
-  f32 dqk_scale;  // of dQ and dK: softmax_scale, times keep_scale, times 2^-kProbabilityShift
+  i64 alibi_batch_stride, alibi_head_stride;
+  f32 dqk_scale;  // of dQ and dK: softmax_scale, times keep_scale, times 2^-kProbabilityShift, over
+                  // ds_scale
   f32 dv_scale;   // keep_scale, times 2^-kProbabilityShift
 
   // dropout.cuh
   const i64* rng_state;
   u32 keep_threshold;
   f32 keep_probability;  // 1 - dropout_p = 1 / keep_scale
+
+  f32 ds_scale;  // Cfg::kScaleDs: dS in 16 bits is times this power of two, lest it overflow
 };
 
 // Attention backward on Hopper (hopper/bwd.cu): the block of the kernels before and after it, and
