@@ -184,12 +184,17 @@ def one_gpu_rates(row: Row) -> dict[str, float]:
 
 def run(rank: int, world: int, store: str, options: argparse.Namespace) -> None:
     torch.cuda.set_device(rank)
+    nccl = dist.ProcessGroupNCCL.Options()
+    nccl.is_high_priority_stream = (
+        not options.normal_priority
+    )  # as docs/context_parallel.md advises
     dist.init_process_group(
         "nccl",
         init_method=f"file://{store}",
         rank=rank,
         world_size=world,
         device_id=torch.device("cuda", rank),
+        pg_options=nccl,
     )
     wanted = options.rows.split(",") if options.rows else [""]
     records: list[dict[str, Any]] = []
@@ -288,6 +293,9 @@ def main() -> None:
     parser.add_argument("--rows", default="", help="parts of names, comma-separated; default: all")
     parser.add_argument("--out", type=Path, default=None, help="folder for the results")
     parser.add_argument("--trace", type=Path, default=None, help="folder for profiles")
+    parser.add_argument(
+        "--normal-priority", action="store_true", help="of NCCL's stream; default: high"
+    )
     parser.add_argument("--commit", default=None, help="for the record, where git is not at hand")
     options = parser.parse_args()
     harness.require_gpu()

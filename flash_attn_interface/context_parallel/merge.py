@@ -39,13 +39,8 @@ class Result:
             self.out, self.softmax_lse = out.to(self.dtype), softmax_lse
             return
         whole_out, whole_lse = self._started()
-        if rows.index is None:
-            whole_out.narrow(self.dim, rows.start, len(rows)).copy_(out)
-            whole_lse.narrow(self.dim + 1, rows.start, len(rows)).copy_(softmax_lse)
-        else:
-            index = self.indices[id(rows.index)]
-            whole_out.index_copy_(self.dim, index, out.to(self.dtype))
-            whole_lse.index_copy_(self.dim + 1, index, softmax_lse)
+        put_rows(whole_out, rows, out, self.dim, self.indices)
+        put_rows(whole_lse, rows, softmax_lse, self.dim + 1, self.indices)
 
     def merge(self, rows: Rows, out: Tensor, softmax_lse: Tensor) -> None:
         """Another result of rows that have one, over other keys."""
@@ -127,6 +122,14 @@ class Sum:
 
     def _add(self, total: Tensor, rows: Rows, part: Tensor) -> None:
         add_rows(total, rows, part, self.dim, self.indices)
+
+
+def put_rows(total: Tensor, rows: Rows, part: Tensor, dim: int, indices: dict[int, Tensor]) -> None:
+    """Writes the rows."""
+    if rows.index is None:
+        total.narrow(dim, rows.start, len(rows)).copy_(part)
+    else:
+        total.index_copy_(dim, indices[id(rows.index)], part.to(total.dtype))
 
 
 def add_rows(total: Tensor, rows: Rows, part: Tensor, dim: int, indices: dict[int, Tensor]) -> None:

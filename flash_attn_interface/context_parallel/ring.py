@@ -9,7 +9,7 @@ second the last transfer of gradients.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import gcd
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from . import kernels
 from .exchange import Pending, Transfers, select
 from .kernels import Options, Sequences
 from .keys import SLOTS, Keys, KeysAndValues, Selected, Slots, row_elements
-from .merge import Result, Sum, add_rows, wide
+from .merge import Result, Sum, add_rows, put_rows, wide
 from .placed import Placed
 from .steps import Launch, Rows, Step
 
@@ -91,8 +91,11 @@ def backward(
     keys = Keys(placed, transfers, saved.k, saved.v, dim)
     own = _Own(placed, saved, dim, options)
     selected = Selected(indices)
-    dq = Sum(saved.q, dim, indices, _parts(placed, [bool(s.launches) for s in steps[1:]]))
-    parts = _parts(placed, [bool(step.sends) for step in steps[1:]])
+    # Additions to a row at most. With a window a query is in one launch, a key in several.
+    launched = 1 + sum(bool(step.launches) for step in steps[1:])
+    sent = 1 + sum(bool(step.sends) for step in steps[1:])
+    dq = Sum(saved.q, dim, indices, launched if placed.plan.merges else 1)
+    parts = sent if placed.plan.merges else 3
     dk, dv = Sum(saved.k, dim, indices, parts), Sum(saved.v, dim, indices, parts)
     most = max((sum(len(rows) for _, rows in step.sends) for step in steps), default=0)
     slots = Slots(saved.k, saved.v, dim, most, min(SLOTS, len(steps) - 1))
@@ -102,8 +105,9 @@ def backward(
         keys.start(number)
         here = keys.wait(number)
         gradients = _step_backward(
-            step, placed.sequences[number], here, saved, dim, options, indices, selected, dq
-        )
+            step, placed.sequences[number], here, saved, dim, options, indices, selected,
+            dq.add if placed.plan.merges else own.put_queries,
+        )  # fmt: skip
         keys.done()
         returned = _return(step, gradients, slots, number, transfers, dim)
         if gradients is not None and len(step.own):
@@ -117,11 +121,6 @@ def backward(
     return dq.finish(own.dq), dk.finish(own.dk), dv.finish(own.dv)
 
 
-def _parts(placed: Placed, steps: list[bool]) -> int:
-    """Additions to a row at most; with a window some rows are in several launches of a step."""
-    return 1 + sum(steps) if placed.plan.merges else 3
-
-
 def _step_backward(
     step: Step,
     sequences: tuple[Sequences, ...],
@@ -131,9 +130,9 @@ def _step_backward(
     options: Options,
     indices: dict[int, Tensor],
     selected: Selected,
-    dq: Sum,
+    take_dq: Callable[[Rows, Tensor], None],
 ) -> KeysAndValues | None:
-    """Gradients of the step's keys and values; those of the queries are added to dq."""
+    """Gradients of the step's keys and values; those of the queries go to take_dq."""
     total: KeysAndValues | None = None
     for launch, found in zip(step.launches, sequences, strict=True):
         rows = _of_launch(saved, launch, dim, selected)
@@ -141,7 +140,7 @@ def _step_backward(
         part = kernels.backward(
             rows.dout, rows.dlse, rows.q, k, v, rows.out, rows.softmax_lse, found, options
         )
-        dq.add(launch.q, part[0])
+        take_dq(launch.q, part[0])
         if launch.k.index is None and len(launch.k) == step.rows and len(step.launches) == 1:
             return KeysAndValues(*part[1:])
         if total is None:
@@ -215,17 +214,15 @@ class _Own:
 
     def __init__(self, placed: Placed, saved: Saved, dim: int, options: Options) -> None:
         self.placed, self.saved, self.dim, self.options = placed, saved, dim, options
-        launches = placed.plan.steps[0].launches
-        self.whole = len(launches) == 1 and len(launches[0].q) == placed.plan.rows
-        self.whole = self.whole and launches[0].k.index is None and launches[0].q.index is None
-        self.whole = self.whole and placed.plan.merges
+        self.whole = placed.plan.merges  # step 0 is then one launch, of all rows
         inputs = (saved.q, saved.k, saved.v)
         if not placed.plan.rows:
             self.dq = self.dk = self.dv = None
         elif self.whole:
             self.dq, self.dk, self.dv = (torch.empty_like(x) for x in inputs)
         else:
-            self.dq, self.dk, self.dv = (torch.zeros_like(x, dtype=wide(x.dtype)) for x in inputs)
+            self.dk, self.dv = (torch.zeros_like(x, dtype=wide(x.dtype)) for x in inputs[1:])
+            self.dq = torch.empty_like(saved.q)  # every query is in one launch
         self.turns = list(self._turns(len(placed.plan.steps) > 1))
 
     def _turns(self, transfers: bool) -> Iterator[tuple[slice, slice, slice]]:
@@ -277,10 +274,14 @@ class _Own:
                 into if self.whole else None,
             )
             if not self.whole:
-                for total, x, of in zip(
-                    into, gradients, (launch.q, launch.k, launch.k), strict=True
-                ):
-                    add_rows(total, of, x, dim, indices)
+                put_rows(into[0], launch.q, gradients[0], dim, indices)
+                for total, x in zip(into[1:], gradients[1:], strict=True):
+                    add_rows(total, launch.k, x, dim, indices)
+
+    def put_queries(self, rows: Rows, part: Tensor) -> None:
+        """dq of rows that are in no other launch."""
+        assert self.dq is not None
+        put_rows(self.dq, rows, part, self.dim, self.placed.indices)
 
     def add(self, rows: Rows, gradients: KeysAndValues) -> None:
         """What another step has found for the rank's own keys, its first rows."""
