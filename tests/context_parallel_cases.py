@@ -75,6 +75,7 @@ CASES = {
     "packed-whole-documents": Case(lengths=(7, 6, 8, 7, 7, 6, 8, 7), min_tokens=256),
     "packed-one-token": Case(lengths=(1,)),
     "packed-empty-documents": Case(lengths=(0, 0, 9, 0)),
+    "packed-no-token": Case(lengths=(0, 0)),
     "packed-window": Case(lengths=LONG_TAILED, window=(4, 0), **GQA),
     "packed-window-both": Case(lengths=LONG_TAILED, window=(6, 2), causal=False, sinks=True),
     "packed-window-contiguous": Case(lengths=LONG_TAILED, window=(9, 0), scheme="contiguous"),

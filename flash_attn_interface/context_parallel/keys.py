@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,16 +31,21 @@ class Slots:
             [x.new_empty(most_rows * row_elements(x, dim)) for x in (k, v)] for _ in range(count)
         ]
 
-    def take(self, turn: int, rows: int) -> KeysAndValues:
-        """Contiguous tensors of so many rows."""
-        return KeysAndValues(
-            *(
-                flat[: rows * row_elements(x, self.dim)].view(
-                    *x.shape[: self.dim], rows, *x.shape[self.dim + 1 :]
-                )
-                for flat, x in zip(self.slots[turn % len(self.slots)], self.like, strict=True)
-            )
-        )
+    def take(self, turn: int, counts: Sequence[int]) -> list[KeysAndValues]:
+        """Contiguous tensors of so many rows, one behind another."""
+        found, begins = [], [0, 0]
+        for rows in counts:
+            cut = []
+            for i, (flat, x) in enumerate(zip(self._slot(turn), self.like, strict=True)):
+                end = begins[i] + rows * row_elements(x, self.dim)
+                shape = (*x.shape[: self.dim], rows, *x.shape[self.dim + 1 :])
+                cut.append(flat[begins[i] : end].view(shape))
+                begins[i] = end
+            found.append(KeysAndValues(*cut))
+        return found
+
+    def _slot(self, turn: int) -> list[Tensor]:
+        return self.slots[turn % len(self.slots)]
 
 
 def row_elements(x: Tensor, dim: int) -> int:
@@ -69,20 +75,7 @@ class Keys:
 
     def _post(self, number: int) -> None:
         step = self.steps[number]
-        parts = []
-        flat = self.slots.take(number, sum(n for _, n in step.receives))
-        if len(step.receives) == 1:
-            parts = [flat]
-        else:  # one after another in memory, whatever the batch
-            offset = [0, 0]
-            for _, rows in step.receives:
-                cut = []
-                for i, x in enumerate(flat):
-                    size = rows * row_elements(x, self.dim)
-                    shape = (*x.shape[: self.dim], rows, *x.shape[self.dim + 1 :])
-                    cut.append(x.view(-1)[offset[i] : offset[i] + size].view(shape))
-                    offset[i] += size
-                parts.append(KeysAndValues(*cut))
+        parts = self.slots.take(number, [count for _, count in step.receives])
         sends = [(peer, x, rows) for peer, rows in step.sends for x in (self.k, self.v)]
         receives = [
             (peer, x) for (peer, _), part in zip(step.receives, parts, strict=True) for x in part
@@ -97,10 +90,12 @@ class Keys:
             self._post(number + SLOTS - 1)
 
     def wait(self, number: int) -> KeysAndValues:
-        """The rows of step `number`, own ones first."""
+        """The rows of step `number`, own ones first; anything, if it has no launch."""
         pending, parts = self.pending.pop(number)
         pending.wait()
         step = self.steps[number]
+        if not step.launches:
+            return KeysAndValues(self.k, self.v)
         if len(step.own) or len(parts) != 1:
             own = [select(x, step.own, self.dim, self.placed.indices) for x in (self.k, self.v)]
             k = torch.cat([own[0], *(part.k for part in parts)], self.dim)

@@ -305,4 +305,4 @@ def _lengths(cu_seqlens: Sequence[int] | Tensor) -> list[int]:
     for start, stop in pairwise(starts):
         if stop < start:
             raise ValueError(f"cu_seqlens decreases from {start} to {stop}")
-    return [stop - start for start, stop in pairwise(starts)]
+    return [stop - start for start, stop in pairwise(starts)] or [0]

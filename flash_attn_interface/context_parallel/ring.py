@@ -20,7 +20,7 @@ from torch import Tensor
 from . import kernels
 from .exchange import Pending, Transfers, select
 from .kernels import Options, Sequences
-from .keys import SLOTS, Keys, KeysAndValues, Selected, Slots, row_elements
+from .keys import SLOTS, Keys, KeysAndValues, Selected, Slots
 from .merge import Result, Sum, add_rows, put_rows, wide
 from .placed import Placed
 from .steps import Launch, Rows, Step
@@ -187,18 +187,11 @@ def _return(
             part = x.narrow(dim, first, count).to(like.dtype)
             sends.append((peer, part, Rows(0, count)))
         first += count
-    parts, receives = [], []
-    flat = [x.view(-1) for x in slots.take(number, sum(len(rows) for _, rows in step.sends))]
-    offset = [0, 0]
-    for peer, rows in step.sends:
-        cut = []
-        for i, like in enumerate(slots.like):
-            size = len(rows) * row_elements(like, dim)
-            shape = (*like.shape[:dim], len(rows), *like.shape[dim + 1 :])
-            cut.append(flat[i][offset[i] : offset[i] + size].view(shape))
-            offset[i] += size
-        parts.append((rows, KeysAndValues(*cut)))
-        receives += [(peer, x) for x in cut]
+    arriving = slots.take(number, [len(rows) for _, rows in step.sends])
+    parts = [(rows, part) for (_, rows), part in zip(step.sends, arriving, strict=True)]
+    receives = [
+        (peer, x) for (peer, _), part in zip(step.sends, arriving, strict=True) for x in part
+    ]
     return _Returned(transfers.post(sends, receives, transfers.now(), dim), parts)
 
 
