@@ -293,7 +293,7 @@ def check_alibi_slopes(
 ) -> tuple[int, int]:
     """`Problem.alibi_strides`."""
     if slopes is None:
-        return 0, 0
+        return 0, 1
     if not isinstance(slopes, Tensor):
         raise TypeError(f"alibi_slopes is {type(slopes).__name__}: expected a float32 torch.Tensor")
     if slopes.dtype != torch.float32:
@@ -308,7 +308,7 @@ def check_alibi_slopes(
     if slopes.device != device:
         raise ValueError(f"alibi_slopes is on {slopes.device} but q is on {device}: move it there")
     batch_stride = slopes.stride(0) if slopes.ndim == 2 and batch > 1 else 0
-    return batch_stride, slopes.stride(-1) if num_heads_q > 1 else 0
+    return batch_stride, slopes.stride(-1) if num_heads_q > 1 else 1
 
 
 def check_lengths(call: ForwardCall, problem: Problem) -> None:

@@ -65,6 +65,12 @@ def _backend(text: str) -> str | None:
     return text
 
 
+def _test_arch(text: str) -> str | None:
+    if text not in ("sm_80", "sm_86", "sm_89"):
+        raise ValueError(text)
+    return text
+
+
 def _archs(text: str) -> tuple[str, ...]:
     archs = tuple(text.replace(",", " ").replace(";", " ").split())
     numbers = [arch.removeprefix("sm_").rstrip("af").replace(".", "") for arch in archs]
@@ -194,6 +200,16 @@ FORCE_BACKEND: Variable[str | None] = Variable(
     lambda: None,
     _backend,
 )
+TEST_ARCH: Variable[str | None] = Variable(
+    "FLASH_ATTN_INTERFACE_TEST_ARCH",
+    "`sm_80`, `sm_86` or `sm_89`",
+    "the GPU's own",
+    "For tests of this package: serve calls as on an older GPU. The Ampere tree takes the tiles "
+    "and the shared memory of that architecture and compiles its kernels to PTX, which the driver "
+    "translates for the GPU that there is.",
+    lambda: None,
+    _test_arch,
+)
 CHECK_CACHE: Variable[bool] = Variable(
     "FLASH_ATTN_INTERFACE_CHECK_CACHE",
     "0 or 1",
@@ -262,6 +278,7 @@ VARIABLES: tuple[Variable[object], ...] = (
     TRUST_FOLDERS,
     LOGLEVEL,
     FORCE_BACKEND,
+    TEST_ARCH,
     CHECK_CACHE,
     SIM_THREADS,
     TUNED_TILES,

@@ -164,6 +164,9 @@ def device_of(tensor: Tensor) -> Device:
             raise NotImplementedError(
                 "AMD GPUs are not supported: the kernels are NVIDIA machine code"
             )
+        test_arch = env.TEST_ARCH.get()
+        if test_arch is not None:
+            return Device(capability_of(test_arch), tensor.get_device())
         capability = torch.cuda.get_device_capability(tensor.device)
         name = torch.cuda.get_device_name(tensor.device)
         return Device(capability, tensor.get_device(), gpu=name)

@@ -27,7 +27,7 @@ PRODUCER_REGISTERS = 24
 OTHER_REGISTERS = 40  # of a dQ warp, beside its part of dQ
 # ptxas refuses wider products in 512 threads: C7602, "insufficient registers (128)".
 MAX_GRADIENT_N = 192
-BARRIER_BYTES = 256
+BARRIER_BYTES = 384  # barriers and the work of a CTA
 # softmax_lse / softmax_scale goes through the tensor cores in 16-bit parts, which reach to 2^31 in
 # fp16 (StatWriter in bwd_producer.cuh): beyond these scales it is read as floats.
 AUX_SCALES = (1e-4, 1e4)
@@ -45,6 +45,7 @@ class BackwardTile:
     stages_ds: int = 2  # dS tiles between their warpgroups and dQ's
     add_stages: int = 0  # dQ goes to memory by bulk additions of so many stages; 0: from registers
     dq_columns: int = 64  # of dQ computed at a time
+    dq_buffers: int = 1  # 2: a part is added while the next one's product is on its way
     gradient_n: int = MAX_GRADIENT_N  # most columns of dK or dV in one product
     cluster_size: int = 1  # 2: CTAs with neighbouring key tiles share dQ
     aux: bool = True  # lse and D go through the tensor cores, where they can
@@ -81,7 +82,8 @@ class BackwardTile:
 
     def registers(self, problem: Problem) -> tuple[int, int, int]:
         """Of a thread with scores (or S^T, P^T and dV), with dP^T, dS^T and dK, and with dQ."""
-        dq = max(72, _round_up(self.dq_part(problem) // 2 + OTHER_REGISTERS, 8))
+        sums = self.dq_buffers * self.dq_part(problem) // 2
+        dq = max(72, _round_up(sums + OTHER_REGISTERS, 8))
         rest = 4 * LAUNCH_REGISTERS - PRODUCER_REGISTERS - dq
         if not self.split_roles:
             return rest // 16 * 8, rest // 16 * 8, dq
@@ -159,6 +161,10 @@ def refuses_tile(tile: BackwardTile, problem: Problem, arch: str) -> str | None:
         return f"add_stages={tile.add_stages}: 0 to 4"
     if tile.dq_columns < _round_up(problem.head_dim_qk, 16) and tile.dq_columns % CHUNK_COLUMNS:
         return f"dq_columns={tile.dq_columns} cuts a chunk of {CHUNK_COLUMNS} columns"
+    if tile.dq_buffers not in (1, 2):
+        return f"dq_buffers={tile.dq_buffers}: 1 or 2"
+    if tile.dq_buffers == 2 and _round_up(problem.head_dim_qk, 16) % tile.dq_part(problem):
+        return "dq_buffers=2 needs equal parts of dQ"
     if not 64 <= tile.gradient_n <= MAX_GRADIENT_N or tile.gradient_n % CHUNK_COLUMNS:
         return f"gradient_n={tile.gradient_n} is not a multiple of 64 up to {MAX_GRADIENT_N}"
     smem, available = tile.smem_bytes(problem), arch_table.limits(arch).max_smem_per_cta
@@ -222,6 +228,7 @@ def _main_spec(
         wgmma_scores_n=tile.block_m,
         wgmma_dk_n=gradient_n(p.head_dim_qk, tile.gradient_n),
         wgmma_dv_n=gradient_n(p.head_dim_v, tile.gradient_n),
+        dq_buffers=tile.dq_buffers,
         wgmma_dq_n=dq_part,
         wgmma_dq_last_n=accum_columns % dq_part or dq_part,
         num_threads=THREADS,
