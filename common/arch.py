@@ -66,9 +66,11 @@ def known_archs() -> tuple[str, ...]:
 
 def limits(arch: str) -> ArchLimits:
     """Limits of "sm_XX", with or without the suffix of arch-specific code ("sm_90a")."""
+    if not isinstance(arch, str):
+        raise TypeError(f"arch is {type(arch).__name__}: expected a name such as 'sm_90a'")
     row = _LIMITS.get(arch.rstrip("af"))
     if row is None:
-        raise ValueError(f"unknown architecture {arch!r} (known: {', '.join(_LIMITS)})")
+        raise ValueError(f"arch: unknown architecture {arch!r} (known: {', '.join(_LIMITS)})")
     return row
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ._common.check_cache import check_dense
 from .kvcache import WindowSize, attend_function
 
 
@@ -76,9 +77,14 @@ def flash_attn_with_kvcache(
             FLASH_ATTN_INTERFACE_CHECK_CACHE=1, checked as well.
     """
     run = attend_function(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, alibi_slopes)
-    out, softmax_lse = run(
+    arguments = (
         q, k_cache, v_cache, k, v, None, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx,
         cache_leftpad, block_table, None, None, None, None, softmax_scale, causal, window_size, 0,
         softcap, rotary_interleaved, alibi_slopes, num_splits, 0, return_softmax_lse,
     )  # fmt: skip
+    try:
+        out, softmax_lse = run(*arguments)
+    except RuntimeError:
+        check_dense(arguments)
+        raise
     return out if softmax_lse is None else (out, softmax_lse)

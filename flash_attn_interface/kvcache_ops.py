@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common.check_values import window_pair
+from ._common.check_values import cache_flags, window_pair
 from .cache_plans import CacheResult
 from .custom_op import custom_op
 from .kvcache_dispatch import attend
@@ -157,6 +157,7 @@ def traced(
 ) -> CacheResult:
     """`kvcache_dispatch.attend` while a compiler traces: nothing here looks at data or plans."""
     left, right = window_pair(window_size)
+    causal, rotary_interleaved, return_lse = cache_flags(causal, rotary_interleaved, return_lse)
     if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
         batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
         cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)

@@ -307,7 +307,11 @@ X, I = torch.zeros(3, 4, 2), torch.tensor([1, 0])
         (lambda: unpad_input(X, MASK[:2]), ValueError, r"attention_mask has shape \(2, 4\)"),
         (lambda: unpad_input(X, MASK[:, :3]), ValueError, r"attention_mask has shape \(3, 3\)"),
         (lambda: unpad_input(X, MASK, MASK[:, :3]), ValueError, r"unused_mask has shape \(3, 3\)"),
-        (lambda: unpad_input(X, MASK.to("meta")), ValueError, "on meta, hidden_states on cpu"),
+        (
+            lambda: unpad_input(X, MASK.to("meta")),
+            ValueError,
+            "on meta but hidden_states is on cpu",
+        ),
         (
             lambda: unpad_input_for_concatenated_sequences(X, MASK.bool()),
             TypeError,
@@ -319,12 +323,12 @@ X, I = torch.zeros(3, 4, 2), torch.tensor([1, 0])
             "add up to 12, but hidden_states has 4",
         ),
         (lambda: index_first_axis(X, [0]), TypeError, "indices is list"),
-        (lambda: index_first_axis(X, I.bool()), TypeError, "indices is torch.bool"),
+        (lambda: index_first_axis(X, I.bool()), TypeError, "indices has dtype torch.bool"),
         (lambda: index_first_axis(X, I.view(1, 2)), ValueError, "expected one dim"),
         (lambda: index_first_axis(X, I.to("meta")), ValueError, "indices is on meta"),
         (lambda: index_first_axis(X.sum(), I), ValueError, "input is a scalar"),
         (lambda: index_put_first_axis(X, I, 9), ValueError, "3 rows, but indices has 2"),
-        (lambda: pad_input(None, I, 1, 2), TypeError, "values is NoneType"),
+        (lambda: pad_input(None, I, 1, 2), TypeError, "hidden_states is NoneType"),
     ],
 )
 def test_errors_name_the_argument(call: Callable[[], Any], error: type, message: str):
