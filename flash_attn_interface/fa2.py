@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ._common.check_tensors import require_tensor
+from ._common.check_values import flag
 from .autograd import attention
 from .fa2_kvcache import flash_attn_with_kvcache as flash_attn_with_kvcache
 from .packing import Packing
@@ -195,6 +196,7 @@ def flash_attn_varlen_func(
             are clamped, so that nothing outside of k and v is read.
     """
     if block_table is not None:
+        flag("deterministic", deterministic)  # there is no backward that it could change
         return _result(
             *paged_attention(
                 q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale,

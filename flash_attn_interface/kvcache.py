@@ -16,7 +16,7 @@ from torch.compiler import is_compiling
 
 from ._common.check_cache import check_cache_tensors, check_dense
 from ._common.check_tensors import check_int32_vector, require_tensor
-from ._common.check_values import flag, non_negative
+from ._common.check_values import flag, non_negative, optional_flag
 from .cache_plans import CacheResult
 from .functions import _refuse_fa3_features
 from .inference_only import inference_only
@@ -118,7 +118,7 @@ def flash_attn_with_kvcache(
     if q_descale is not None or k_descale is not None or v_descale is not None:
         _refuse_fa3_features(None, q_descale, k_descale, v_descale)
     if pack_gqa is not None:
-        flag("pack_gqa", pack_gqa)
+        optional_flag("pack_gqa", pack_gqa)
     if scheduler_metadata is not None:
         _check_scheduler_metadata(scheduler_metadata, q, cu_seqlens_q)
     run = attend_function(q, k_cache, v_cache, k, v, qv, rotary_cos, rotary_sin)
@@ -197,8 +197,8 @@ def get_scheduler_metadata(
     """A tensor to pass as scheduler_metadata, for programs written for FlashAttention-3.
 
     Our kernels need none: the number of splits follows from shapes and the GPU alone, and work is
-    divided on the device. So the contents are zeros, nobody reads them, and every argument but
-    batch_size and cache_seqlens is ignored.
+    divided on the device. So the contents are zeros, which no kernel reads, and every argument but
+    batch_size and cache_seqlens is ignored, once flags have been seen to be flags.
 
     Args:
         batch_size: sequences of the calls it is for.
@@ -209,9 +209,12 @@ def get_scheduler_metadata(
         int32 (batch_size + 1,), on the device of cache_seqlens.
 
     Raises:
-        TypeError, ValueError: for batch_size and cache_seqlens.
+        TypeError, ValueError: for batch_size, cache_seqlens and flags.
     """
     batch = non_negative("batch_size", batch_size)
+    for name, given in (("causal", causal), ("has_softcap", has_softcap)):
+        flag(name, given)
+    optional_flag("pack_gqa", pack_gqa)
     require_tensor("cache_seqlens", cache_seqlens, "an int32 torch.Tensor")
     check_int32_vector(
         "cache_seqlens", cache_seqlens, batch, cache_seqlens.device, why=", by batch_size"
