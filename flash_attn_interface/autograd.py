@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import traced
+from . import autocast, traced
 from ._common.check_tensors import check_tensors
 from ._common.check_values import attention_flags
 from .backends import ForwardResult
@@ -69,6 +69,8 @@ def attention(
         causal, return_lse, return_softmax, deterministic, pack_gqa = (  # type: ignore[unreachable]
             attention_flags(causal, return_lse, return_softmax, deterministic, pack_gqa)
         )
+    if torch.is_autocast_enabled() or not q.is_cuda:
+        q, k, v = autocast.cast(q, k, v)
     compiling = is_compiling()
     if torch.is_grad_enabled() and (
         q.requires_grad

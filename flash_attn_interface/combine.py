@@ -14,6 +14,7 @@ from ._common.check_cache import MAX_SPLITS
 from ._common.check_overlap import check_outputs
 from ._common.check_tensors import last_dim_contiguous, require_device, require_tensor
 from ._common.check_values import shown
+from .autocast import without_autocast
 from .out_argument import check_out
 
 _RESULT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -74,6 +75,7 @@ def _kernel(
     return plan.run(out_partial, lse_partial, out)
 
 
+@without_autocast
 def _reference(
     out_partial: Tensor, lse_partial: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,8 @@ def flash_attn_func(
 
     Args:
         q: (batch, seqlen_q, num_heads_q, head_dim_qk), float16 or bfloat16. Strides are free; a
-            last dim that is not contiguous is copied.
+            last dim that is not contiguous is copied. Under torch.autocast also float32, which is
+            cast to autocast's dtype, q, k and v alike.
         k: (batch, seqlen_k, num_heads_k, head_dim_qk); num_heads_q is a multiple of num_heads_k.
         v: (batch, seqlen_k, num_heads_v, head_dim_v); num_heads_q is a multiple of num_heads_v.
             num_heads_v and head_dim_v need not equal k's. Head dims: any from 1 to 256.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from . import autocast
 from ._common.check_cache import check_cache_tensors, check_dense
 from ._common.check_tensors import check_int32_vector, require_tensor
 from ._common.check_values import flag, non_negative, optional_flag
@@ -121,6 +122,10 @@ def flash_attn_with_kvcache(
         optional_flag("pack_gqa", pack_gqa)
     if scheduler_metadata is not None:
         _check_scheduler_metadata(scheduler_metadata, q, cu_seqlens_q)
+    if torch.is_autocast_enabled() or not getattr(q, "is_cuda", False):
+        q, k, v, qv, rotary_cos, rotary_sin = autocast.cast(
+            q, k, v, qv, rotary_cos, rotary_sin, like=k_cache
+        )
     run = attend_function(q, k_cache, v_cache, k, v, qv, rotary_cos, rotary_sin)
     arguments = (
         q, k_cache, v_cache, k, v, qv, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import dispatch
+from . import autocast, dispatch
 from ._common.check_tensors import check_tensors
 from ._common.check_values import flag, window_pair
 from .backends import ForwardResult
@@ -42,6 +42,7 @@ def paged_attention(
     for name, given in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if given is None:
             raise TypeError(f"{name} is None: expected an int32 tensor of shape (batch + 1,)")
+    q, k, v = autocast.cast(q, k, v)
     if not is_compiling():
         run = partial(
             dispatch.forward, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None,

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from ._common.philox import keep_mask
 from ._common.problem import Problem
+from .autocast import without_autocast
 from .reference import _alibi_rows, _Options, _Slots, _visible
 
 STAT_ROWS = 128  # FlashAttention-2's padding of softmax_d
 
 
+@without_autocast
 def reference_backward(
     problem: Problem,
     dout: Tensor,
