@@ -276,6 +276,37 @@ def test_alignment_counts_new_rows_apart():
     assert (p.new_vector_bytes, p.forward.vector_bytes) == (2, 16)
 
 
+# ---- capacity -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pages", [False, True], ids=["contiguous", "paged"])
+@pytest.mark.parametrize("kind", ["int", "tensor", "compiled"])
+def test_lengths_on_the_host_beyond_the_capacity_are_refused(kind: str, pages: bool):
+    """Also those of a page table, 12 rows here; nothing is clamped that can be read."""
+    arguments = good() | (paged() if pages else {})
+    before = arguments["k_cache"].clone()
+    lengths: Any = ints(3, 12) if kind == "tensor" else 12
+    call: Any = flash_attn_with_kvcache
+    if kind == "compiled":
+        call = torch.compile(call, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="cache_seqlens is .*12") as caught:
+        call(**arguments | {"cache_seqlens": lengths})
+    assert kind == "compiled" or type(caught.value) is ValueError
+    assert torch.equal(arguments["k_cache"], before)
+    call(**arguments | {"cache_seqlens": ints(3, 11) if kind == "tensor" else 11})
+
+
+def test_rotary_seqlens_without_tables_are_ignored():
+    """As in FlashAttention-3, whatever they are."""
+    want_arguments, arguments = good(), good()
+    for name in ("q", "k_cache", "v_cache", "k", "v"):
+        arguments[name] = want_arguments[name].clone()
+    want = flash_attn_with_kvcache(**want_arguments)
+    for ignored in (ints(-1, 5), ints(1), torch.ones(3), "text"):
+        got = flash_attn_with_kvcache(**arguments, rotary_seqlens=ignored)  # type: ignore[arg-type]
+        assert torch.equal(got, want)
+
+
 # ---- choice and memory of plans ------------------------------------------------------------------
 
 
