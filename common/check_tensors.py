@@ -134,10 +134,10 @@ def check_int32_vector(
 
 def check_alibi_slopes(
     slopes: Tensor | None, batch: int, num_heads_q: int, device: torch.device
-) -> bool:
-    """Whether there is one row of slopes per sequence."""
+) -> tuple[int, int]:
+    """`Problem.alibi_strides`."""
     if slopes is None:
-        return False
+        return 0, 0
     require_tensor("alibi_slopes", slopes, "a float32 torch.Tensor")
     if slopes.dtype != torch.float32:
         raise TypeError(
@@ -149,11 +149,8 @@ def check_alibi_slopes(
             f"({num_heads_q},) or (batch, num_heads_q) = ({batch}, {num_heads_q})"
         )
     require_device("alibi_slopes", slopes, device)
-    if slopes.stride(-1) != 1 and num_heads_q > 1:
-        raise ValueError(
-            f"alibi_slopes has stride {slopes.stride()}: the last must be 1, use .contiguous()"
-        )
-    return slopes.ndim == 2
+    batch_stride = slopes.stride(0) if slopes.ndim == 2 and batch > 1 else 0
+    return batch_stride, slopes.stride(-1) if num_heads_q > 1 else 0
 
 
 def last_dim_contiguous(tensor: Tensor) -> Tensor:

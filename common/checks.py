@@ -74,7 +74,7 @@ def check_forward(call: ForwardCall) -> Problem:
         check_int32_vector(name, getattr(call, name), batch + 1, q.device)
     for name in ("seqused_q", "seqused_k", "leftpad_k"):
         check_int32_vector(name, getattr(call, name), batch, q.device)
-    alibi_batched = check_alibi_slopes(call.alibi_slopes, batch, heads.num_heads_q, q.device)
+    alibi_strides = check_alibi_slopes(call.alibi_slopes, batch, heads.num_heads_q, q.device)
 
     varlen_q, varlen_k = call.cu_seqlens_q is not None, call.cu_seqlens_k is not None
     seqlen_q = seqlen_bound("q", call.max_seqlen_q, q) if varlen_q else q.shape[1]
@@ -96,6 +96,7 @@ def check_forward(call: ForwardCall) -> Problem:
         total_k if varlen_k else seqlen_k,
     )
     dropout_p = check_values.probability("dropout_p", call.dropout_p)
+    scale = check_values.softmax_scale(call.softmax_scale, heads.head_dim_qk)
     q_strides, k_strides, v_strides = (
         strides_of(q, varlen_q),
         strides_of(k, varlen_k and not paged),
@@ -113,7 +114,7 @@ def check_forward(call: ForwardCall) -> Problem:
         seqlen_k=seqlen_k,
         total_q=total_q,
         total_k=total_k,
-        softmax_scale=check_values.softmax_scale(call.softmax_scale, heads.head_dim_qk),
+        softmax_scale=scale,
         varlen_q=varlen_q,
         varlen_k=varlen_k,
         has_seqused_q=call.seqused_q is not None,
@@ -121,10 +122,12 @@ def check_forward(call: ForwardCall) -> Problem:
         causal=causal,
         window_left=left,
         window_right=right,
-        attention_chunk=attention_chunk(call.attention_chunk),
-        softcap=max(0.0, check_values.real("softcap", call.softcap)),
+        attention_chunk=check_values.attention_chunk(
+            call.attention_chunk, total_k if varlen_k else seqlen_k
+        ),
+        softcap=check_values.softcap(call.softcap, scale),
         alibi=call.alibi_slopes is not None,
-        alibi_batched=alibi_batched,
+        alibi_strides=alibi_strides,
         dropout_p=dropout_p,
         return_lse=check_values.flag("return_attn_probs", call.return_lse),
         return_softmax=check_values.flag("return_softmax", call.return_softmax) and dropout_p > 0.0,
@@ -310,11 +313,6 @@ def check_row_counts(counts: Mapping[str, int]) -> None:
             raise ValueError(
                 f"{name}: {count} rows; at most {_MAX_INT32} are supported in one call"
             )
-
-
-def attention_chunk(value: Any) -> int:
-    """Positions of a chunk; one longer than any sequence is as good as the longest."""
-    return min(check_values.non_negative("attention_chunk", value), _MAX_INT32)
 
 
 def strides_of(tensor: Tensor, packed: bool) -> Strides:

@@ -414,7 +414,7 @@ def test_a_packed_lse_may_have_a_batch_of_one(machine, library):
         )  # fmt: skip
         for given in (lse, lse[None])
     ]
-    for one, other in zip(*(gradients[:3] for gradients in results), strict=True):
+    for one, other in zip(*(each[:3] for each in results), strict=True):
         assert torch.equal(one, other)
     with pytest.raises(ValueError, match="softmax_lse has shape"):
         call(
