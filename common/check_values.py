@@ -51,7 +51,7 @@ def window_sides(left: Any, right: Any) -> tuple[int, int]:
 def integer(name: str, value: Any) -> int:
     """No tensor, since those hide a synchronisation and cannot be memoised. One that is symbolic
     while a compiler traces stays so."""
-    if isinstance(value, torch.SymInt):
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return value  # type: ignore[return-value]
     try:
         if isinstance(value, Tensor):

@@ -23,12 +23,12 @@ R = TypeVar("R")
 def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     """For the reference: autocast would do its float32 arithmetic in 16 bits, or refuse a mixture.
 
-    One of the positional arguments is a tensor, on the device of all.
+    Some of the arguments are tensors, of one device.
     """
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        first = next(x for x in args if isinstance(x, Tensor))
+        first = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
         if not autocasts(first):
             return function(*args, **kwargs)
         with torch.autocast(first.device.type, enabled=False):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._common.check_cache import check_cache_length
-from ._common.check_values import cache_flags, window_pair
+from ._common.check_values import cache_flags, non_negative, window_pair
 from .cache_plans import CacheResult
 from .custom_op import custom_op
 from .kvcache_dispatch import attend
@@ -161,7 +161,9 @@ def traced(
     causal, rotary_interleaved, return_lse = cache_flags(causal, rotary_interleaved, return_lse)
     if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
         batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-        cache_seqlens = check_cache_length(cache_seqlens, _room(k_cache, k, page_table))
+        room = _room(k_cache, k, page_table)
+        if not 0 <= non_negative("cache_seqlens", cache_seqlens) <= room:
+            check_cache_length(int(cache_seqlens), int(room))  # the error, of plain numbers
         cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
     if max_seqlen_q is None or cu_seqlens_q is None:
         longest = 0  # not ragged, nobody reads it; or an error that the operation raises

@@ -356,6 +356,22 @@ def test_warm_calls_are_still_checked(cuda: FakeBackend):
         flash_attn_with_kvcache(**pretended(softmax_scale=[1]))
 
 
+def test_a_warm_call_with_overlapping_caches_is_refused(cuda: FakeBackend):
+    """The plan is known by then, and with it the layouts; addresses are looked at every time."""
+    arguments = pretended() | {"v_cache": pretend_cuda(torch.zeros(2, 12, 2, 32, dtype=BF16))[0]}
+    arguments |= {"v": arguments["k"].clone()}
+    for _ in range(3):
+        flash_attn_with_kvcache(**arguments)
+    with pytest.raises(ValueError, match="v_cache overlaps k_cache"):
+        flash_attn_with_kvcache(**arguments | {"v_cache": arguments["k_cache"]})
+    with pytest.raises(ValueError, match="k_cache overlaps k in memory"):
+        flash_attn_with_kvcache(**arguments | {"k": arguments["k_cache"][:, 4:5].view(2, 1, 2, 32)})
+    with pytest.raises(TypeError, match="causal is 0.0"):
+        flash_attn_with_kvcache(**arguments, causal=0.0)  # type: ignore[arg-type]
+    flash_attn_with_kvcache(**arguments)
+    assert len(cuda.cache_plans) <= 2
+
+
 def test_values_on_a_gpu_are_read_only_when_asked_to(
     cuda: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ):
