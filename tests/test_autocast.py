@@ -137,3 +137,26 @@ def test_autocast_does_not_reach_into_the_reference(dtype: torch.dtype, enabled:
         got = everything()
     for mine, theirs in zip(got, want, strict=True):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("name", ["fa2", "fa3", "kvpacked", "qkvpacked"])
+def test_float32_is_cast_on_a_gpu(name: str, dtype: torch.dtype):
+    inputs = [x.detach().cuda().requires_grad_() for x in qkv()]
+    for _ in range(2):
+        with torch.autocast("cuda", dtype):
+            out = CALLS[name](*inputs)
+        assert out.dtype is dtype
+        assert torch.equal(out, CALLS[name](*(x.to(dtype) for x in inputs)))
+    out.float().square().sum().backward()
+    assert all(x.grad is not None and x.grad.dtype is torch.float32 for x in inputs)
+
+
+@pytest.mark.gpu
+def test_new_rows_are_cast_to_a_cache_on_a_gpu():
+    caches = [torch.zeros(2, 8, 4, 32, device="cuda", dtype=torch.float16) for _ in range(2)]
+    q, k, v = (torch.randn(2, 1, 4, 32, device="cuda") for _ in range(3))
+    with torch.autocast("cuda", torch.bfloat16):
+        out = flash_attn.flash_attn_with_kvcache(q, *caches, k, v, cache_seqlens=3)
+    assert out.dtype is torch.float16 and torch.equal(caches[0][:, 3], k[:, 0].half())

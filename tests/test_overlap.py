@@ -207,3 +207,28 @@ def test_out_does_not_overlap():
     x, out = torch.randn(3, 8), torch.empty(3, 8)
     with pytest.raises(ValueError, match="residual_out overlaps out"):
         layer_norm_fn(x, torch.ones(8), None, prenorm=True, out=out, residual_out=out)
+
+
+@pytest.mark.gpu
+def test_warm_calls_on_a_gpu_are_refused_too():
+    """The plan is remembered by layouts; what overlaps is a matter of addresses."""
+    k_cache, v_cache = normal(2, 8, 2, 32).cuda(), normal(2, 8, 2, 32).cuda()
+    tensors = {
+        name: normal(2, 1, heads, 32).cuda() for name, heads in (("q", 4), ("k", 2), ("v", 2))
+    }
+    lengths = torch.tensor([3, 5], dtype=torch.int32, device="cuda")
+    both = torch.stack((k_cache, v_cache), 2)
+    for _ in range(3):
+        want = cache_call(k_cache, v_cache, **tensors, cache_seqlens=lengths)
+        assert torch.equal(cache_call(*both.unbind(2), **tensors, cache_seqlens=lengths), want)
+    with pytest.raises(ValueError, match="v_cache overlaps k_cache"):
+        cache_call(k_cache, k_cache, **tensors, cache_seqlens=lengths)
+    with pytest.raises(ValueError, match="k_cache has stride .* share memory"):
+        cache_call(k_cache[:1].expand(2, -1, -1, -1), v_cache, **tensors, cache_seqlens=lengths)
+
+    arguments = {name: x.cuda() for name, x in backward_arguments().items()}
+    dq, dk, dv = (torch.empty_like(arguments["q"]) for _ in range(3))
+    for _ in range(3):
+        run_backward("fa2", arguments, dq, dk, dv)
+    with pytest.raises(ValueError, match="dv overlaps dk"):
+        run_backward("fa2", arguments, dq, dk, dk)
