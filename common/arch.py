@@ -93,7 +93,7 @@ def limits(arch: str) -> ArchLimits:
     if isinstance(arch, str):
         row = _LIMITS.get(re.sub(r"(?<=\d)[af]$", "", arch).replace(_VIRTUAL, "sm_"))
     if row is None:
-        raise ValueError(f"unknown architecture {arch!r} (known: {', '.join(_LIMITS)})")
+        raise ValueError(f"arch: unknown architecture {arch!r} (known: {', '.join(_LIMITS)})")
     return row
 
 

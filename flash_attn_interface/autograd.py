@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import traced
-from ._common.checks import check_tensors
+from . import autocast, traced
+from ._common.check_tensors import check_tensors
+from ._common.check_values import attention_flags
 from .backends import ForwardResult
 from .dispatch import forward
 from .gradients import gradients
@@ -60,6 +61,16 @@ def attention(
         check_tensors(q, k, v)
     else:  # the packed ones have been looked at
         check_tensors(q, q, q)
+    if not (
+        causal.__class__ is return_lse.__class__ is bool
+        and return_softmax.__class__ is deterministic.__class__ is bool
+        and (pack_gqa is None or pack_gqa.__class__ is bool)
+    ):  # in spite of the annotations, which nobody enforces
+        causal, return_lse, return_softmax, deterministic, pack_gqa = (  # type: ignore[unreachable]
+            attention_flags(causal, return_lse, return_softmax, deterministic, pack_gqa)
+        )
+    if torch.is_autocast_enabled() or not q.is_cuda:
+        q, k, v = autocast.cast(q, k, v)
     compiling = is_compiling()
     if torch.is_grad_enabled() and (
         q.requires_grad

@@ -11,7 +11,13 @@ from torch import Tensor
 from . import dispatch, selection
 from ._common import env
 from ._common.check_cache import MAX_SPLITS
-from ._common.checks import last_dim_contiguous
+from ._common.check_overlap import check_outputs
+from ._common.check_tensors import last_dim_contiguous, require_device, require_tensor
+from ._common.check_values import shown
+from .autocast import without_autocast
+from .out_argument import check_out
+
+_RESULT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def flash_attn_combine(
@@ -35,10 +41,11 @@ def flash_attn_combine(
         for is 0, with -inf.
 
     Raises:
-        TypeError, ValueError: dtypes or shapes are others.
+        TypeError, ValueError: dtypes, shapes or devices are others, or out overlaps itself or an
+            input.
     """
     _check(out_partial, lse_partial)
-    dtype = _result_dtype(out_partial, out, out_dtype)
+    dtype = _result_dtype(out_partial, lse_partial, out, out_dtype)
     device = selection.device_of(out_partial)
     if device.capability is None or env.FORCE_BACKEND.get() == "reference":
         merged, softmax_lse = _reference(out_partial, lse_partial, dtype)
@@ -68,6 +75,7 @@ def _kernel(
     return plan.run(out_partial, lse_partial, out)
 
 
+@without_autocast
 def _reference(
     out_partial: Tensor, lse_partial: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -84,8 +92,7 @@ def _reference(
 
 def _check(out_partial: Tensor, lse_partial: Tensor) -> None:
     for name, tensor in (("out_partial", out_partial), ("lse_partial", lse_partial)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is {type(tensor).__name__}: expected a torch.Tensor")
+        require_tensor(name, tensor)
         if tensor.dtype != torch.float32:
             raise TypeError(f"{name} has dtype {tensor.dtype}: expected torch.float32")
     if out_partial.ndim != 5:
@@ -102,25 +109,23 @@ def _check(out_partial: Tensor, lse_partial: Tensor) -> None:
             f"lse_partial has shape {tuple(lse_partial.shape)}: expected "
             f"{tuple(out_partial.shape[:-1])}, that of out_partial without the last size"
         )
-    if lse_partial.device != out_partial.device:
-        raise ValueError(
-            f"lse_partial is on {lse_partial.device} but out_partial on {out_partial.device}"
-        )
+    require_device("lse_partial", lse_partial, out_partial.device, "out_partial")
 
 
 def _result_dtype(
-    out_partial: Tensor, out: Tensor | None, out_dtype: torch.dtype | None
+    out_partial: Tensor, lse_partial: Tensor, out: Tensor | None, out_dtype: torch.dtype | None
 ) -> torch.dtype:
     if out is not None:
-        if out.shape != out_partial.shape[1:] or out.device != out_partial.device:
-            raise ValueError(
-                f"out has shape {tuple(out.shape)} on {out.device}: expected "
-                f"{tuple(out_partial.shape[1:])} on {out_partial.device}"
-            )
-        if out_dtype not in (None, out.dtype):
-            raise TypeError(f"out_dtype is {out_dtype} but out has {out.dtype}: they must agree")
-        out_dtype = out.dtype
-    dtype = torch.float32 if out_dtype is None else out_dtype
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise TypeError(f"out_dtype is {dtype}: expected torch.float32, float16 or bfloat16")
+        require_tensor("out", out)
+    dtype = out_dtype
+    if dtype is None:
+        dtype = torch.float32 if out is None else out.dtype
+    if not isinstance(dtype, torch.dtype) or dtype not in _RESULT_DTYPES:
+        name = "out" if out_dtype is None else "out_dtype"
+        raise TypeError(f"{name}: {shown(dtype)}, expected torch.float32, float16 or bfloat16")
+    if out is not None:
+        if out.dtype != dtype:
+            raise TypeError(f"out_dtype is {dtype} but out has {out.dtype}: they must agree")
+        check_out("out", out, out_partial.shape[1:], dtype, out_partial.device, "out_partial")
+        check_outputs({"out": out}, {"out_partial": out_partial, "lse_partial": lse_partial})
     return dtype

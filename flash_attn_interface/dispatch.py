@@ -18,7 +18,8 @@ from . import backends
 from ._common import checks
 from ._common.backward_problem import BackwardProblem
 from ._common.check_backward import BackwardTensors, check_backward
-from ._common.check_values import flag, window_pair
+from ._common.check_tensors import check_qkv_kind
+from ._common.check_values import flag, is_unlimited, window_pair
 from ._common.checks import ForwardCall
 from ._common.problem import Problem
 from .backends import BackwardPlan, Plan
@@ -105,11 +106,15 @@ def forward(
 
     page_table, leftpad_k: only with cu_seqlens.
     """
-    q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
+    try:
+        q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
+    except (AttributeError, RuntimeError):  # no tensor, or one without strides
+        check_qkv_kind(q, k, v)
+        raise
     if q_strides[-1:] != (1,) or k_strides[-1:] != (1,) or v_strides[-1:] != (1,):
         q, k, v = (checks.last_dim_contiguous(tensor) for tensor in (q, k, v))
         q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
-    if type(window_size) is not tuple or window_size != (-1, -1):
+    if not is_unlimited(window_size):
         window_size = window_pair(window_size)
     ragged = None
     if cu_seqlens_q is not None or cu_seqlens_k is not None:
@@ -159,7 +164,10 @@ def _layout(tensor: Any) -> Hashable:
     """All that a check or a plan may depend on; of anything but a tensor, its type."""
     if not isinstance(tensor, Tensor):
         return type(tensor).__name__
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device()
+    try:
+        return tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device()
+    except RuntimeError:  # a nested or sparse tensor, which the checks will name
+        return tensor.layout
 
 
 def _plan_for(call: ForwardCall, key: Hashable | None) -> Plan:
@@ -225,7 +233,7 @@ def backward(
     dout, q, k, v, out = map(checks.last_dim_contiguous, (dout, q, k, v, out))
     results = (dq, dk, dv)
     dq, dk, dv = map(checks.last_dim_contiguous, results)
-    if type(window_size) is not tuple or window_size != (-1, -1):
+    if not is_unlimited(window_size):
         window_size = window_pair(window_size)
     if cu_seqlens_q is not None or cu_seqlens_k is not None:
         max_seqlen_q = checks.host_max_seqlen(max_seqlen_q, q)

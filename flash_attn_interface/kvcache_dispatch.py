@@ -22,7 +22,8 @@ from ._common.check_cache import (
     check_cache_tensors,
 )
 from ._common.check_cache_values import check_cache_values
-from ._common.check_values import window_pair
+from ._common.check_overlap import check_outputs
+from ._common.check_values import cache_flags, is_unlimited, window_pair
 from ._common.checks import host_max_seqlen, last_dim_contiguous
 from .cache_plans import CachePlan, CacheResult, EmptyCachePlan
 from .selection import Decision, device_of, select_cache
@@ -36,6 +37,7 @@ class _Planned(NamedTuple):
     plan: CachePlan
     problem: CacheProblem
     reads_values: bool  # lengths, indices and tables are read and checked in every call
+    apart: set[tuple[int, ...]]  # addresses of tensors that were found not to overlap
 
 
 def make_cache_plan(problem: CacheProblem, decision: Decision) -> CachePlan:
@@ -77,13 +79,18 @@ def attend(
 ) -> CacheResult:
     """Append and attend, without autograd. Arguments as in `CacheCall`."""
     check_cache_tensors(q, k_cache, v_cache)
+    if not (causal.__class__ is rotary_interleaved.__class__ is return_lse.__class__ is bool):
+        causal, rotary_interleaved, return_lse = (  # type: ignore[unreachable]
+            cache_flags(causal, rotary_interleaved, return_lse)
+        )
     q_layout = q.is_contiguous() or q.stride()  # reading strides takes longer
     if q_layout is not True and q_layout[-1] != 1:
         q = last_dim_contiguous(q)
         q_layout = q.stride()
-    if type(window_size) is not tuple or window_size != (-1, -1):
+    if not is_unlimited(window_size):
         window_size = window_pair(window_size)
     new: Hashable = None
+    k_address = v_address = qv_address = 0
     rotary: Hashable = None
     ragged = second_query = None
     if isinstance(k, Tensor) and isinstance(v, Tensor):
@@ -95,9 +102,10 @@ def attend(
         if v_layout is not True and v_layout[-1] != 1:
             v = last_dim_contiguous(v)
             v_layout = v.stride()
+        k_address, v_address = k.data_ptr(), v.data_ptr()
         new = (
             k.shape, v.shape, k_layout, v_layout, k.dtype, v.dtype, k.get_device(),
-            v.get_device(), (k.data_ptr() | v.data_ptr()) & _ADDRESS_BITS,
+            v.get_device(), (k_address | v_address) & _ADDRESS_BITS,
             None if cu_seqlens_k_new is None else _layout(cu_seqlens_k_new),
         )  # fmt: skip
     elif k is not None or v is not None:  # an error, which the checks will name
@@ -112,23 +120,28 @@ def attend(
             rotary_cos.is_contiguous() and rotary_sin.is_contiguous(),
             None if rotary_seqlens is None else _layout(rotary_seqlens),
         )  # fmt: skip
-    elif rotary_cos is not None or rotary_sin is not None or rotary_seqlens is not None:
-        rotary = (_layout(rotary_cos), _layout(rotary_sin), _layout(rotary_seqlens))
+    elif rotary_cos is not None or rotary_sin is not None:
+        rotary = (_layout(rotary_cos), _layout(rotary_sin))
+    else:
+        rotary_seqlens = None  # without tables nobody reads it
     if qv is not None:
         qv = last_dim_contiguous(qv) if isinstance(qv, Tensor) else qv
-        address = qv.data_ptr() & _ADDRESS_BITS if isinstance(qv, Tensor) else 0
-        second_query = (_layout(qv), address)
+        qv_address = qv.data_ptr() if isinstance(qv, Tensor) else 0
+        second_query = (_layout(qv), qv_address & _ADDRESS_BITS)
 
     key = planned = None
+    addresses: tuple[int, ...] = ()
     device = q.get_device()
     if device >= 0:
+        q_address, k_cache_address = q.data_ptr(), k_cache.data_ptr()
+        v_cache_address = v_cache.data_ptr()
         key = (
             q.shape, k_cache.shape, v_cache.shape, q_layout,
             k_cache.is_contiguous() or k_cache.stride(),
             v_cache.is_contiguous() or v_cache.stride(),
             q.dtype, k_cache.dtype, v_cache.dtype, device, k_cache.get_device(),
             v_cache.get_device(),
-            (q.data_ptr() | k_cache.data_ptr() | v_cache.data_ptr()) & _ADDRESS_BITS,
+            (q_address | k_cache_address | v_cache_address) & _ADDRESS_BITS,
             softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, sm_margin,
             return_lse, new, ragged, rotary, second_query,
             None if cache_seqlens is None else _layout(cache_seqlens),
@@ -137,6 +150,10 @@ def attend(
             None if cache_leftpad is None else _layout(cache_leftpad),
             None if alibi_slopes is None else _layout(alibi_slopes),
         )  # fmt: skip
+        if k_address:
+            addresses = (
+                q_address, k_cache_address, v_cache_address, k_address, v_address, qv_address
+            )  # fmt: skip
         try:
             planned = dispatch._plans.cache_by_key.get(key)
         except TypeError:  # an unhashable argument, a list say: the checks will name it
@@ -152,6 +169,8 @@ def attend(
             planned = _plan_for(call, key)
         if planned.reads_values:
             check_cache_values(call, planned.problem)
+    if new is not None and addresses not in planned.apart and planned.problem.appends:
+        _check_apart(planned, addresses, q, k_cache, v_cache, k, v, qv)
     if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
         room = planned.problem.forward.seqlen_k - planned.problem.seqlen_new
         cache_seqlens = check_cache_length(cache_seqlens, room)
@@ -175,10 +194,36 @@ def _plan_for(call: CacheCall, key: Hashable | None) -> _Planned:
     if planned is None:
         on_host = call.q.device.type == "cpu" or decision.target is None
         planned = _Planned(
-            make_cache_plan(problem, decision), problem, on_host or env.CHECK_CACHE.get()
+            make_cache_plan(problem, decision), problem, on_host or env.CHECK_CACHE.get(), set()
         )
         dispatch.remember(plans, key, planned)
     return planned
+
+
+_MAX_APART = 512
+
+
+def _check_apart(
+    planned: _Planned,
+    addresses: tuple[int, ...],
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    qv: Tensor | None,
+) -> None:
+    """That the caches, which are written, overlap neither each other nor what is read.
+
+    addresses: of these tensors, whose layouts belong to the plan, so that a warm call is answered
+        by a look-up; none on the CPU, where strides may differ between calls of one plan.
+    """
+    check_outputs({"k_cache": k_cache, "v_cache": v_cache}, {"q": q, "k": k, "v": v, "qv": qv})
+    if not addresses:
+        return
+    if len(planned.apart) >= _MAX_APART:
+        planned.apart.clear()
+    planned.apart.add(addresses)
 
 
 def _layout(tensor: Any) -> Hashable:
@@ -188,6 +233,10 @@ def _layout(tensor: Any) -> Hashable:
     """
     if not isinstance(tensor, Tensor):
         return type(tensor).__name__
-    return (
-        tensor.shape, tensor.is_contiguous() or tensor.stride(), tensor.dtype, tensor.get_device(),
-    )  # fmt: skip
+    try:
+        return (
+            tensor.shape, tensor.is_contiguous() or tensor.stride(), tensor.dtype,
+            tensor.get_device(),
+        )  # fmt: skip
+    except RuntimeError:  # a nested or sparse tensor, which the checks will name
+        return tensor.layout

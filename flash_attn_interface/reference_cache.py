@@ -13,9 +13,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .autocast import without_autocast
 from .reference import attention_reference
 
 
+@without_autocast
 def cache_reference(
     q: Tensor,
     k_cache: Tensor,
