@@ -77,15 +77,17 @@ CLUSTER_KERNEL(Cfg::kNumThreads, Cfg::kMinCtasPerSm, Cfg::kClusterSize)
 hopper_bwd(GRID_CONSTANT HopperBwdParams p) {
   const u32 smem = smem_base();
   const i32 wg_idx = i32(shfl_idx_u32(u32(thread_idx() / 128), 0));  // uniform, and known to be
-  if (thread_idx() == 0) {
-    prefetch_tensor_map(&p.q_map);
-    prefetch_tensor_map(&p.k_map);
-    prefetch_tensor_map(&p.v_map);
-    prefetch_tensor_map(&p.dout_map);
-    init_barriers(smem);
-  }
-  if (wg_idx == 1 && thread_idx() / 32 == 4) {
-    KeyTile(smem).init(p);
+  if (thread_idx() < 32) {
+    const KeyTile tile(smem);
+    tile.init(p);
+    warp_sync();
+    if (thread_idx() == 0) {
+      init_barriers(smem);
+      if (!tile.empty()) {
+        Producer::begin(p, tile, smem);
+      }
+    }
+    warp_sync();
   }
   init_aux(smem);
   cta_sync();

@@ -24,8 +24,6 @@ from flash_attn_interface._flash2.bwd_schedule import BackwardSchedule
 from . import bwd_tiles, tensor_maps
 from .tensor_maps import MapPlan
 
-L2_BUDGET_BYTES = 32 * 2**20
-
 
 def schedule(
     problem: BackwardProblem, kernel: KernelSpec, num_sms: int, heads_per_cta: int = 0
@@ -48,21 +46,16 @@ def schedule(
     chosen = bwd_schedule.schedule(problem, clusters, slots, heads)
     if p.causal and not p.varlen_k:
         tiles, units = chosen.k_tiles_per_unit, chosen.k_units
-        turns = -(-units // min(units, units_together(problem, kernel, slots, tiles, heads)))
+        turns = -(-units // min(units, units_together(slots, tiles)))
         chosen = replace(chosen, k_tiles_per_phase=tiles, k_units_per_turn=-(-units // turns))
     return chosen
 
 
-def units_together(
-    problem: BackwardProblem, kernel: KernelSpec, slots: int, tiles: int, heads: int
-) -> int:
-    """Units whose key tiles take turns when causal, the longest first: as many as fill the GPU
-    twice, or as L2 holds.
+def units_together(slots: int, tiles: int) -> int:
+    """Units whose key tiles take turns when causal, the longest first: enough to fill the GPU a few
+    times, so that it ends evenly, and few enough for L2 (docs/performance/).
     """
-    p = problem.forward
-    row_bytes = 2 * (p.head_dim_qk + p.head_dim_v) + 4 * int(kernel["accum_columns"])
-    fit = L2_BUDGET_BYTES // max(1, p.seqlen_q * row_bytes * heads)
-    return max(fit, -(-2 * slots // tiles), 1)
+    return max(4, min(16, 4 * slots // tiles))
 
 
 class BackwardPlan(StreamedBackwardPlan):

@@ -11,8 +11,7 @@ struct DqRole : RoleBase {
   static constexpr i32 kFullParts = kColumns / kPartColumns;
   static constexpr i32 kLastColumns = kColumns % kPartColumns;
   static_assert(kColumns <= kPartColumns || kPartColumns % Chunk::kCols == 0);
-  static_assert(kLastColumns == 0 ||
-                (kLastColumns == Cfg::kWgmmaDqLastN && Cfg::kDqBuffers == 1));
+  static_assert(kLastColumns == 0 || (kLastColumns == Cfg::kWgmmaDqLastN && Cfg::kDqBuffers == 1));
   DsRing ds;
   i32 add_stage;
   u32 steps;

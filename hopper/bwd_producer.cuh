@@ -14,29 +14,43 @@ struct Producer {
   u32 smem;
   QRing q;
   DoRing dos;
-  bool first;
+  bool first;  // the step that begin() has loaded for
 
   DEVICE Producer(const HopperBwdParams& p, const KeyTile& tile, u32 smem)
       : p(p), tile(tile), smem(smem), q(smem), dos(smem), first(true) {}
 
-  DEVICE void step(i32 head, i32 m_block) {
+  // Loads K, V and what the first step needs. By the thread that has initialised the barriers,
+  // before the others know them: loads take longer than all else at a CTA's beginning.
+  DEVICE static void begin(const HopperBwdParams& p, const KeyTile& tile, u32 smem) {
+    if (tile.num_steps() == 0) {
+      return;
+    }
+    Producer producer(p, tile, smem);
+    const i32 head = tile.get(KeyTile::kFirstHead), m_block = tile.get(KeyTile::kStart);
+    const i32 head_k = head / p.qhead_per_khead, head_v = head / p.qhead_per_vhead;
     const i32 first_key = tile.get(KeyTile::kFirstKey);
+    producer.load_keys<kChunksQk>(Smem::kK, Smem::kBarKFull, &p.k_map, head_k, p.k_batch_rows,
+                                  first_key);
+    producer.load_queries<kChunksQk>(producer.q, &p.q_map, head, m_block, p.q_batch_rows);
+    producer.load_keys<kChunksV>(Smem::kV, Smem::kBarVFull, &p.v_map, head_v, p.v_batch_rows,
+                                 first_key);
+    producer.load_queries<kChunksV>(producer.dos, &p.dout_map, head, m_block, p.dout_batch_rows);
+    if constexpr (kCtas > 1) {
+      const i32 towards_other = tile.get(KeyTile::kRank) == 0 ? kN : -kN;
+      producer.load_keys<kChunksQk>(Smem::kKPeer, Smem::kBarKPeerFull, &p.k_map, head_k,
+                                    p.k_batch_rows, first_key + towards_other);
+    }
+  }
+
+  DEVICE void step(i32 head, i32 m_block) {
     if (first) {
-      load_keys<kChunksQk>(Smem::kK, Smem::kBarKFull, &p.k_map, head / p.qhead_per_khead,
-                           p.k_batch_rows, first_key);
+      first = false;
+      q.advance();
+      dos.advance();
+      return;
     }
     load_queries<kChunksQk>(q, &p.q_map, head, m_block, p.q_batch_rows);
-    if (first) {  // the first S^T needs K and Q only
-      load_keys<kChunksV>(Smem::kV, Smem::kBarVFull, &p.v_map, head / p.qhead_per_vhead,
-                          p.v_batch_rows, first_key);
-    }
     load_queries<kChunksV>(dos, &p.dout_map, head, m_block, p.dout_batch_rows);
-    if (kCtas > 1 && first) {
-      const i32 towards_other = tile.get(KeyTile::kRank) == 0 ? kN : -kN;
-      load_keys<kChunksQk>(Smem::kKPeer, Smem::kBarKPeerFull, &p.k_map, head / p.qhead_per_khead,
-                           p.k_batch_rows, first_key + towards_other);
-    }
-    first = false;
   }
 
   DEVICE void finish() {}
