@@ -121,8 +121,8 @@ def _result_dtype(
     if dtype is None:
         dtype = torch.float32 if out is None else out.dtype
     if not isinstance(dtype, torch.dtype) or dtype not in _RESULT_DTYPES:
-        name = "out" if out_dtype is None else "out_dtype"
-        raise TypeError(f"{name}: {shown(dtype)}, expected torch.float32, float16 or bfloat16")
+        given = "out has dtype" if out_dtype is None else "out_dtype is"
+        raise TypeError(f"{given} {shown(dtype)}: expected torch.float32, float16 or bfloat16")
     if out is not None:
         if out.dtype != dtype:
             raise TypeError(f"out_dtype is {dtype} but out has {out.dtype}: they must agree")
