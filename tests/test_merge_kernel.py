@@ -9,7 +9,6 @@ import torch
 from cases import on_both
 from conftest import Runner
 from test_compile_flash2 import compile_spec
-from test_decode import target_of
 from torch import Tensor
 
 from flash_attn_interface._common import arch as arch_table
@@ -74,7 +73,7 @@ def test_merge(runner: Runner, case: Merge) -> None:
     merge_rows(want_out, want_lse, part.double().nan_to_num(), lse_part.double(), rows)
     index = rows if case.indexed else None
     view_out, view_lse = (out, lse) if case.indexed else (out[:, n - s :], lse[:, :, n - s :])
-    plan = MergePlan(MergeProblem.of(view_out, view_lse, part, lse_part, index), target_of(runner))
+    plan = MergePlan(MergeProblem.of(view_out, view_lse, part, lse_part, index), runner.target())
     with runner.active():
         plan.run(view_out, view_lse, part, lse_part, index)
     torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
