@@ -9,8 +9,9 @@ Called by both `setup.py`, and by `hopper/__init__.py` before it imports anythin
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from . import sources
@@ -25,13 +26,17 @@ def digest(folders: Mapping[str, Path]) -> str:
     """sha256 over names and contents of all code. folders: by their names in the checkout."""
     found = hashlib.sha256()
     for name, folder in sorted(folders.items()):
-        for path in sorted(folder.rglob("*")):
-            relative = path.relative_to(folder)
-            if path.suffix in _SUFFIXES and not set(relative.parts) & set(_LEFT_OUT):
-                text = path.read_bytes()
-                found.update(f"{name}/{relative.as_posix()} {len(text)}\n".encode())
-                found.update(text)
+        for path in sorted(_files(folder)):
+            text = path.read_bytes()
+            found.update(f"{name}/{path.relative_to(folder).as_posix()} {len(text)}\n".encode())
+            found.update(text)
     return found.hexdigest()
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for root, folders, files in os.walk(folder, followlinks=True):  # some installations are links
+        folders[:] = [name for name in folders if name not in _LEFT_OUT]
+        yield from (Path(root, name) for name in files if name.endswith(_SUFFIXES))
 
 
 def of_checkout(root: Path) -> str | None:
@@ -60,9 +65,8 @@ def recorded(package: Path) -> str | None:
 
 def installed() -> str:
     """The digest of the code that this process runs as `flash_attn_interface`."""
-    names = ("flash_attn_interface", "common", "flash2")
-    folders = (sources.package_folder(), *map(sources.root_folder, names[1:]))
-    return digest(dict(zip(names, folders, strict=True)))
+    folders = (sources.package_folder(), *map(sources.root_folder, FOLDERS[1:]))
+    return digest(dict(zip(FOLDERS, folders, strict=True)))
 
 
 def check(hopper: Path) -> None:

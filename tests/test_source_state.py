@@ -134,6 +134,12 @@ def test_the_digest_covers_code_and_nothing_else(tmp_path: Path) -> None:
     (source / "flash_attn_interface" / "_prebuilt" / "k" / "prelude.cuh").write_text("1")
     (source / "common" / "tuned" / "mine.json").write_text("{}")
     assert source_state.of_checkout(source) == before is not None
+    linked = tmp_path / "linked"  # as editable installations of setuptools' strict kind
+    for path in (source / name for name in source_state.FOLDERS):
+        (linked / path.name).mkdir(parents=True)
+        for inside in path.iterdir():
+            (linked / path.name / inside.name).symlink_to(inside)
+    assert source_state.of_checkout(linked) == before
     edit(source)
     assert source_state.of_checkout(source) != before
     shutil.rmtree(source / "flash2")
