@@ -1,8 +1,9 @@
 """Launches hopper_bwd (bwd.cu) between the streaming kernels of the Ampere tree, on one parameter
 block.
 
-Called by the autograd of `flash_attn_interface/`. Tile choices: `bwd_tiles.py`. What each CTA does:
-`flash2/bwd_schedule.py`. What is before and after it, and the memory that it takes: `flash2/bwd.py`.
+Called by the autograd of `flash_attn_interface/`. Tile choices: `bwd_tiles.py`. What each CTA does,
+beside what stands here: `flash2/bwd_schedule.py`. What is before and after it, and the memory that
+it takes: `flash2/bwd.py`.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from .tensor_maps import MapPlan
 def schedule(
     problem: BackwardProblem, kernel: KernelSpec, num_sms: int, heads_per_cta: int = 0
 ) -> BackwardSchedule:
-    """As flash2's, of clusters for CTAs. The heads of a CTA read one K head and one V head: it loads
-    these once, and its sums are of one head each.
+    """As flash2's, of clusters for CTAs. The heads of a CTA read one K head and one V head: it
+    loads these once, and its sums are of one head each.
     """
     p, ctas = problem.forward, int(kernel["cluster_size"])
     clusters = {

@@ -120,8 +120,8 @@ def _candidates(problem: Problem) -> Iterator[BackwardTile]:
 
     dK and dV of a CTA stay in registers: that bounds block_n. Up to 256 columns of both, a
     warpgroup can have all of 64 keys. Softcap and dropout need a second copy of P^T, so they split
-    roles sooner. Beyond that dQ's additions are the limit, 64 keys at a time: pairs of CTAs add half
-    as often, and a part of dQ is added beside the next one's product. Measured on an H200:
+    roles sooner. Beyond that dQ's additions are the limit, 64 keys at a time: pairs of CTAs add
+    half as often, and a part of dQ is added beside the next one's product. Measured on an H200:
     docs/performance/.
     """
     qk, v = (_round_up(d, 16) for d in _dims(problem))
