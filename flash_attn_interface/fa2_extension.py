@@ -9,15 +9,21 @@ is ours. Arguments of these names mean what they mean in `private_ops.py`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from . import dispatch
 from .fa2_kvcache import flash_attn_with_kvcache
 from .gradients import empty_gradient
-from .ops import complete
 from .out_argument import write_out
-from .private_ops import _flash_attn_varlen_forward
+from .private_ops import (
+    _flash_attn_backward,
+    _flash_attn_forward,
+    _flash_attn_varlen_backward,
+    _flash_attn_varlen_forward,
+)
+from .watchers import all_plain, unwatched
 
 Forward = list[Tensor]
 """[out, softmax_lse, S_dmask, rng_state]"""
@@ -51,12 +57,10 @@ def fwd(
         generator: must be None: random numbers come from torch's default generator of the device.
     """
     _check(q, v, generator, return_softmax, dropout_p)
-    result, *others = complete(
-        dispatch.forward(
-            q, k, v, None, None, None, None, None, None, softmax_scale, causal,
-            (window_size_left, window_size_right), 0, softcap, alibi_slopes, dropout_p, True,
-            return_softmax,
-        )
+    run = _way(_flash_attn_forward, q, k, v, alibi_slopes)
+    result, *others = run(
+        q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap,
+        alibi_slopes, return_softmax,
     )  # fmt: skip
     return [_returned(out, result), *others]
 
@@ -89,7 +93,9 @@ def varlen_fwd(
 ) -> Forward:
     """Attention of packed sequences. Arguments as in `fwd` and `_flash_attn_varlen_forward`."""
     _check(q, v, generator, return_softmax, dropout_p)
-    result, *others = _flash_attn_varlen_forward._init_fn(
+    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table)
+    run = _way(_flash_attn_varlen_forward, q, k, v, alibi_slopes, *lengths)
+    result, *others = run(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
         causal, window_size_left, window_size_right, softcap, alibi_slopes, return_softmax,
         block_table, leftpad_k, seqused_k, zero_tensors, num_splits,
@@ -226,11 +232,18 @@ def _backward(
     dq = empty_gradient(q) if dq is None else dq
     dk = empty_gradient(k) if dk is None else dk
     dv = empty_gradient(v) if dv is None else dv
-    softmax_d = dispatch.backward(
-        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-        max_seqlen_k, None, None, softmax_scale, causal, (window_size_left, window_size_right), 0,
-        softcap, alibi_slopes, dropout_p, rng_state if dropout_p > 0.0 else None, deterministic,
-    )  # fmt: skip
+    others = (dout, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, alibi_slopes)
+    if cu_seqlens_q is None:
+        softmax_d = _way(_flash_attn_backward, q, k, v, *others)(
+            dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal,
+            window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state,
+        )  # fmt: skip
+    else:
+        softmax_d = _way(_flash_attn_varlen_backward, q, k, v, *others)(
+            dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+            max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
+            softcap, alibi_slopes, deterministic, rng_state,
+        )  # fmt: skip
     return [dq, dk, dv, softmax_d]
 
 
@@ -255,6 +268,12 @@ def _check(
         )
     if return_softmax and dropout_p <= 0.0:
         raise ValueError(f"return_softmax needs dropout: dropout_p is {dropout_p}, expected > 0")
+
+
+def _way(operation: Any, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Any:
+    """The operation, or, where nobody watches (`watchers.py`), just what it computes."""
+    direct = unwatched(q, k, v) and all_plain(*others) and not q.is_meta
+    return operation._init_fn if direct else operation
 
 
 def _returned(out: Tensor | None, result: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import kvcache
 from .combine import flash_attn_combine
+from .custom_op import on_one_device
 from .fa3_private_ops import (
     _flash_attn_forward,
     backward,
@@ -258,7 +259,9 @@ def register() -> None:
         for kernel in (fwd, bwd, fwd_combine, get_scheduler_metadata):
             library.impl(kernel.__name__, kernel, "CompositeExplicitAutograd")
         for name, fake in (("fwd", _fwd_fake), ("bwd", _bwd_fake)):
-            torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+            schema = getattr(getattr(torch.ops, NAMESPACE), name).default._schema
+            checked = on_one_device(fake, [argument.name for argument in schema.arguments])
+            torch.library.register_fake(f"{NAMESPACE}::{name}", checked, lib=library)
         _library = library
 
 

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .custom_op import custom_op
+from .custom_op import custom_op, fake_of
 from .functions import _check_hints
 from .gradients import empty_gradient
 from .kvcache import flash_attn_with_kvcache
 from .ops import Results, attention_backward, complete, fake_results
 from .out_argument import write_out
+from .watchers import refuse_forward_mode
 
 
 @custom_op(
@@ -85,6 +86,7 @@ def _flash_attn_forward(
     out_: also receives out; any strides. Other arguments as in `flash_attn_varlen_func` and
     `flash_attn_with_kvcache`. Differentiable in q, k and v where there is no cache.
     """
+    refuse_forward_mode(q, k, v)
     window_size = (window_size_left, window_size_right)
     given = _first_cache_argument(
         k_new=k_new, v_new=v_new, cu_seqlens_k_new=cu_seqlens_k_new, page_table=page_table,
@@ -139,7 +141,7 @@ def no_accumulators(q: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty(0, dtype=torch.float32), q.new_empty(0, dtype=torch.float32)
 
 
-@_flash_attn_forward.register_fake
+@fake_of(_flash_attn_forward)
 def _(
     q: Tensor,
     k: Tensor,
@@ -252,7 +254,7 @@ def backward(
     return softmax_d, dq, dk, dv
 
 
-@_flash_attn_backward.register_fake
+@fake_of(_flash_attn_backward)
 def _(
     dout: Tensor,
     q: Tensor,

@@ -21,8 +21,15 @@ from .cache_plans import CacheResult
 from .functions import _refuse_fa3_features
 from .kvcache_dispatch import attend
 from .kvcache_ops import traced
+from .sharding import on_one_mesh, refuse_to_move_caches
+from .watchers import PLAIN_TYPES, a_transform_is, refuse_forward_mode, unwatched
 
 WindowSize = Sequence[int] | Tensor
+
+_NO_BACKWARD = (
+    "flash_attn_with_kvcache has no backward, it is for inference: train with flash_attn_func or "
+    "flash_attn_varlen_func, or detach the output"
+)
 
 
 def flash_attn_with_kvcache(
@@ -117,7 +124,14 @@ def flash_attn_with_kvcache(
         _refuse_fa3_features(None, q_descale, k_descale, v_descale)
     if scheduler_metadata is not None:
         _check_scheduler_metadata(scheduler_metadata, q, cu_seqlens_q)
-    run = attend_function(q, k_cache, v_cache, k, v, qv, rotary_cos, rotary_sin)
+    floating: tuple[Any, ...] = (qv,)
+    lengths: tuple[Any, ...] = (
+        cache_seqlens, cache_batch_idx, cache_leftpad, page_table, cu_seqlens_q,
+    )  # fmt: skip
+    if k is not None:
+        floating += k, v, rotary_cos, rotary_sin
+        lengths += cu_seqlens_k_new, rotary_seqlens
+    run = attend_function(q, k_cache, v_cache, floating, lengths)
     out, softmax_lse = run(
         q, k_cache, v_cache, k, v, qv, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx,
         cache_leftpad, page_table, cu_seqlens_q, cu_seqlens_k_new, max_seqlen_q, rotary_seqlens,
@@ -129,16 +143,28 @@ def flash_attn_with_kvcache(
     return out, softmax_lse, softmax_lse.new_empty(0), softmax_lse.new_empty(0)
 
 
-def attend_function(*floating: Any) -> Callable[..., CacheResult]:
+def attend_function(
+    q: Any, k_cache: Any, v_cache: Any, floating: tuple[Any, ...], lengths: tuple[Any, ...]
+) -> Callable[..., CacheResult]:
     """What a public function calls, with the arguments of `check_cache.CacheCall`, for (out,
-    softmax_lse or None): `attend` itself, unless a compiler traces or gradients are asked for.
+    softmax_lse or None): `attend` itself, unless a compiler traces, somebody watches the tensors
+    (`watchers.py`) or gradients are asked for.
 
-    floating: those arguments that could have gradients.
+    floating: other arguments that could have gradients. lengths: lengths, indices, tables.
     """
     if is_compiling():
         return _attend_traced
+    if not (unwatched(q, k_cache, v_cache) and (q.is_cuda or not q.is_meta)):
+        return _attend_watched
+    types = PLAIN_TYPES
+    for x in floating:
+        if x is not None and (x.is_neg() if type(x) in types else isinstance(x, Tensor)):
+            return _attend_watched
+    for x in lengths:
+        if x is not None and type(x) not in types and isinstance(x, Tensor):
+            return _attend_watched
     if torch.is_grad_enabled():
-        for x in floating:
+        for x in (q, k_cache, v_cache, *floating):
             if x is not None and getattr(x, "requires_grad", False):
                 return _attend_without_gradients
     return attend
@@ -147,6 +173,27 @@ def attend_function(*floating: Any) -> Callable[..., CacheResult]:
 def _attend_traced(q: Tensor, k_cache: Tensor, v_cache: Tensor, *arguments: Any) -> CacheResult:
     check_cache_tensors(q, k_cache, v_cache)
     return traced(q, k_cache, v_cache, *arguments)  # has no derivative, and says so
+
+
+def _attend_watched(q: Tensor, k_cache: Tensor, v_cache: Tensor, *arguments: Any) -> CacheResult:
+    check_cache_tensors(q, k_cache, v_cache)
+    tensors = [x for x in (q, k_cache, v_cache, *arguments) if isinstance(x, Tensor)]
+    refuse_forward_mode(*tensors)
+    if a_transform_is("Grad"):
+        raise NotImplementedError(_NO_BACKWARD)
+    q, k_cache, v_cache, *others = on_one_mesh((q, k_cache, v_cache, *arguments))
+    refuse_to_move_caches(q, k_cache, v_cache, *others[:2])
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        run = partial(_detached, traced, q, k_cache, v_cache, *others)
+        results: CacheResult = _InferenceOnly.apply(run, *tensors)  # type: ignore[no-untyped-call]
+        return results
+    return traced(q, k_cache, v_cache, *others)
+
+
+def _detached(run: Callable[..., CacheResult], *arguments: Any) -> CacheResult:
+    """In-place operators refuse leaves that require gradients; inside an autograd function, which
+    has nothing to record, they need not."""
+    return run(*(x.detach() if isinstance(x, Tensor) else x for x in arguments))
 
 
 def _attend_without_gradients(*arguments: Any) -> CacheResult:
@@ -164,10 +211,7 @@ class _InferenceOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise NotImplementedError(
-            "flash_attn_with_kvcache has no backward, it is for inference: train with "
-            "flash_attn_func or flash_attn_varlen_func, or detach the output"
-        )
+        raise NotImplementedError(_NO_BACKWARD)
 
 
 def get_scheduler_metadata(

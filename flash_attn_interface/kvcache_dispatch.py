@@ -15,12 +15,7 @@ from torch import Tensor
 from . import backends, dispatch
 from ._common import env
 from ._common.cache_problem import CacheProblem
-from ._common.check_cache import (
-    CacheCall,
-    check_cache,
-    check_cache_length,
-    check_cache_tensors,
-)
+from ._common.check_cache import CacheCall, check_cache, check_cache_length
 from ._common.check_cache_values import check_cache_values
 from ._common.check_values import window_pair
 from ._common.checks import host_max_seqlen, last_dim_contiguous
@@ -75,8 +70,7 @@ def attend(
     sm_margin: int,
     return_lse: bool,
 ) -> CacheResult:
-    """Append and attend, without autograd. Arguments as in `CacheCall`."""
-    check_cache_tensors(q, k_cache, v_cache)
+    """Append and attend, without autograd. Arguments as in `CacheCall`; q and caches are tensors."""
     q_layout = q.is_contiguous() or q.stride()  # reading strides takes longer
     if q_layout is not True and q_layout[-1] != 1:
         q = last_dim_contiguous(q)

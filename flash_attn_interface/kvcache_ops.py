@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._common.check_values import window_pair
 from .cache_plans import CacheResult
-from .custom_op import custom_op
+from .custom_op import custom_op, fake_of
 from .kvcache_dispatch import attend
 
 _REST = (
@@ -71,7 +71,7 @@ def append_and_attend(
     )  # fmt: skip
 
 
-@append_and_attend.register_fake
+@fake_of(append_and_attend)
 def _(
     q: Tensor,
     k_cache: Tensor,
@@ -117,7 +117,7 @@ def attend_over_cache(
     )  # fmt: skip
 
 
-@attend_over_cache.register_fake
+@fake_of(attend_over_cache)
 def _(
     q: Tensor,
     k_cache: Tensor,

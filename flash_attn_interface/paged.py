@@ -15,6 +15,9 @@ from . import dispatch
 from ._common.check_values import window_pair
 from ._common.checks import check_tensors
 from .backends import ForwardResult
+from .gradients import refuse_alibi_gradient
+from .sharding import on_one_mesh
+from .watchers import all_plain, refuse_forward_mode, unwatched
 
 
 def paged_attention(
@@ -39,9 +42,13 @@ def paged_attention(
     for name, given in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if given is None:
             raise TypeError(f"{name} is None: expected an int32 tensor of shape (batch + 1,)")
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        refuse_gradients(block_table)
-    if not is_compiling():
+    if torch.is_grad_enabled():
+        refuse_alibi_gradient(alibi_slopes)
+        if q.requires_grad or k.requires_grad or v.requires_grad:
+            refuse_gradients(block_table)
+    if not is_compiling() and _direct(
+        q, k, v, (cu_seqlens_q, cu_seqlens_k, block_table, alibi_slopes)
+    ):
         out, softmax_lse, s_dmask, _ = dispatch.forward(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, None,
             softmax_scale, causal, window_size, 0, softcap, alibi_slopes, dropout_p,
@@ -50,6 +57,11 @@ def paged_attention(
         return out, softmax_lse, s_dmask
     from .private_ops import _flash_attn_varlen_forward
 
+    if not is_compiling():
+        refuse_forward_mode(q, k, v)
+        q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, alibi_slopes = on_one_mesh(
+            (q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, alibi_slopes), dropout_p
+        )
     longest = [
         rows.shape[0] if isinstance(given, Tensor) else given  # reading it would break the graph
         for given, rows in ((max_seqlen_q, q), (max_seqlen_k, k))
@@ -63,6 +75,10 @@ def paged_attention(
     if not return_attn_probs:
         return out, None, None
     return out, softmax_lse, s_dmask if dropout_p > 0.0 else None
+
+
+def _direct(q: Tensor, k: Tensor, v: Tensor, others: tuple[Any, ...]) -> bool:
+    return unwatched(q, k, v) and all_plain(*others) and (q.is_cuda or not q.is_meta)
 
 
 def refuse_gradients(block_table: Tensor | None, leftpad_k: Tensor | None = None) -> None:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .custom_op import custom_op
-from .gradients import empty_gradient
+from .custom_op import custom_op, fake_of
+from .gradients import empty_gradient, refuse_alibi_gradient
 from .ops import attention_backward, complete, fake_results
 from .paged import refuse_gradients
+from .watchers import refuse_forward_mode
 
 
 @custom_op(
@@ -48,6 +49,7 @@ def _flash_attn_forward(
     S_dmask is (0,) unless return_softmax and dropout_p > 0. rng_state: int64 (2,), for the
     backward; zero without dropout.
     """
+    refuse_forward_mode(q, k, v)
     return complete(
         dispatch.forward(
             q, k, v, None, None, None, None, None, None, softmax_scale, causal,
@@ -57,7 +59,7 @@ def _flash_attn_forward(
     )  # fmt: skip
 
 
-@_flash_attn_forward.register_fake
+@fake_of(_flash_attn_forward)
 def _(
     q: Tensor,
     k: Tensor,
@@ -112,6 +114,7 @@ def _flash_attn_varlen_forward(
     first key of each sequence; masks count from there. zero_tensors: rows that belong to no
     sequence are zero (softmax_lse: -inf) in any case. num_splits: a hint without influence.
     """
+    refuse_forward_mode(q, k, v)
     return complete(
         dispatch.forward(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, seqused_k,
@@ -121,7 +124,7 @@ def _flash_attn_varlen_forward(
     )  # fmt: skip
 
 
-@_flash_attn_varlen_forward.register_fake
+@fake_of(_flash_attn_varlen_forward)
 def _(
     q: Tensor,
     k: Tensor,
@@ -190,7 +193,7 @@ def _flash_attn_backward(
     )  # fmt: skip
 
 
-@_flash_attn_backward.register_fake
+@fake_of(_flash_attn_backward)
 def _(
     dout: Tensor,
     q: Tensor,
@@ -246,7 +249,7 @@ def _flash_attn_varlen_backward(
     )  # fmt: skip
 
 
-@_flash_attn_varlen_backward.register_fake
+@fake_of(_flash_attn_varlen_backward)
 def _(
     dout: Tensor,
     q: Tensor,
@@ -326,6 +329,7 @@ def _save(
     """shared: the inputs dropout_p to alibi_slopes, which both forwards have in this order."""
     out, softmax_lse, s_dmask, rng_state = output
     *numbers, alibi_slopes = shared
+    refuse_alibi_gradient(alibi_slopes)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(s_dmask, rng_state)
     ctx.save_for_backward(*tensors, alibi_slopes, out, softmax_lse, rng_state)

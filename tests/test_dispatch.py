@@ -137,9 +137,8 @@ def test_the_environment_forces_a_backend(fake, monkeypatch):
 
 
 def test_other_devices_are_refused():
-    tensors = [tensor.to("meta") for tensor in qkv()]
     with pytest.raises(NotImplementedError, match="q is on meta"):
-        flash_attn.flash_attn_func(*tensors)
+        selection.device_of(qkv()[0].to("meta"))
 
 
 # ---- the Hopper tree's discovery ---------------------------------------------------------------
