@@ -45,6 +45,7 @@ PACKAGES = {
     "flash_attn.ops": "flash_attn/ops",
     "flash_attn.ops.triton": "flash_attn/ops/triton",
     "flash_attn_interface": "flash_attn_interface",
+    "flash_attn_interface.context_parallel": "flash_attn_interface/context_parallel",
     "flash_attn_interface._common": "common",
     "flash_attn_interface._common.ptx": "common/ptx",
     "flash_attn_interface._common.sim": "common/sim",
@@ -86,14 +87,22 @@ class BuildPy(build_py):
             destination=self.prebuilt_folder(),
             store=Path(self.get_finalized_command("build").build_base, "prebuilt"),
         )
+        if not self.is_editable():
+            prebuild.record_sources(self.package_folder(), ROOT)
+
+    def is_editable(self) -> bool:
+        return bool(getattr(self, "editable_mode", False))
+
+    def package_folder(self) -> Path:
+        return (ROOT if self.is_editable() else Path(self.build_lib)) / "flash_attn_interface"
 
     def prebuilt_folder(self) -> Path:
-        packages = ROOT if getattr(self, "editable_mode", False) else Path(self.build_lib)
-        return packages / "flash_attn_interface" / "_prebuilt"
+        return self.package_folder() / "_prebuilt"
 
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:
         kernels = [str(path) for path in self.prebuilt_folder().rglob("*") if path.is_file()]
-        return [*super().get_outputs(include_bytecode), *kernels]
+        record = [str(path) for path in self.package_folder().glob("_source_state.txt")]
+        return [*super().get_outputs(include_bytecode), *kernels, *record]
 
 
 class InstallLib(install_lib):
@@ -129,8 +138,10 @@ REQUIRES = [
 ]
 
 EXTRAS = {
-    # For drivers of the CUDA 12 generation, which refuse cubins made by CUDA 13's compiler.
-    "cu12": ["cuda-bindings>=12.9,<13", "nvidia-cuda-nvrtc-cu12>=12.8"],
+    # For drivers of the CUDA 12 generation, which refuse cubins made by CUDA 13's compiler. Bounds
+    # so wide that each torch built for CUDA 12, which pins the compiler, keeps its own: 12.4 is
+    # that of torch 2.5 and 2.6. GPUs from sm_100 on need 12.8.
+    "cu12": ["cuda-bindings>=12.9,<13", "nvidia-cuda-nvrtc-cu12>=12.4"],
     "test": [
         "pytest>=7.4",
         "pytest-xdist>=3.2",

@@ -13,6 +13,7 @@ order:
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
@@ -40,13 +41,30 @@ def say(text: str) -> None:
 
 def driver_cuda_major() -> int | None:
     """Newest CUDA major version that the NVIDIA driver speaks, or None where there is no GPU."""
+    version = driver_version()
+    if version is not None:
+        return version // 1000
     if shutil.which("nvidia-smi") is None:
         return None
     answer = subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False)
     if answer.returncode != 0:
         return None
-    found = re.search(r"CUDA Version:\s*(\d+)", answer.stdout)
+    found = re.search(r"CUDA(?: \w+)? Version:\s*(\d+)", answer.stdout)
     return int(found.group(1)) if found else 13
+
+
+def driver_version() -> int | None:
+    """E.g. 12040, from the driver itself; None without one, or without a GPU that it serves."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+        version, count = ctypes.c_int(), ctypes.c_int()
+        if cuda.cuInit(0) or cuda.cuDriverGetVersion(ctypes.byref(version)):
+            return None
+        if cuda.cuDeviceGetCount(ctypes.byref(count)) or count.value == 0:
+            return None
+    except (OSError, AttributeError):
+        return None
+    return version.value
 
 
 def inheritable_torch(gpu: bool) -> str | None:
@@ -109,14 +127,23 @@ def has_module(python: Path, name: str) -> bool:
     return subprocess.run([python, "-c", f"import {name}"], capture_output=True).returncode == 0
 
 
+def default_torch(cuda_major: int | None) -> str:
+    """What to ask pip for, by the driver."""
+    if cuda_major is None:
+        return CPU_TORCH
+    return "torch" if cuda_major >= 13 else CUDA12_TORCH
+
+
+def extras_for(cuda_major: int | None, extras: list[str]) -> list[str]:
+    """The project's extras: also CUDA 12's compiler under a driver that refuses CUDA 13's code."""
+    return [*extras, "cu12"] if cuda_major is not None and cuda_major < 13 else extras
+
+
 def install_torch(python: Path, cuda_major: int | None) -> None:
     wanted = os.environ.get("TORCH")
     if not wanted and has_module(python, "torch"):
         return
-    default = CPU_TORCH
-    if cuda_major is not None:
-        default = "torch" if cuda_major >= 13 else CUDA12_TORCH
-    requirement = wanted or default
+    requirement = wanted or default_torch(cuda_major)
     say(f"installing {requirement} (the largest download: one to several minutes)")
     if pip_install(python, requirement):
         return
@@ -139,8 +166,7 @@ def main() -> None:
         inherit_site_packages(venv, python)
     install_torch(python, cuda_major)
 
-    if cuda_major is not None and cuda_major < 13:
-        extras = [*extras, "cu12"]
+    extras = extras_for(cuda_major, extras)
     # Compiling what the tests ask for, when they ask for it, is quicker than headdim.json.
     os.environ.setdefault("FLASH_ATTENTION_SKIP_CUDA_BUILD", "TRUE")
     say(f"installing this project, editable, with its dependencies ({', '.join(extras)})")

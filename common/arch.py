@@ -7,6 +7,7 @@ before it is compiled.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 # The driver keeps this much of an SM's shared memory per resident CTA for itself (sm_80 and later).
@@ -29,6 +30,11 @@ class ArchLimits:
     registers_per_sm: int = 65536
     max_threads_per_cta: int = 1024
     max_registers_per_thread: int = 255
+
+    @property
+    def max_cluster_size(self) -> int:
+        """CTAs of a cluster that may be relied on; 1: no clusters."""
+        return 8 if self.name in ("sm_90", "sm_100", "sm_103") else 1
 
     def max_ctas_per_sm(self, smem_bytes: int, num_threads: int) -> int:
         """CTAs of this size that fit on one SM by shared memory and threads (registers aside)."""
@@ -65,8 +71,11 @@ def known_archs() -> tuple[str, ...]:
 
 
 def limits(arch: str) -> ArchLimits:
-    """Limits of "sm_XX", with or without the suffix of arch-specific code ("sm_90a")."""
-    row = _LIMITS.get(arch.rstrip("af"))
+    """Limits of "sm_XX", with or without the suffix of arch-specific code ("sm_90a").
+
+    ValueError for what is no such name.
+    """
+    row = _LIMITS.get(re.sub(r"(?<=\d)[af]$", "", arch)) if isinstance(arch, str) else None
     if row is None:
         raise ValueError(f"unknown architecture {arch!r} (known: {', '.join(_LIMITS)})")
     return row

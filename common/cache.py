@@ -21,17 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from . import arch as arch_table
-from . import compiler, env, sources
+from . import compiler, env, log, sources, trust
+from .entries import Artifact, content_key, entry_name, find_prebuilt
 from .spec import KernelSpec
-from .store import (
-    Artifact,
-    ArtifactStore,
-    Built,
-    content_key,
-    default_store,
-    entry_name,
-    find_prebuilt,
-)
+from .store import ArtifactStore, Built, default_store
 
 __all__ = [
     "ArtifactStore",
@@ -82,14 +75,23 @@ def source_key(spec: KernelSpec, texts: Mapping[str, str]) -> str:
 class KernelCache:
     """Cubins by spec: remembered, prebuilt, or fetched through an ArtifactStore.
 
-    prebuilt: the prebuilt folders of a spec, by precedence.
+    prebuilt: the prebuilt folders of a spec, by precedence; the installation's, as trusted as its
+        code.
+    named: one that the environment names, which comes before these and is checked.
+
+    Images stay until the process ends, like the kernels that the driver loads from them: a kernel
+    has 10 to 150 KiB, and a process asks for as many as it has kinds of calls.
     """
 
     def __init__(
-        self, store: ArtifactStore, prebuilt: Callable[[KernelSpec], Sequence[Path]] | None = None
+        self,
+        store: ArtifactStore,
+        prebuilt: Callable[[KernelSpec], Sequence[Path]] | None = None,
+        named: Path | None = None,
     ) -> None:
         self._store = store
         self._prebuilt = prebuilt or (lambda spec: ())
+        self._named = named
         self._images: dict[KernelSpec, KernelImage] = {}
 
     def image(self, spec: KernelSpec, announce: bool = True) -> KernelImage:
@@ -102,6 +104,7 @@ class KernelCache:
             texts = sources.resolve(spec.source, constants=spec.constants)
             found = self._find_prebuilt(spec, texts) or self._own(spec, texts, announce)
             image = self._images[spec] = _image(spec, found)
+            log.debug("%s: %s, %s", image.origin, spec.label(), image.folder or "in memory")
         return image
 
     def image_made_here(self, spec: KernelSpec) -> KernelImage:
@@ -130,14 +133,22 @@ class KernelCache:
         return self._store.entry_folder(_disk_key(spec, texts), spec.label())
 
     def _find_prebuilt(self, spec: KernelSpec, texts: Mapping[str, str]) -> Artifact | None:
-        folders = [folder for folder in self._prebuilt(spec) if folder.is_dir()]
+        folders = [(folder, False) for folder in self._prebuilt(spec) if folder.is_dir()]
+        if self._named is not None:
+            problem = why_not_prebuilt(self._named)
+            if problem is None:
+                folders.insert(0, (self._named, True))
+            else:
+                trust.warn_once(
+                    f"{env.PREBUILT_DIR.name} names {self._named}, which is not used: {problem}"
+                )
         if not folders:
             return None
         for arch in (spec.arch, *arch_table.older_compatible(spec.arch)):
             same = replace(spec, arch=arch)
             key = source_key(same, texts)
-            for folder in folders:
-                found = find_prebuilt(folder, key, same.label(), _CUBIN)
+            for folder, checked in folders:
+                found = find_prebuilt(folder, key, same.label(), _CUBIN, checked=checked)
                 if found is not None:
                     return found
         return None
@@ -161,7 +172,21 @@ class KernelCache:
         return self._store.get_or_build(key, label, _CUBIN, build)
 
     def _describe_prebuilt(self, spec: KernelSpec) -> str:
-        return "; ".join(map(describe_prebuilt, self._prebuilt(spec))) or "nothing"
+        named = () if self._named is None else (self._named,)
+        return "; ".join(map(describe_prebuilt, (*named, *self._prebuilt(spec)))) or "nothing"
+
+
+def why_not_prebuilt(folder: Path) -> str | None:
+    """Why kernels are not loaded from a folder that the environment names; None if they are."""
+    try:
+        trust.folder(folder)
+    except FileNotFoundError:
+        return "it does not exist"
+    except trust.UntrustedError as error:
+        return str(error)
+    except OSError as error:
+        return f"it cannot be read ({error})"
+    return None
 
 
 def describe_prebuilt(folder: Path) -> str:
@@ -224,8 +249,9 @@ def default_kernels() -> KernelCache:
 
 
 @functools.cache
-def _kernels(store: ArtifactStore, chosen: Path | None) -> KernelCache:
-    first = () if chosen is None else (chosen,)
+def _kernels(store: ArtifactStore, named: Path | None) -> KernelCache:
+    for line in env.misspelt():
+        trust.warn_once(f"the environment variable {line}")
     return KernelCache(
-        store, lambda spec: (*first, sources.prebuilt_folder(spec.source.partition("/")[0]))
+        store, lambda spec: (sources.prebuilt_folder(spec.source.partition("/")[0]),), named
     )

@@ -79,7 +79,7 @@ def check_cache(call: CacheCall) -> CacheProblem:
     _check_cache_seqlens(call.cache_seqlens, batch, rows - seqlen_new, q)
     rotary_dim, rotary_rows = _check_rotary(call, heads.head_dim_qk, batch, rows)
     check_int32_vector("cache_leftpad", call.cache_leftpad, batch, q.device)
-    alibi_batched = check_alibi_slopes(call.alibi_slopes, batch, heads.num_heads_q, q.device)
+    alibi_strides = check_alibi_slopes(call.alibi_slopes, batch, heads.num_heads_q, q.device)
 
     varlen_q = call.cu_seqlens_q is not None
     seqlen_q = seqlen_bound("q", call.max_seqlen_q, q) if varlen_q else q.shape[1]
@@ -95,10 +95,11 @@ def check_cache(call: CacheCall) -> CacheProblem:
         check_values.flag("causal", call.causal), left, right, total_q if varlen_q else seqlen_q,
         rows,
     )  # fmt: skip
-    chunk = check_values.non_negative("attention_chunk", call.attention_chunk)
+    chunk = check_values.attention_chunk(call.attention_chunk, rows)
     q_strides = strides_of(q, varlen_q)
     k_strides, v_strides = strides_of(k_cache, False), strides_of(v_cache, False)
     scale_dim = heads.head_dim_qk + (0 if call.qv is None else heads.head_dim_v)
+    scale = check_values.softmax_scale(call.softmax_scale, scale_dim)
     tensors, strides = [q, k_cache, v_cache], [q_strides, k_strides, v_strides]
     if call.qv is not None:
         tensors.append(call.qv)
@@ -115,16 +116,16 @@ def check_cache(call: CacheCall) -> CacheProblem:
         seqlen_k=rows,
         total_q=total_q,
         total_k=total_k,
-        softmax_scale=check_values.softmax_scale(call.softmax_scale, scale_dim),
+        softmax_scale=scale,
         varlen_q=varlen_q,
         has_seqused_k=True,
         causal=causal,
         window_left=left,
         window_right=right,
         attention_chunk=chunk,
-        softcap=max(0.0, check_values.real("softcap", call.softcap)),
+        softcap=check_values.softcap(call.softcap, scale),
         alibi=call.alibi_slopes is not None,
-        alibi_batched=alibi_batched,
+        alibi_strides=alibi_strides,
         return_lse=check_values.flag("return_softmax_lse", call.return_lse),
         q_strides=q_strides,
         k_strides=k_strides,

@@ -56,14 +56,58 @@ def real(name: str, value: Any) -> float:
     """A finite number."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is {value!r}: expected a number")
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:  # an int or a fraction beyond float's range
+        number = math.inf
+    if not math.isfinite(number):
         raise ValueError(f"{name} is {value!r}: expected a finite number")
-    return float(value)
+    return number
+
+
+# Kernels take scale and cap times log2(e) as float32, and divide one by the other: no smaller
+# than what float32 holds in full.
+_SMALLEST, _LARGEST = 2.0**-126, 2.0**126
+# Of softcap / |softmax_scale|, at most that far from 1.
+_CAP_RANGE = 2.0**60
 
 
 def softmax_scale(value: Any, head_dim_qk: int) -> float:
-    """A number of any sign; None means head_dim_qk ** -0.5."""
-    return float(head_dim_qk**-0.5) if value is None else real("softmax_scale", value)
+    """0, or a number of either sign that float32 holds; None means head_dim_qk ** -0.5."""
+    if value is None:
+        return float(head_dim_qk**-0.5)
+    scale = real("softmax_scale", value)
+    if scale != 0.0 and not _SMALLEST <= abs(scale) <= _LARGEST:
+        raise ValueError(
+            f"softmax_scale is {scale!r}: expected 0, or {_SMALLEST:.3g} to {_LARGEST:.3g} in "
+            "magnitude, which float32 holds"
+        )
+    return scale
+
+
+def softcap(value: Any, scale: float) -> float:
+    """The cap of scores; 0.0, off, for numbers up to 0, and for one too large to change any score.
+
+    scale: softmax_scale. From 2**60 times that on, cap * tanh(score / cap) is the score in float32,
+    for all products of q and k up to 2**40, which fp16 cannot exceed. With a scale of 0 all scores
+    are 0 anyway.
+    """
+    cap = real("softcap", value)
+    if cap <= 0.0 or cap >= _CAP_RANGE * abs(scale):
+        return 0.0
+    smallest = max(_SMALLEST, abs(scale) / _CAP_RANGE)
+    if not smallest <= cap <= _LARGEST:
+        raise ValueError(
+            f"softcap is {cap!r}: with a softmax_scale of {scale!r} expected 0, or {smallest:.3g} "
+            f"to {_LARGEST:.3g}, which float32 holds"
+        )
+    return cap
+
+
+def attention_chunk(value: Any, keys: int) -> int:
+    """Keys of a chunk, 0 for off. keys: a bound of those of any sequence; a chunk that holds them
+    all is as good as any longer one."""
+    return min(non_negative("attention_chunk", value), max(keys, 1))
 
 
 def head_dim(name: str, value: int, wide: bool = False) -> None:

@@ -68,7 +68,7 @@ def check_forward(call: ForwardCall) -> Problem:
         check_int32_vector(name, getattr(call, name), batch + 1, q.device)
     for name in ("seqused_q", "seqused_k", "leftpad_k"):
         check_int32_vector(name, getattr(call, name), batch, q.device)
-    alibi_batched = check_alibi_slopes(call.alibi_slopes, batch, heads.num_heads_q, q.device)
+    alibi_strides = check_alibi_slopes(call.alibi_slopes, batch, heads.num_heads_q, q.device)
 
     varlen_q, varlen_k = call.cu_seqlens_q is not None, call.cu_seqlens_k is not None
     seqlen_q = seqlen_bound("q", call.max_seqlen_q, q) if varlen_q else q.shape[1]
@@ -94,6 +94,7 @@ def check_forward(call: ForwardCall) -> Problem:
         total_k if varlen_k else seqlen_k,
     )
     dropout_p = check_values.dropout_probability(call.dropout_p)
+    scale = check_values.softmax_scale(call.softmax_scale, heads.head_dim_qk)
     q_strides, k_strides, v_strides = (
         strides_of(q, varlen_q),
         strides_of(k, varlen_k and not paged),
@@ -111,7 +112,7 @@ def check_forward(call: ForwardCall) -> Problem:
         seqlen_k=seqlen_k,
         total_q=total_q,
         total_k=total_k,
-        softmax_scale=check_values.softmax_scale(call.softmax_scale, heads.head_dim_qk),
+        softmax_scale=scale,
         varlen_q=varlen_q,
         varlen_k=varlen_k,
         has_seqused_q=call.seqused_q is not None,
@@ -119,10 +120,12 @@ def check_forward(call: ForwardCall) -> Problem:
         causal=causal,
         window_left=left,
         window_right=right,
-        attention_chunk=check_values.non_negative("attention_chunk", call.attention_chunk),
-        softcap=max(0.0, check_values.real("softcap", call.softcap)),
+        attention_chunk=check_values.attention_chunk(
+            call.attention_chunk, total_k if varlen_k else seqlen_k
+        ),
+        softcap=check_values.softcap(call.softcap, scale),
         alibi=call.alibi_slopes is not None,
-        alibi_batched=alibi_batched,
+        alibi_strides=alibi_strides,
         dropout_p=dropout_p,
         return_lse=call.return_lse,
         return_softmax=call.return_softmax and dropout_p > 0.0,
@@ -287,10 +290,10 @@ def check_int32_vector(name: str, tensor: Tensor | None, length: int, device: to
 
 def check_alibi_slopes(
     slopes: Tensor | None, batch: int, num_heads_q: int, device: torch.device
-) -> bool:
-    """Whether there is one row of slopes per sequence."""
+) -> tuple[int, int]:
+    """`Problem.alibi_strides`."""
     if slopes is None:
-        return False
+        return 0, 0
     if not isinstance(slopes, Tensor):
         raise TypeError(f"alibi_slopes is {type(slopes).__name__}: expected a float32 torch.Tensor")
     if slopes.dtype != torch.float32:
@@ -304,11 +307,8 @@ def check_alibi_slopes(
         )
     if slopes.device != device:
         raise ValueError(f"alibi_slopes is on {slopes.device} but q is on {device}: move it there")
-    if slopes.stride(-1) != 1 and num_heads_q > 1:
-        raise ValueError(
-            f"alibi_slopes has stride {slopes.stride()}: the last must be 1, use .contiguous()"
-        )
-    return slopes.ndim == 2
+    batch_stride = slopes.stride(0) if slopes.ndim == 2 and batch > 1 else 0
+    return batch_stride, slopes.stride(-1) if num_heads_q > 1 else 0
 
 
 def check_lengths(call: ForwardCall, problem: Problem) -> None:

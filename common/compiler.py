@@ -7,19 +7,18 @@ Instruction counts of the result are in ``sass.py``.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
-import importlib
-import importlib.util
 import re
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from . import log as package_log
+from . import nvrtc as libraries
+from .nvrtc import Nvrtc
 from .sources import PRELUDE
 from .spec import KernelSpec
 
@@ -37,7 +36,7 @@ class CompileError(RuntimeError):
 
 
 class MissingCompilerError(ImportError):
-    """cuda-bindings or the NVRTC library is not installed or cannot be loaded."""
+    """No NVRTC library is installed, or it cannot be loaded."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def compile_cubin(spec: KernelSpec, sources: Mapping[str, str], why: str | None 
     )
     try:
         flags = [option.encode() for option in options(spec)]
-        if tuple(nvrtc.nvrtcVersion()[1:]) >= _FIRST_WITH_CACHE:
+        if nvrtc.nvrtcVersion()[1:] >= _FIRST_WITH_CACHE:
             flags.append(b"--no-cache")  # a hit in NVRTC's own cache comes without the ptxas report
         what = f"compiling {spec.label()}"
         begin = time.perf_counter()
@@ -100,6 +99,8 @@ def compile_cubin(spec: KernelSpec, sources: Mapping[str, str], why: str | None 
         cubin = _fetch(nvrtc, program, "CUBIN")
     finally:
         nvrtc.nvrtcDestroyProgram(program)
+    version = loaded_version()
+    package_log.info("compiled %s with %s in %.2f s", spec.label(), version, seconds)
     return Compiled(cubin, log, seconds)
 
 
@@ -138,26 +139,15 @@ def parse_resources(log: str) -> ResourceUsage:
 
 @functools.cache
 def compiler_version() -> str:
-    """What of the compiler enters the cache key, e.g. "nvrtc 13.0.88".
+    """What of the compiler enters the cache key, e.g. "nvrtc 13.0.88": of the library that
+    `load_nvrtc` loads.
 
-    Read from the installed wheel, because loading NVRTC costs 0.1 s and a warm start needs none of
-    it; the library itself is asked only where it did not come as a wheel.
+    Read from its wheel, because loading NVRTC costs 0.1 s and a warm start needs none of it; the
+    library itself is asked only where it did not come as a wheel.
     """
-    from importlib import metadata
-
-    def version(distribution: str) -> str | None:
-        try:
-            return metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            return None
-
-    bindings = version("cuda-bindings")
-    if bindings is not None:
-        major = bindings.partition(".")[0]
-        wheel = version("nvidia-cuda-nvrtc" if int(major) >= 13 else f"nvidia-cuda-nvrtc-cu{major}")
-        if wheel is not None and wheel.startswith(f"{major}."):
-            return f"nvrtc {wheel}"
-    return loaded_version()
+    library = libraries.chosen()
+    version = None if library is None else library.wheel_version()
+    return loaded_version() if version is None else f"nvrtc {version}"
 
 
 def loaded_version() -> str:
@@ -168,77 +158,60 @@ def loaded_version() -> str:
 
 
 @functools.cache
-def load_nvrtc() -> Any:
-    """cuda.bindings.nvrtc with its library loaded; MissingCompilerError says what to do."""
+def load_nvrtc() -> Nvrtc:
+    """The library that fits this machine's driver; MissingCompilerError says what to do."""
+    library = libraries.chosen()
+    if library is None:
+        raise _missing("no NVRTC library is found")
     try:
-        nvrtc = importlib.import_module("cuda.bindings.nvrtc")
-    except ImportError as error:
-        raise _missing("cuda-bindings cannot be imported", error) from error
-    try:
-        try:
-            status = nvrtc.nvrtcVersion()[0]
-        except Exception:  # each version of the bindings has its own exception for this
-            if not _load_library_of_the_path():
-                raise
-            status = nvrtc.nvrtcVersion()[0]
-    except Exception as error:
-        raise _missing("the NVRTC library cannot be loaded", error) from error
-    if int(status) != 0:
-        raise _missing("the NVRTC library does not work", status)
+        nvrtc = Nvrtc(library)
+    except OSError as error:
+        raise _missing(f"the NVRTC library {library.path} cannot be loaded ({error})") from error
+    status = nvrtc.nvrtcVersion()[0]
+    if status != 0:
+        raise _missing(f"the NVRTC library {library.path} does not work ({status.name})")
     return nvrtc
 
 
-def _load_library_of_the_path() -> bool:
-    """Loads NVRTC's library from its wheel anywhere on sys.path; whether there is one.
-
-    The bindings find it in site folders, but not in what pip makes for an isolated build, or under
-    `pip install --target`. They take one that is loaded already.
-    """
-    nvidia = importlib.util.find_spec("nvidia")
-    folders = (nvidia.submodule_search_locations if nvidia is not None else None) or ()
-    libraries = [path for folder in folders for path in Path(folder).glob("*/lib/libnvrtc.so.*")]
-    for path in sorted(libraries, reverse=True):
-        if re.fullmatch(r"libnvrtc\.so\.\d+", path.name):
-            try:
-                for library in (*path.parent.glob("libnvrtc-builtins.so.*"), path):
-                    ctypes.CDLL(str(library))
-            except OSError:
-                continue
-            return True
-    return False
-
-
-def _missing(what: str, error: object) -> MissingCompilerError:
-    major = _cuda_major()
-    wheels = {
-        12: 'pip install "cuda-bindings==12.*" nvidia-cuda-nvrtc-cu12',
-        13: 'pip install "cuda-bindings==13.*" "nvidia-cuda-nvrtc==13.*"',
-    }
-    if major in wheels:
-        fix = wheels[major]
-    else:
-        fix = f"{wheels[13]}   (CUDA 12: {wheels[12]})"
+def _missing(what: str) -> MissingCompilerError:
+    wheel = libraries.requirement(libraries.newest_major())
     return MissingCompilerError(
-        f"{what} ({type(error).__name__}: {error}). flash_attn_interface compiles kernels with "
-        f"NVRTC; cuda-bindings and NVRTC must have one CUDA major version. Fix: {fix}"
+        f"{what}. flash_attn_interface compiles kernels with NVRTC. Fix: {pip_install(wheel)}"
     )
 
 
-def _cuda_major() -> int | None:
-    """CUDA major of the imported torch, if one is and it has CUDA."""
-    torch = sys.modules.get("torch")
-    text = getattr(getattr(torch, "version", None), "cuda", None)
-    return int(text.partition(".")[0]) if text else None
+def pip_install(wheel: str) -> str:
+    return f'pip install "{wheel}"'
 
 
-def _failure(nvrtc: Any, spec: KernelSpec, status: object) -> str:
+@functools.cache
+def unfit_for_the_driver() -> str | None:
+    """Why this machine's driver will not load what is compiled here, and the way out; else None."""
+    driver, library = libraries.driver_version(), libraries.chosen()
+    if driver is None or library is None or library.major <= driver[0]:
+        return None
+    return too_old(driver, compiler_version())
+
+
+def too_old(driver: tuple[int, int], compiler: str) -> str:
+    """What to say of a driver that refuses what a compiler made."""
+    wheel = libraries.requirement(driver[0])
+    return (
+        f"The display driver supports CUDA {driver[0]}.{driver[1]}, the compiler is {compiler}: a "
+        f"driver loads what a compiler of its own or an older CUDA version made. Way out: a newer "
+        f"driver, or {pip_install(wheel)}"
+    )
+
+
+def _failure(nvrtc: Nvrtc, spec: KernelSpec, status: object) -> str:
     number = re.sub(r"\D", "", spec.arch)
     error, *known = nvrtc.nvrtcGetSupportedArchs()
     if int(error) == 0 and int(number) not in known[0]:
-        newest = max(known[0])
+        newest, major = max(known[0]), nvrtc.library.major
         return (
             f"{loaded_version()} cannot compile for {spec.arch} (newest it knows: sm_{newest}). "
-            f"Install a newer NVRTC of the same CUDA major version"
+            f"Install a newer NVRTC, of a CUDA major version that the driver supports: "
+            f"pip install --upgrade {libraries.requirement(major).partition('>')[0]}"
         )
     name = getattr(status, "name", status)
     return f"{name} while compiling {spec.label()} with {loaded_version()}"

@@ -7,6 +7,7 @@ hot path of the package: beside the binding's own 5 us it may cost well under on
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import threading
 import warnings
@@ -19,6 +20,8 @@ from .spec import KernelSpec
 # of shared memory gives on a device it was not prepared for.
 _INVALID_VALUE = 1
 _INVALID_CONTEXT = 201
+_INSUFFICIENT_DRIVER = 35  # of the runtime API; the driver API has no such value
+_OLDEST_DRIVER = 12000
 _DEFAULT_MAX_DYNAMIC_SMEM = 48 * 1024
 
 
@@ -45,7 +48,8 @@ def load_bindings() -> Any:
 class DeviceKernel:
     """A loaded kernel. One object serves all devices, contexts, streams and threads of the process.
 
-    It is never unloaded: plans and captured CUDA graphs may hold its handle.
+    It is never unloaded: plans and captured CUDA graphs may hold its handle. On the device it takes
+    what its code takes, 10 to 150 KiB; a process loads one for each kind of call that it makes.
     """
 
     def __init__(self, spec: KernelSpec, cubin: bytes, made_by: str = "") -> None:
@@ -58,6 +62,7 @@ class DeviceKernel:
         self._threads = int(spec["num_threads"])
         self._prepared: set[int] = set()
         self._guard = threading.Lock()
+        _check_driver(cuda)
         self._call("cuInit", 0)
         self._library = self._load(cubin, made_by)
         self._kernel = self._call("cuLibraryGetKernel", self._library, spec.entry.encode())
@@ -65,6 +70,7 @@ class DeviceKernel:
         self._function = cuda.CUfunction(int(self._kernel))
         self._launch = cuda.cuLaunchKernel
         self._streams: dict[int, Any] = {}
+        self._programmatic: dict[tuple[int, int], Any] = {}
 
     def prepare(self, device_index: int) -> None:
         """Allows the kernel its shared memory on the device and loads its code there. Once each.
@@ -90,34 +96,64 @@ class DeviceKernel:
                 self._call("cuCtxSetCurrent", previous)
             self._prepared.add(device_index)
 
-    def launch(self, grid: int, params_address: int, stream: int) -> None:
+    def launch(
+        self, grid: int, params_address: int, stream: int, programmatic: bool = False
+    ) -> None:
         """Queues the kernel with ``grid`` CTAs.
 
         params_address: of a void*[1] array that points to the parameter block
         (``ParamBlock.kernel_params_address``); the block is copied before this returns.
         stream: raw handle, of the device the caller made current; 0 is the default stream.
+        programmatic: the kernel may start before the launch ahead of it on the stream has ended. It
+        is compiled for sm_90 or newer and calls griddepcontrol_wait() (common/ptx).
         """
-        handle = self._streams.get(stream)
-        if handle is None:
-            handle = self._stream(stream)
-        (status,) = self._launch(
-            self._function, grid, 1, 1, self._threads, 1, 1, self._smem, handle, params_address, 0
-        )
+        if programmatic:
+            status = self._launch_early(grid, params_address, stream)
+        else:
+            handle = self._streams.get(stream)
+            if handle is None:
+                handle = self._stream(stream)
+            (status,) = self._launch(
+                self._function, grid, 1, 1, self._threads, 1, 1, self._smem, handle,
+                params_address, 0,
+            )  # fmt: skip
         if status:
-            self._mend_or_raise(status, grid, params_address, handle)
+            self._mend_or_raise(status, grid, params_address, stream, programmatic)
+
+    def _launch_early(self, grid: int, params_address: int, stream: int) -> Any:
+        config = self._programmatic.get((grid, stream))
+        if config is None:
+            config = self._programmatic_config(grid, stream)
+        (status,) = self._cuda.cuLaunchKernelEx(config, self._function, params_address, 0)
+        return status
+
+    def _programmatic_config(self, grid: int, stream: int) -> Any:
+        """Made once, because filling one in costs more than the launch; never changed later."""
+        cuda = self._cuda
+        attribute = cuda.CUlaunchAttribute()
+        ids = cuda.CUlaunchAttributeID
+        attribute.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config = cuda.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = self._threads, 1, 1
+        config.sharedMemBytes = self._smem
+        config.hStream = self._stream(stream)
+        config.attrs = [attribute]
+        config.numAttrs = 1
+        if len(self._programmatic) >= 1024:
+            self._programmatic.clear()
+        self._programmatic[grid, stream] = config
+        return config
 
     def _load(self, cubin: bytes, made_by: str) -> Any:
         try:
             return self._call("cuLibraryLoadData", cubin, None, None, 0, None, None, 0)
         except DriverError as error:
             version = int(self._call("cuDriverGetVersion"))
-            made_by = made_by or compiler.compiler_version()
-            raise DriverError(
-                f"{error}\n  The display driver supports CUDA {version // 1000}."
-                f"{version % 1000 // 10}, the compiler is {made_by}: a driver "
-                f"loads what a compiler of its own or an older CUDA version made",
-                error.code,
-            ) from error
+            supported = version // 1000, version % 1000 // 10
+            told = compiler.too_old(supported, made_by or compiler.compiler_version())
+            raise DriverError(f"{error}\n  {told}", error.code) from error
 
     def _stream(self, stream: int) -> Any:
         if len(self._streams) >= 1024:  # handles are reused, this only bounds a leak
@@ -125,7 +161,9 @@ class DeviceKernel:
         handle = self._streams[stream] = self._cuda.CUstream(stream)
         return handle
 
-    def _mend_or_raise(self, status: Any, grid: int, params_address: int, handle: Any) -> None:
+    def _mend_or_raise(
+        self, status: Any, grid: int, params_address: int, stream: int, programmatic: bool
+    ) -> None:
         """The slow path of ``launch``: one retry where the cause can be removed."""
         code = int(status)
         if code in (_INVALID_CONTEXT, _INVALID_VALUE):
@@ -138,14 +176,17 @@ class DeviceKernel:
             if device_index not in self._prepared:
                 self.prepare(device_index)
                 mended = True
-            if mended:
+            if mended and programmatic:
+                status = self._launch_early(grid, params_address, stream)
+            elif mended:
                 (status,) = self._launch(
-                    self._function, grid, 1, 1, self._threads, 1, 1, self._smem, handle,
-                    params_address, 0,
+                    self._function, grid, 1, 1, self._threads, 1, 1, self._smem,
+                    self._stream(stream), params_address, 0,
                 )  # fmt: skip
-                code = int(status)
+            code = int(status)
         if code:
-            self._fail("cuLaunchKernel", status, f", grid {grid}")
+            function = "cuLaunchKernelEx" if programmatic else "cuLaunchKernel"
+            self._fail(function, status, f", grid {grid}")
 
     def _call(self, function: str, *arguments: object) -> Any:
         status, *result = getattr(self._cuda, function)(*arguments)
@@ -169,10 +210,25 @@ _kernels_guard = threading.Lock()
 _contexts: dict[int, Any] = {}
 
 
+def _after_fork() -> None:
+    """In a forked child, nobody would ever release what another thread of the parent held."""
+    global _kernels_guard
+    _kernels_guard = threading.Lock()
+    for kernel in _kernels.values():
+        kernel._guard = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def device_kernel(spec: KernelSpec, device_index: int) -> DeviceKernel:
     """The kernel, ready to launch on the device: found or compiled, loaded and prepared."""
     kernel = _kernels.get(spec)
     if kernel is None:
+        told = compiler.unfit_for_the_driver()
+        if told is not None and cache.default_kernels().find(spec) is None:
+            raise DriverError(f"{told}\n  {spec.describe()}", _INSUFFICIENT_DRIVER)
         image = cache.default_kernels().image(spec)  # outside the guard: others compile meanwhile
         with _kernels_guard:
             kernel = _kernels.get(spec)
@@ -180,6 +236,17 @@ def device_kernel(spec: KernelSpec, device_index: int) -> DeviceKernel:
                 kernel = _kernels[spec] = _loaded(image)
     kernel.prepare(device_index)
     return kernel
+
+
+def _check_driver(cuda: Any) -> None:
+    """DriverError where the driver lacks the functions that load kernels."""
+    status, version = cuda.cuDriverGetVersion()
+    if int(status) == 0 and version < _OLDEST_DRIVER:
+        raise DriverError(
+            f"the display driver supports CUDA {version // 1000}.{version % 1000 // 10}, which is "
+            f"too old for these kernels: they need a driver for CUDA 12.0 or newer (525 and later)",
+            _INSUFFICIENT_DRIVER,
+        )
 
 
 def _loaded(image: cache.KernelImage) -> DeviceKernel:

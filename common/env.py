@@ -6,7 +6,11 @@ Nothing else reads ``os.environ``. Values are read at each call of ``get()``, ne
 
 from __future__ import annotations
 
+import difflib
+import functools
 import os
+import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +38,9 @@ class Variable(Generic[T_co]):
         try:
             return self.parse(text)
         except ValueError as error:
-            raise ValueError(f"{self.name}={text!r}: expected {self.kind}") from error
+            # What int() and the like say does not help; our own reasons and shlex's do.
+            reason = f" ({error})" if str(error) and text not in str(error) else ""
+            raise ValueError(f"{self.name}={text!r}: expected {self.kind}{reason}") from error
 
 
 def _boolean(text: str) -> bool:
@@ -68,7 +74,52 @@ def _archs(text: str) -> tuple[str, ...]:
 
 
 def _folder(text: str) -> Path | None:
-    return Path(text).expanduser()
+    if text.startswith("~"):
+        try:
+            return Path(text).expanduser()
+        except RuntimeError as error:
+            raise ValueError("there is no such home folder") from error
+    return _absolute(text)
+
+
+@functools.cache
+def _absolute(text: str) -> Path:
+    """Of a relative folder: where it was when it was first asked for, whatever chdir() follows."""
+    return Path.cwd() / text
+
+
+def _as_given(text: str) -> Path | None:
+    return Path(text)
+
+
+def _tables(text: str) -> Path | None:
+    return OFF if text == str(OFF) else _folder(text)
+
+
+OFF = Path("off")  # of TUNED_TILES
+
+
+def _command(text: str) -> str:
+    if not shlex.split(text):
+        raise ValueError(text)
+    return text
+
+
+def _size(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)i?B?", text, re.IGNORECASE)
+    if found is None:
+        raise ValueError(text)
+    number, unit = found.groups()
+    return int(float(number) * 1024 ** " KMGT".index(unit.upper() or " "))
+
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+def _log_level(text: str) -> str:
+    if text.lower() not in LOG_LEVELS:
+        raise ValueError(text)
+    return text.lower()
 
 
 CACHE_DIR: Variable[Path | None] = Variable(
@@ -76,7 +127,8 @@ CACHE_DIR: Variable[Path | None] = Variable(
     "a folder",
     "`$XDG_CACHE_HOME/flash_attn_interface`, else `~/.cache/flash_attn_interface`",
     "Where compiled kernels are kept. Created with mode 0700; a folder that other users own or may "
-    "write to is refused.",
+    "write to, itself or a parent, is refused. A relative one is looked for from where the process "
+    "is when it first asks.",
     lambda: None,
     _folder,
 )
@@ -86,7 +138,7 @@ XDG_CACHE_HOME: Variable[Path | None] = Variable(
     "`~/.cache`",
     "Parent of the default cache folder.",
     lambda: None,
-    _folder,
+    _as_given,
 )
 DISK_CACHE: Variable[bool] = Variable(
     "FLASH_ATTN_INTERFACE_DISK_CACHE",
@@ -101,9 +153,38 @@ PREBUILT_DIR: Variable[Path | None] = Variable(
     "a folder",
     "none",
     "A folder that `python -m flash_attn_interface.build --out` filled, maybe on another machine. "
-    "Only read, and before the kernels that the installation brings along.",
+    "Only read, and before the kernels that the installation brings along. Not used where users "
+    "other than root, the installation's owner and this one own it or may write to it.",
     lambda: None,
     _folder,
+)
+TRUST_FOLDERS: Variable[bool] = Variable(
+    "FLASH_ATTN_INTERFACE_TRUST_FOLDERS",
+    "0 or 1",
+    "0",
+    "1 leaves out the checks of who owns and may write to the folders that kernels and tables are "
+    "loaded from. For machines and containers without other users.",
+    lambda: False,
+    _boolean,
+)
+CACHE_LIMIT: Variable[int | None] = Variable(
+    "FLASH_ATTN_INTERFACE_CACHE_LIMIT",
+    "a size such as `2G` or `500M`",
+    "none",
+    "What the kernels of the cache may take together. Beyond it, each new one makes those go that "
+    "were not used for longest.",
+    lambda: None,
+    _size,
+)
+LOGLEVEL: Variable[str | None] = Variable(
+    "FLASH_ATTN_INTERFACE_LOGLEVEL",
+    "`debug`, `info`, `warning` or `error`",
+    "Python's logging decides",
+    "Print the package's log to stderr from this level on. `info`: which backend serves a new kind "
+    "of call and why, and each compile with its time; `debug`: also where each kernel is loaded "
+    "from.",
+    lambda: None,
+    _log_level,
 )
 FORCE_BACKEND: Variable[str | None] = Variable(
     "FLASH_ATTN_INTERFACE_FORCE_BACKEND",
@@ -137,7 +218,7 @@ TUNED_TILES: Variable[Path | None] = Variable(
     "Where `python -m flash_attn_interface.tune` keeps this user's tile tables, which come before "
     "those of the package. `off`: no tables at all, not even the package's.",
     lambda: None,
-    _folder,
+    _tables,
 )
 CXX: Variable[str] = Variable(
     "CXX",
@@ -145,7 +226,7 @@ CXX: Variable[str] = Variable(
     "`g++`",
     "C++20 compiler of the CPU simulator.",
     lambda: "g++",
-    str,
+    _command,
 )
 CUDA_ARCHS: Variable[tuple[str, ...] | None] = Variable(
     "FLASH_ATTN_CUDA_ARCHS",
@@ -176,7 +257,10 @@ VARIABLES: tuple[Variable[object], ...] = (
     CACHE_DIR,
     XDG_CACHE_HOME,
     DISK_CACHE,
+    CACHE_LIMIT,
     PREBUILT_DIR,
+    TRUST_FOLDERS,
+    LOGLEVEL,
     FORCE_BACKEND,
     CHECK_CACHE,
     SIM_THREADS,
@@ -202,6 +286,27 @@ def cache_dir() -> Path | None:
         except RuntimeError:  # a container user without a passwd entry and without HOME
             return None
     return parent / "flash_attn_interface"
+
+
+# Names of FlashAttention's own builds that mean nothing here; scripts set them nevertheless.
+_OF_UPSTREAM = re.compile(
+    r"FLASH_ATTENTION_(DISABLE_\w+|FORCE_(BUILD|CXX11_ABI)|TRITON_AMD_\w+|ENABLE_\w+|"
+    r"SKIP_CK_BUILD|USE_\w+)|FLASH_ATTN_LOCAL_VERSION"
+)
+
+
+def misspelt() -> list[str]:
+    """A line for each variable that looks like one of this package's and is none."""
+    known = [variable.name for variable in VARIABLES]
+    lines = []
+    for name in sorted(os.environ):
+        if not re.match(r"_*FLASH_?ATT", name, re.IGNORECASE):
+            continue
+        if name in known or _OF_UPSTREAM.fullmatch(name):
+            continue
+        near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.8)
+        lines.append(f"{name} is not read" + (f"; did you mean {near[0]}?" if near else ""))
+    return lines
 
 
 def as_markdown() -> str:

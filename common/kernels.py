@@ -25,10 +25,18 @@ class Kernel(Protocol):
 
     layout: ParamLayout
 
-    def launch(self, grid: int, block: ParamBlock, tensors: Sequence[Tensor | None]) -> None:
+    def launch(
+        self,
+        grid: int,
+        block: ParamBlock,
+        tensors: Sequence[Tensor | None],
+        programmatic: bool = False,
+    ) -> None:
         """Runs or queues `grid` CTAs.
 
         tensors: all that the kernel may touch; the simulator allows no other access.
+        programmatic: it may start before the launch ahead of it on the stream has ended; see
+        common/ptx/griddepcontrol.cuh for what the kernel then has to do. sm_90 or newer.
         """
 
 
@@ -50,13 +58,20 @@ class _OnDevice:
         self._current_device = torch._C._cuda_getDevice
         self._raw_stream = torch._C._cuda_getCurrentRawStream
 
-    def launch(self, grid: int, block: ParamBlock, tensors: Sequence[Tensor | None]) -> None:
+    def launch(
+        self,
+        grid: int,
+        block: ParamBlock,
+        tensors: Sequence[Tensor | None],
+        programmatic: bool = False,
+    ) -> None:
         index = self._device_index
+        address = block.kernel_params_address
         if self._current_device() == index:
-            self._launch(grid, block.kernel_params_address, self._raw_stream(index))
+            self._launch(grid, address, self._raw_stream(index), programmatic)
         else:
             with torch.cuda.device(index):
-                self._launch(grid, block.kernel_params_address, self._raw_stream(index))
+                self._launch(grid, address, self._raw_stream(index), programmatic)
 
 
 class _Simulated:
@@ -64,5 +79,11 @@ class _Simulated:
         self.layout = ParamLayout.load(spec.params)
         self._kernel = kernel
 
-    def launch(self, grid: int, block: ParamBlock, tensors: Sequence[Tensor | None]) -> None:
-        self._kernel.launch(grid, block.address, tensors)
+    def launch(
+        self,
+        grid: int,
+        block: ParamBlock,
+        tensors: Sequence[Tensor | None],
+        programmatic: bool = False,
+    ) -> None:
+        self._kernel.launch(grid, block.address, tensors, programmatic)

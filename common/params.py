@@ -1,4 +1,5 @@
-"""Parameter blocks packed from the text of common/device/params.cuh, their only definition.
+"""Parameter blocks packed from the text of common/device/params.cuh and what it includes, their
+only definition.
 
 A plan makes one block, sets the fields that its problem fixes, and patches pointers per call::
 
@@ -9,7 +10,9 @@ A plan makes one block, sets the fields that its problem fixes, and patches poin
     kernel.launch(grid, block.kernel_params_address, stream)
 
 The struct may hold pointers, ``i32 u32 i64 u64 f32``, fixed arrays of these, and ``TensorMap``
-(``common/tensor_map.py``); nothing else, so that natural C alignment is all there is to know.
+(``common/tensor_map.py``); nothing else, so that natural C alignment is all there is to know. It may
+extend one other struct, ``struct A : B``, whose fields then come first: a block of A serves a kernel
+that takes B.
 """
 
 from __future__ import annotations
@@ -89,9 +92,14 @@ class ParamLayout:
         """Layout of ``struct name`` in ``text`` (default: params.cuh). Raises ParamsError."""
         if text is None:
             return _load(name)
-        body = _struct_body(name, _COMMENT.sub(" ", text))
+        base, body = _struct_body(name, _COMMENT.sub(" ", text))
         fields: dict[str, Field] = {}
         offset, alignment = 0, 1
+        if base:
+            extended = cls.parse(base, text)
+            fields.update(extended.fields)
+            offset = extended.size
+            alignment = max(field.alignment for field in fields.values())
         for statement in body.split(";"):
             for field_name, kind, count in _declared(name, statement.strip()):
                 if field_name in fields:
@@ -232,17 +240,20 @@ class ParamBlock:
 
 @functools.cache
 def _load(name: str) -> ParamLayout:
-    return ParamLayout.parse(name, sources.read(PARAMS_SOURCE))
+    return ParamLayout.parse(name, "\n".join(sources.resolve(PARAMS_SOURCE).values()))
 
 
-def _struct_body(name: str, text: str) -> str:
-    found = re.findall(rf"\bstruct\s+{re.escape(name)}\s*\{{(.*?)\}}\s*;", text, re.DOTALL)
+def _struct_body(name: str, text: str) -> tuple[str, str]:
+    """(name of the struct that it extends or "", text between the braces)."""
+    found = re.findall(
+        rf"\bstruct\s+{re.escape(name)}\s*(?::\s*(\w+)\s*)?\{{(.*?)\}}\s*;", text, re.DOTALL
+    )
     if len(found) != 1:
         raise ParamsError(f"expected one definition of struct {name}, found {len(found)}")
-    body: str = found[0]
+    base, body = found[0]
     if "{" in body:
         raise ParamsError(f"struct {name} may hold plain fields only")
-    return body
+    return base, body
 
 
 def _declared(struct: str, statement: str) -> list[tuple[str, str, int]]:

@@ -30,7 +30,8 @@ def score_values(problem: Problem) -> dict[str, Any]:
         "window_right": min(p.window_right, MAX_WINDOW),
         "attention_chunk": min(p.attention_chunk, MAX_WINDOW),
         "softmax_scale_log2": p.softmax_scale * LOG2E,
-        "alibi_batch_stride": p.num_heads_q if p.alibi_batched else 0,
+        "alibi_batch_stride": p.alibi_strides[0],
+        "alibi_head_stride": p.alibi_strides[1],
     }
     if p.softcap > 0.0:
         values["softcap_in"] = p.softmax_scale / p.softcap

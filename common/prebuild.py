@@ -17,11 +17,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import cache, compiler, env, headdim, sources
+from . import cache, compiler, env, headdim, nvrtc, source_state, sources, tuned_tiles
 from .headdim import Wanted
 from .spec import KernelSpec
 from .store import DamagedEntryError, check_entry
@@ -66,7 +66,7 @@ def build_requires() -> list[str]:
     """What must be installed for `install` to work. setuptools and Python aside."""
     if not _wanted_here():
         return []
-    return ["cuda-bindings>=13", "nvidia-cuda-nvrtc>=13", "filelock", "ninja"]
+    return [nvrtc.requirement(nvrtc.newest_major()), "filelock", "ninja"]
 
 
 def _wanted_here() -> bool:
@@ -90,6 +90,11 @@ def install(trees: Trees, listing: Path, destination: Path, store: Path) -> None
         raise SystemExit(f"error: {error}") from error
 
 
+def record_sources(package: Path, checkout: Path) -> None:
+    """What the two `setup.py` do beside: see `source_state.py`."""
+    source_state.write(package, checkout)
+
+
 def _install(trees: Trees, listing: Path, destination: Path, store: Path) -> None:
     if not _wanted_here():
         shutil.rmtree(destination, ignore_errors=True)
@@ -97,24 +102,12 @@ def _install(trees: Trees, listing: Path, destination: Path, store: Path) -> Non
         return
     wanted = headdim.read(listing)
     archs = headdim.archs(wanted)
-    with _without_tables_of_the_user(store / "no-tables"):
+    by_name = env.TUNED_TILES.get() is not None  # then whoever builds asks for them
+    with contextlib.nullcontext() if by_name else tuned_tiles.without_tables_of_the_user():
         specs = trees.specs(wanted, archs)
     say(f"{len(specs)} kernels for {', '.join(archs)}; {wanted.describe()}")
     build(specs, trees, store)
     publish(specs, store, destination)
-
-
-@contextlib.contextmanager
-def _without_tables_of_the_user(empty: Path) -> Iterator[None]:
-    """Tuned tiles of whoever builds are not part of what is shipped, unless asked for by name."""
-    if env.TUNED_TILES.get() is not None:
-        yield
-        return
-    os.environ[env.TUNED_TILES.name] = str(empty)
-    try:
-        yield
-    finally:
-        del os.environ[env.TUNED_TILES.name]
 
 
 def build(

@@ -121,9 +121,9 @@ _ROTARY_DIM = 16
 def gpus(arch: str) -> tuple[str, ...]:
     """Models of an architecture that have tables of tuned tiles; "" stands for all others."""
     models = {""}
-    for folder in (tuned_tiles.user_folder(), tuned_tiles.PACKAGED):
-        for path in sorted(folder.glob("*.json")) if folder is not None else ():
-            table = tuned_tiles.read(path)
+    for folder, checked in tuned_tiles.folders():
+        for path in sorted(folder.glob("*.json")):
+            table = tuned_tiles.read(path, checked)
             if table is not None and table.arch == arch.rstrip("af"):
                 models.add(table.gpu)
     return tuple(sorted(models))

@@ -65,7 +65,8 @@ class Problem:
     attention_chunk: int = 0  # 0 is off
     softcap: float = 0.0  # 0 is off
     alibi: bool = False
-    alibi_batched: bool = False  # slopes are (batch, num_heads_q), not (num_heads_q,)
+    # (batch, head) of alibi_slopes, 0 for an axis of size 1; batch is 0 too for (num_heads_q,).
+    alibi_strides: tuple[int, int] = (0, 0)
     dropout_p: float = 0.0
     return_lse: bool = True
     return_softmax: bool = False  # S_dmask wanted; only with dropout
@@ -103,6 +104,11 @@ class Problem:
     @property
     def dropout(self) -> bool:
         return self.dropout_p > 0.0
+
+    @property
+    def large_softcap(self) -> bool:
+        """tanh from exponentials, as the kernels have it, is not precise enough for such a cap."""
+        return self.softcap > 1000.0
 
     @property
     def varlen(self) -> bool:

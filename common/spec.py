@@ -51,6 +51,11 @@ class KernelSpec:
                 return value
         raise KeyError(f"{self.entry} has no constant {name!r}")
 
+    @property
+    def cluster_size(self) -> int:
+        """CTAs of a cluster: the constant of that name, which a CLUSTER_KERNEL reads, else 1."""
+        return int(dict(self.constants).get("cluster_size", 1))
+
     def validate(self) -> None:
         """ValueError with the reason if this cannot be compiled or launched on its arch.
 
@@ -89,6 +94,11 @@ class KernelSpec:
             raise ValueError(
                 f"{self.entry}: smem_bytes={smem}, {limits.name} offers a CTA "
                 f"{limits.max_smem_per_cta}"
+            )
+        if not 1 <= self.cluster_size <= limits.max_cluster_size:
+            raise ValueError(
+                f"{self.entry}: cluster_size={self.cluster_size}, {limits.name} has clusters of up "
+                f"to {limits.max_cluster_size} CTAs"
             )
         fitting = limits.max_ctas_per_sm(smem, threads)
         if not 1 <= ctas <= fitting:

@@ -20,7 +20,6 @@ read-only or full is replaced by memory, and each is reported by one warning.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import hashlib
@@ -30,15 +29,39 @@ import shutil
 import stat
 import tempfile
 import threading
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import env
+from . import entries, env, trust
+from .entries import (
+    KEY_DIGITS,
+    Artifact,
+    DamagedEntryError,
+    check_entry,
+    content_key,
+    discard_entry,
+    entry_name,
+    find_prebuilt,
+    read_entry,
+    warn,
+)
 
-_KEY_DIGITS = 16
+__all__ = [
+    "Artifact",
+    "ArtifactStore",
+    "Built",
+    "DamagedEntryError",
+    "check_entry",
+    "content_key",
+    "default_store",
+    "discard_entry",
+    "entry_name",
+    "find_prebuilt",
+]
+
 # A waiting process gives up on the lock after this long and builds for itself: a stopped or hung
 # lock holder must not hang every other rank. Building twice is harmless, publishing is atomic.
 _LOCK_TIMEOUT_SECONDS = 600.0
@@ -57,53 +80,30 @@ class Built:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Artifact:
-    """One artifact whose checksum was verified. origin: "built", "disk" or "prebuilt"."""
-
-    name: str
-    data: bytes
-    facts: Mapping[str, Any]
-    origin: str
-    folder: Path | None  # None: it lives in memory only
-
-    def path(self) -> Path:
-        """A file with these bytes, for loaders that want a path (dlopen)."""
-        if self.folder is not None:
-            return self.folder / self.name
-        folder = Path(tempfile.mkdtemp(prefix="entry-", dir=_process_folder()))
-        (folder / self.name).write_bytes(self.data)
-        return folder / self.name
-
-
-class DamagedEntryError(Exception):
-    """A cache entry whose content is not what was published."""
-
-
-def content_key(parts: Iterable[str | bytes]) -> str:
-    """sha256 over the parts, each preceded by its length so that no two lists collide."""
-    digest = hashlib.sha256()
-    for part in parts:
-        raw = part.encode() if isinstance(part, str) else part
-        digest.update(len(raw).to_bytes(8, "little"))
-        digest.update(raw)
-    return digest.hexdigest()
-
-
 class ArtifactStore:
     """A folder of content-addressed artifacts, safe for many threads and processes.
 
     root: the writable cache folder, or None for memory only. It is created 0700, and refused if it
-    belongs to another user or others may write to it. A ``trusted`` one (build trees, tests) is
-    taken as it is and created as the umask says. Entries are given the folder's mode.
+    or a folder on its path is another user's or may be written to by others (``trust.py``), which
+    is looked at anew at each miss. A ``trusted`` one (build trees, tests) is taken as it is and
+    created as the umask says. Entries are given the folder's mode, less what others may write.
+    limit_bytes: what the entries may take together; those not used for longest are removed.
     """
 
-    def __init__(self, root: Path | None, *, trusted: bool = False) -> None:
-        self._root = root
+    def __init__(
+        self, root: Path | None, *, trusted: bool = False, limit_bytes: int | None = None
+    ) -> None:
+        self._root = None if root is None else Path.cwd() / root
         self._trusted = trusted
-        self._root_checked = False
+        self._limit_bytes = limit_bytes
+        self._root_created = False
         self._writable = root is not None
         self._memory: dict[str, Artifact] = {}
+        self._make_locks()
+        _stores.add(self)
+
+    def _make_locks(self) -> None:
+        """Also in a forked child: there, nobody would ever release what another thread held."""
         self._guard = threading.Lock()
         self._key_locks: dict[str, threading.Lock] = {}
 
@@ -136,7 +136,7 @@ class ArtifactStore:
         if folder is None:
             return None
         try:
-            return _read(folder, key, name, "disk")
+            return self._read(folder, key, name)
         except DamagedEntryError:
             return None  # get_or_build sets it aside, under the lock
 
@@ -145,20 +145,28 @@ class ArtifactStore:
         root = self._usable_root()
         return None if root is None else root / entry_name(label, key)
 
+    def _read(self, folder: Path, key: str, name: str) -> Artifact | None:
+        found = read_entry(folder, key, name, "disk", checked=not self._trusted)
+        if found is not None and self._writable:
+            entries.mark_used(folder)
+        return found
+
     def _usable_root(self) -> Path | None:
-        if self._root_checked:
-            return self._root
+        """The folder, created the first time and checked every time."""
+        root = self._root
+        if root is None or (self._trusted and self._root_created):
+            return root
         with self._guard:
-            if not self._root_checked:
-                problem = None
-                if self._root is not None:
-                    problem = _prepare_root(self._root, private=not self._trusted)
-                if problem is not None:
-                    refused, self._root, self._writable = self._root, None, False
-                self._root_checked = True
-                if problem is not None:
-                    _warn_no_disk(refused, problem)
-        return self._root
+            if self._root is None:
+                return None
+            root, problem = _prepare_root(self._root, private=not self._trusted)
+            refused, self._root = self._root, root
+            self._root_created = True
+            if problem is not None:
+                self._writable = False
+        if problem is not None:
+            _warn_no_disk(refused, problem)
+        return root
 
     def _stop_writing(self, error: OSError) -> None:
         """From here on this store only reads the disk: it is read-only, full or over quota."""
@@ -181,7 +189,7 @@ class ArtifactStore:
         if root is not None and self._writable:
             try:
                 (root / ".locks").mkdir(mode=0o700, exist_ok=True)
-                lock = FileLock(root / ".locks" / key[:_KEY_DIGITS], timeout=_LOCK_TIMEOUT_SECONDS)
+                lock = FileLock(root / ".locks" / key[:KEY_DIGITS], timeout=_LOCK_TIMEOUT_SECONDS)
                 lock.acquire()
             except (Timeout, NotImplementedError):  # hung holder; file system without locks
                 lock = None
@@ -199,23 +207,23 @@ class ArtifactStore:
         if folder is None:
             return None
         try:
-            return _read(folder, key, name, "disk")
+            return self._read(folder, key, name)
         except DamagedEntryError as error:
             if self._writable:
                 aside = folder.with_name(f".damaged-{folder.name}")
                 try:
-                    shutil.rmtree(aside, ignore_errors=True)
+                    entries.remove(aside)
                     os.rename(folder, aside)
                 except OSError as failure:
                     self._stop_writing(failure)
                 else:
-                    _warn(f"cache entry is damaged ({error}), moved to {aside} and rebuilt")
+                    warn(f"cache entry is damaged ({error}), moved to {aside} and rebuilt")
             return None
 
     def _sweep_abandoned(self, key: str) -> None:
         """Removes what a killed process left of this key. Only under its lock."""
         if self._root is not None:
-            for leftover in self._root.glob(f".tmp-{key[:_KEY_DIGITS]}-*"):
+            for leftover in self._root.glob(f".tmp-{key[:KEY_DIGITS]}-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def _publish(self, key: str, label: str, name: str, built: Built) -> Artifact:
@@ -223,6 +231,8 @@ class ArtifactStore:
         if folder is not None and self._writable:
             try:
                 _write_entry(folder, key, label, name, built)
+                if self._limit_bytes is not None:
+                    entries.trim(folder.parent, self._limit_bytes, keep=folder)
             except OSError as error:
                 self._stop_writing(error)
             else:
@@ -230,60 +240,6 @@ class ArtifactStore:
         artifact = Artifact(name, built.data, built.facts, "built", None)
         self._memory[key] = artifact
         return artifact
-
-
-def entry_name(label: str, key: str) -> str:
-    return f"{label}-{key[:_KEY_DIGITS]}"
-
-
-def find_prebuilt(folder: Path, key: str, label: str, name: str) -> Artifact | None:
-    """The entry of a folder that somebody else filled and that is only read, or None.
-
-    One that is damaged is reported and not used.
-    """
-    try:
-        return _read(folder / entry_name(label, key), key, name, "prebuilt")
-    except DamagedEntryError as error:
-        _warn(f"prebuilt kernel is damaged and not used, reinstall the package: {error}")
-        return None
-
-
-def check_entry(folder: Path) -> None:
-    """DamagedEntryError if a folder is not an entry as it was published."""
-    try:
-        record = json.loads((folder / "spec.json").read_bytes())
-        key, label, name = (str(record[part]) for part in ("key", "label", "artifact"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedEntryError(f"{folder}: {type(error).__name__}: {error}") from error
-    if folder.name != entry_name(label, key):
-        raise DamagedEntryError(f"{folder}: it was made as {entry_name(label, key)}")
-    _read(folder, key, name, "disk")
-
-
-def discard_entry(folder: Path) -> None:
-    """Removes an entry at once: a process that looks for it finds it whole or not at all."""
-    aside = tempfile.mkdtemp(prefix=".discarded-", dir=folder.parent)
-    try:
-        os.rename(folder, aside)
-    finally:
-        shutil.rmtree(aside)
-
-
-def _read(folder: Path, key: str, name: str, origin: str) -> Artifact | None:
-    """The verified entry, None if there is none; DamagedEntryError says what is wrong with it."""
-    if not folder.is_dir():
-        return None
-    try:
-        record = json.loads((folder / "spec.json").read_bytes())
-        data = (folder / name).read_bytes()
-        if record["key"] != key:
-            raise DamagedEntryError(f"{folder}: it was made for another key")
-        if record["sha256"] != hashlib.sha256(data).hexdigest():
-            raise DamagedEntryError(f"{folder}: checksum of {name} is wrong")
-        facts = dict(record["facts"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedEntryError(f"{folder}: {type(error).__name__}: {error}") from error
-    return Artifact(name, data, facts, origin, folder)
 
 
 def _write_entry(folder: Path, key: str, label: str, name: str, built: Built) -> None:
@@ -295,9 +251,9 @@ def _write_entry(folder: Path, key: str, label: str, name: str, built: Built) ->
         "sha256": hashlib.sha256(built.data).hexdigest(),
         "facts": built.facts,
     }
-    temporary = tempfile.mkdtemp(prefix=f".tmp-{key[:_KEY_DIGITS]}-", dir=folder.parent)
+    temporary = tempfile.mkdtemp(prefix=f".tmp-{key[:KEY_DIGITS]}-", dir=folder.parent)
     try:
-        os.chmod(temporary, stat.S_IMODE(folder.parent.stat().st_mode))
+        os.chmod(temporary, stat.S_IMODE(folder.parent.stat().st_mode) & ~0o022)
         for file_name, text in built.files.items():
             _write_file(Path(temporary, file_name), text.encode())
         _write_file(Path(temporary, name), built.data)
@@ -315,51 +271,53 @@ def _write_entry(folder: Path, key: str, label: str, name: str, built: Built) ->
 
 
 def _write_file(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+    # Whatever the umask: what others may write is not loaded.
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb") as file:
+        file.write(data)
 
 
-def _prepare_root(root: Path, private: bool) -> str | None:
-    """Creates the folder; returns why it must not be used, if so.
-
-    A loaded cubin or .so runs with our rights, so nobody else may be able to put one there.
-    """
+def _prepare_root(root: Path, private: bool) -> tuple[Path | None, str | None]:
+    """Creates the folder if it is missing; (its real path, None), or (None, why not to use it)."""
     try:
-        root.mkdir(mode=0o700 if private else 0o777, parents=True, exist_ok=True)
-        status = root.stat()
+        if not private:
+            root.mkdir(mode=0o755, parents=True, exist_ok=True)
+            return root, None
+        real = trust.resolve(root, own=True)
+        if not real.is_dir():
+            trust.make_private(real)
+            real = trust.resolve(real, own=True)  # another user may have been faster
+        return real, None
+    except trust.UntrustedError as error:
+        return None, str(error)
     except OSError as error:
-        return f"it cannot be created ({error})"
-    if not private:
-        return None
-    if status.st_uid != os.geteuid():
-        return f"it belongs to user id {status.st_uid}, this process runs as {os.geteuid()}"
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        mode = stat.S_IMODE(status.st_mode)
-        return f"other users may write to it (mode {mode:04o}; chmod 700 allows it)"
-    return None
-
-
-def _warn(message: str) -> None:
-    warnings.warn(f"flash_attn_interface: {message}", RuntimeWarning, stacklevel=3)
+        return None, f"it cannot be created ({error})"
 
 
 def _warn_no_disk(root: Path | None, problem: str) -> None:
-    _warn(
+    warn(
         f"the kernel cache {root} is not used: {problem}. Kernels are kept in memory and built "
         f"again by the next process. Set {env.CACHE_DIR.name} to a folder of your own with free "
         f"space, or {env.DISK_CACHE.name}=0 to choose memory without this warning."
     )
 
 
-@functools.cache
-def _process_folder() -> str:
-    folder = tempfile.mkdtemp(prefix="flash-attn-interface-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
 def default_store() -> ArtifactStore:
     """This process's store, over the cache folder of the environment."""
-    return _store(env.cache_dir())
+    return _store(env.cache_dir(), env.CACHE_LIMIT.get())
 
 
-_store = functools.cache(ArtifactStore)
+@functools.cache
+def _store(root: Path | None, limit_bytes: int | None) -> ArtifactStore:
+    return ArtifactStore(root, limit_bytes=limit_bytes)
+
+
+_stores: weakref.WeakSet[ArtifactStore] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for store in list(_stores):
+        store._make_locks()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

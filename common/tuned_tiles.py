@@ -8,6 +8,7 @@ a row's result stays the same in any batch.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from . import arch as arch_table
-from . import env
+from . import env, trust
 from .problem import Problem
 
 FORMAT = 1
@@ -90,8 +91,8 @@ def tile(
     Raises:
         TunedTilesError: the entry is not a tile, or one that is refused.
     """
-    for path in _paths(arch, gpu, packaged_only):
-        table = _load(path)
+    for path, checked in _paths(arch, gpu, packaged_only):
+        table = _load(path, checked)
         if table is None or table.arch != plain(arch) or table.gpu not in ("", gpu):
             continue  # of another GPU
         entry = table.entries.get(wanted)
@@ -113,12 +114,23 @@ def user_folder() -> Path | None:
     """The folder of this user's tables; None if there is no place for one."""
     chosen = env.TUNED_TILES.get()
     if chosen is not None:
-        return None if chosen == OFF else chosen
+        return None if chosen == env.OFF else chosen
     cache = env.cache_dir()
     return None if cache is None else cache / "tuned"
 
 
-OFF = Path("off")
+@contextlib.contextmanager
+def without_tables_of_the_user() -> Iterator[None]:
+    """For builds: what is shipped must not depend on who builds it."""
+    global _packaged_only
+    before, _packaged_only = _packaged_only, True
+    try:
+        yield
+    finally:
+        _packaged_only = before
+
+
+_packaged_only = False
 
 
 def file_name(arch: str, gpu: str = "") -> str:
@@ -131,6 +143,7 @@ def file_name(arch: str, gpu: str = "") -> str:
 def forget() -> None:
     """Read the tables anew; a process does so once, lest one problem gets two tiles."""
     _load.cache_clear()
+    _is_usable.cache_clear()
 
 
 def plain(arch: str) -> str:
@@ -138,27 +151,61 @@ def plain(arch: str) -> str:
     return arch_table.limits(arch).name
 
 
-def _paths(arch: str, gpu: str, packaged_only: bool) -> Iterator[Path]:
-    """Tables by precedence: the user's before the package's, the model's before the arch's."""
-    if env.TUNED_TILES.get() == OFF:
+def folders(packaged_only: bool = False) -> Iterator[tuple[Path, bool]]:
+    """Folders of tables that count, the user's first; and whether other users could write them."""
+    if env.TUNED_TILES.get() == env.OFF:
         return
-    user = None if packaged_only else user_folder()
-    for folder in (user, PACKAGED):
-        if folder is not None:
-            if gpu:
-                yield folder / file_name(arch, gpu)
-            yield folder / file_name(arch)
+    user = None if packaged_only or _packaged_only else user_folder()
+    if user is not None and _is_usable(user):
+        yield user, True
+    yield PACKAGED, False
+
+
+def _paths(arch: str, gpu: str, packaged_only: bool) -> Iterator[tuple[Path, bool]]:
+    """Tables by precedence: the user's before the package's, the model's before the arch's."""
+    for folder, checked in folders(packaged_only):
+        if gpu:
+            yield folder / file_name(arch, gpu), checked
+        yield folder / file_name(arch), checked
 
 
 @functools.cache
-def _load(path: Path) -> Table | None:
-    return read(path)
+def _is_usable(folder: Path) -> bool:
+    """Whether tables of the user are read; why not is said once."""
+    problem = why_not_used(folder)
+    if problem is not None:
+        trust.warn_once(f"tables of tiles in {folder} are not used: {problem}")
+    return problem is None and folder.is_dir()
 
 
-def read(path: Path) -> Table | None:
-    """The table of a file; None if there is none. TunedTilesError if it is something else."""
+def why_not_used(folder: Path) -> str | None:
+    """Why tables of the user are not read from a folder; None if they are, as far as there are any.
+
+    One that is missing is worth a word only where the environment names it.
+    """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        trust.folder(folder)
+    except FileNotFoundError:
+        return "it does not exist" if env.TUNED_TILES.get() == folder else None
+    except trust.UntrustedError as error:
+        return str(error)
+    except OSError as error:
+        return f"it cannot be read ({error})"
+    return None
+
+
+@functools.cache
+def _load(path: Path, checked: bool) -> Table | None:
+    return read(path, checked)
+
+
+def read(path: Path, checked: bool = False) -> Table | None:
+    """The table of a file; None if there is none. TunedTilesError if it is something else.
+
+    checked: also if another user may write to it.
+    """
+    try:
+        record = json.loads(trust.read(path) if checked else path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
@@ -189,7 +236,8 @@ def write(path: Path, table: Table) -> None:
         for name, entry in sorted(table.entries.items())
     }
     record = {"format": FORMAT, "gpu": table.gpu, "arch": table.arch, "origin": table.origin}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.is_dir():
+        trust.make_private(path.parent)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix=".json")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:

@@ -141,7 +141,7 @@ DEVICE void load_operands(u32 (&operands)[kMTiles][kKSteps][4], u32 sTile, const
 // before.
 DEVICE void run(Gradients& gradients, const BwdParams& p, const KeyWork& work, const Lane& lane,
                 u32 smem, i32 n_block, const TileRange& tiles, i32 head_begin, i32 head_end) {
-  const i32 first_key = n_block * Cfg::kBlockN, start = first_query_tile(tiles, n_block);
+  const i32 first_key = n_block * Cfg::kBlockN, start = first_query_tile<Cfg>(tiles, first_key);
   const Loader loader{p, work, lane, smem};
   Cursor at{head_begin, start};
   cta_sync();  // the run before is done with shared memory
@@ -354,7 +354,7 @@ template <bool kScores, i32 kNTiles>
 DEVICE void run_role(Fragments<kMTilesKv, kNTiles>& rD, const BwdParams& p, const KeyWork& work,
                      const Lane& lane, u32 smem, i32 n_block, const TileRange& tiles,
                      i32 head_begin, i32 head_end) {
-  const i32 first_key = n_block * Cfg::kBlockN, start = first_query_tile(tiles, n_block);
+  const i32 first_key = n_block * Cfg::kBlockN, start = first_query_tile<Cfg>(tiles, first_key);
   const Loader loader{p, work, lane, smem};
   Cursor at{head_begin, start};
   cta_sync();  // the run before is done with shared memory
@@ -465,7 +465,7 @@ DEVICE void divide_key_tile(const BwdParams& p, const KeyWork& work, const Lane&
 
 KERNEL(Cfg::kNumThreads, Cfg::kMinCtasPerSm) flash2_bwd(GRID_CONSTANT BwdParams p) {
   const Lane lane(thread_idx());
-  const KeyWork work = key_work<Cfg>(p, lane.lane_idx);
+  const KeyWork work = key_work<Cfg, Cfg::kBlockN>(p, block_idx(), lane.lane_idx);
   const u32 smem = smem_base();
   if constexpr (Cfg::kDeterministic) {
     // dq_accum[split] belongs to this CTA for its heads, which adds to it in one order.

@@ -7,6 +7,7 @@ Called by the autograd of `flash_attn_interface/`. Tile choices: `bwd_tiles.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import floor
 from typing import Any
 
@@ -17,7 +18,9 @@ from .._common import kernels
 from .._common.backward_problem import BackwardProblem
 from .._common.plan_values import score_values
 from .._common.problem import Target
+from .._common.spec import KernelSpec
 from . import bwd_schedule, bwd_tiles
+from .bwd_schedule import BackwardSchedule
 from .bwd_tiles import BackwardTile
 
 STAT_ROWS = 128  # bwd_work.cuh: softmax_d gives each sequence whole tiles of so many rows
@@ -55,7 +58,7 @@ class BackwardPlan:
         """tile: instead of the tables' choice. heads_per_cta: instead of bwd_schedule's."""
         self.problem = problem
         self.target = target
-        self.specs = bwd_tiles.backward_specs(problem, target.arch, tile, target.gpu)
+        self.specs = self.specs_of(problem, target.arch, tile, target.gpu)
         self.device = (
             torch.device("cpu") if target.simulated else torch.device("cuda", target.device_index)
         )
@@ -64,10 +67,14 @@ class BackwardPlan:
         self._is_empty = min(forward.total_q, forward.total_k) == 0
         self._kernels: tuple[kernels.Kernel, ...] = ()  # loaded, maybe compiled, by the first run
 
-    def _prepare(self) -> None:
+    # What another tree's plan has of its own.
+    specs_of: Callable[..., tuple[KernelSpec, ...]] = staticmethod(bwd_tiles.backward_specs)
+    schedule_of: Callable[..., BackwardSchedule] = staticmethod(bwd_schedule.schedule)
+
+    def _prepare(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Everything that runs share."""
         problem, p = self.problem, self.problem.forward
-        self.schedule = bwd_schedule.schedule(
+        self.schedule = self.schedule_of(
             problem, self.specs[1], self._num_sms(), self._heads_per_cta
         )
         self._dq_accum_size = self.schedule.dq_splits * self._accum_rows() * self._accum_columns()
@@ -86,7 +93,7 @@ class BackwardPlan:
             sum_grid += self._key_tiles() * p.num_heads_v
         values = self._values()
         query_grid = self._query_tiles() * p.num_heads_q
-        key_grid = self.schedule.k_units * self.schedule.k_tiles_per_unit
+        key_grid = self._main_grid()
         largest = max(query_grid, key_grid, sum_grid)
         if largest >= 2**31:
             raise NotImplementedError(
@@ -95,7 +102,7 @@ class BackwardPlan:
         self.grids = (query_grid, key_grid, query_grid, *([sum_grid] if sum_grid else []))
         specs = self.specs[: len(self.grids)]
         loaded = tuple(kernels.load(spec, self.target) for spec in specs)
-        self._block = loaded[0].layout.block()
+        self._block = loaded[1].layout.block()  # of the main kernel; it holds that of the others
         for name, value in values.items():
             self._block.set(name, value)
         slot = self._block.pointer_slot
@@ -138,9 +145,10 @@ class BackwardPlan:
                 gradient.zero_()
             return softmax_d.zero_()
         if not self._kernels:
-            self._prepare()
+            self._prepare(dout, q, k, v)
         softmax_lse = _fp32_contiguous(softmax_lse)
         dlse = None if dlse is None else _fp32_contiguous(dlse)
+        rng_state = None if rng_state is None else rng_state.contiguous()
         lse_log2 = self._empty(self._stat_shape())
         dq_accum = self._empty((self._dq_accum_size,))
         dk_accum = self._empty((self._dk_accum_size,)) if self._dk_accum_size else None
@@ -152,9 +160,16 @@ class BackwardPlan:
         )  # fmt: skip
         for slot, tensor in zip(self._slots, tensors, strict=True):
             slot.value = 0 if tensor is None else tensor.data_ptr()
+        self._point_maps(dout, q, k, v)
         for kernel, grid in zip(self._kernels, self.grids, strict=True):
             kernel.launch(grid, self._block, tensors)
         return softmax_d
+
+    def _main_grid(self) -> int:
+        return self.schedule.k_units * self.schedule.k_tiles_per_unit
+
+    def _point_maps(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """For a main kernel that sees these by tensor maps."""
 
     def describe(self) -> str:
         """Several lines for people: the kernels in order."""
@@ -216,6 +231,7 @@ class BackwardPlan:
         stat_rows = self._stat_shape()[-1]
         accum_head = self._accum_rows_per_head() * self._accum_columns()
         keep_probability = 1.0 - p.dropout_p
+        ds_shift = bwd_tiles.ds_shift(p)
         unshift = 2.0 ** -int(self.specs[1]["probability_shift"])
         values: dict[str, Any] = {
             "lse_batch_stride": 0 if p.varlen_q else p.num_heads_q * p.seqlen_q,
@@ -245,7 +261,8 @@ class BackwardPlan:
             "q_tiles_per_unit": -(-p.seqlen_q // STAT_ROWS),
             "num_splits": schedule.dq_splits,
             **score_values(p),
-            "dqk_scale": p.softmax_scale / keep_probability * unshift,
+            "dqk_scale": p.softmax_scale / keep_probability * unshift * 2.0**ds_shift,
+            "ds_scale": 2.0**-ds_shift,
             "dv_scale": 1.0 / keep_probability * unshift,
             "keep_threshold": floor(keep_probability * 255.0),
             "keep_probability": keep_probability,

@@ -6,11 +6,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import lcm
+from typing import Protocol
 
 from .._common.backward_problem import BackwardProblem
 from .._common.problem import Problem
-from .._common.spec import KernelSpec
 from .tiles import ELEM_BYTES
+
+class Kernel(Protocol):
+    """Constants of the main kernel: block_m, block_n, accum_columns, min_ctas_per_sm."""
+
+    def __getitem__(self, name: str, /) -> bool | int: ...
+
 
 # Q, dO and dq_accum of the heads that run together should stay in L2 (A100 2 x 20 MB, H100 50 MB).
 L2_BUDGET_BYTES = 24 * 2**20
@@ -58,7 +64,7 @@ def heads_per_group(problem: Problem) -> int:
 
 
 def schedule(
-    problem: BackwardProblem, kernel: KernelSpec, num_sms: int, heads_per_cta: int = 0
+    problem: BackwardProblem, kernel: Kernel, num_sms: int, heads_per_cta: int = 0
 ) -> BackwardSchedule:
     """kernel: of bwd.cu. heads_per_cta: instead of the rule's."""
     p = problem.forward
@@ -96,7 +102,7 @@ def schedule(
     )
 
 
-def choose_heads_per_cta(problem: BackwardProblem, kernel: KernelSpec, num_sms: int) -> int:
+def choose_heads_per_cta(problem: BackwardProblem, kernel: Kernel, num_sms: int) -> int:
     """All heads of a group, if that makes enough CTAs to keep the SMs busy to the end; else fewer.
 
     Several CTAs then share a K or V head. Each leaves its part of dK and dV in memory in fp32, so
@@ -115,11 +121,11 @@ def choose_heads_per_cta(problem: BackwardProblem, kernel: KernelSpec, num_sms: 
     return best
 
 
-def _slots(kernel: KernelSpec, num_sms: int) -> int:
+def _slots(kernel: Kernel, num_sms: int) -> int:
     return num_sms * int(kernel["min_ctas_per_sm"])
 
 
-def _key_tiles(p: Problem, kernel: KernelSpec) -> int:
+def _key_tiles(p: Problem, kernel: Kernel) -> int:
     """Of a sequence, the longest one."""
     return -(-p.seqlen_k // int(kernel["block_n"]))
 
@@ -128,7 +134,7 @@ def _dq_splits(units: int, key_tiles: int, num_sms: int) -> int:
     return max(1, min(-(-num_sms // units), key_tiles, MAX_DETERMINISTIC_SPLITS))
 
 
-def _sharing(kernel: KernelSpec) -> int:
+def _sharing(kernel: Kernel) -> int:
     """Key tiles of a unit that should at least run together, because they read the same queries.
 
     Else memory does not keep up; a step on fewer keys does less with its queries. Measured on an
@@ -139,7 +145,7 @@ def _sharing(kernel: KernelSpec) -> int:
     return 2 if block_n >= 128 else 4 if block_n >= 96 else 12
 
 
-def _queries_of_key_tiles(p: Problem, kernel: KernelSpec) -> list[float]:
+def _queries_of_key_tiles(p: Problem, kernel: Kernel) -> list[float]:
     """Rows that see each key tile of a sequence, in order."""
     block_n, tiles = int(kernel["block_n"]), max(1, _key_tiles(p, kernel))
     if p.causal:
@@ -153,7 +159,7 @@ def _queries_of_key_tiles(p: Problem, kernel: KernelSpec) -> list[float]:
 
 
 def _steps(
-    problem: BackwardProblem, kernel: KernelSpec, num_sms: int, heads: int, queries: list[float]
+    problem: BackwardProblem, kernel: Kernel, num_sms: int, heads: int, queries: list[float]
 ) -> float:
     """Estimated steps until the last CTA ends, each with so many query heads."""
     p = problem.forward

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import floor, log2
 
 from .._common import arch as arch_table
 from .._common import tuned_tiles
 from .._common.backward_problem import BackwardProblem
 from .._common.problem import Problem
+from .._common.row_strides import wide_row_strides
 from .._common.spec import KernelSpec
-from .tiles import ELEM_BYTES, padded_bytes, row_bytes
+from .tiles import padded_bytes, row_bytes
 
 STAT_BYTES = 4  # lse and D of one query, each
 # Split roles hand P^T over as fp16. Times 2^14 (undone at the end, exactly) its normal numbers
 # reach from 2^-28 to 1, so bf16 inputs with a million keys lose nothing.
 HANDOFF_SHIFT = 14
+# Of dS: at most 256 products of two fp16 numbers, 2^40, is then in fp16's range.
+MAX_DS_SHIFT = 25
 STREAM_THREADS = 256  # kernels other than bwd.cu: enough loads in flight for the memory bandwidth
 
 
@@ -250,6 +254,20 @@ def backward_specs(
     forward = problem.forward
     tile = tile or tuned_tile(forward, arch, gpu) or backward_tile(forward, arch)
     accum_columns = tile.accum_columns(forward.head_dim_qk)
+    v_columns = tile.v_columns(forward.head_dim_v)
+    preprocess, *others = streaming_specs(problem, arch, accum_columns, v_columns)
+    return preprocess, _main_spec(problem, arch, tile, accum_columns), *others
+
+
+def streaming_specs(
+    problem: BackwardProblem, arch: str, accum_columns: int, v_columns: int
+) -> tuple[KernelSpec, ...]:
+    """(preprocess, convert) and, where query heads share K or V heads, sum: what runs before and
+    after the main kernel of either tree, limited by memory bandwidth.
+
+    accum_columns, v_columns: of the fp32 accumulators of dQ and dK, and of dV.
+    """
+    forward = problem.forward
     streaming: dict[str, bool | int] = {
         "bf16": forward.dtype == "bf16",
         "num_threads": STREAM_THREADS,
@@ -279,27 +297,28 @@ def backward_specs(
         deterministic=problem.deterministic,
         **streaming,
     )
-    specs = preprocess, _main_spec(problem, arch, tile, accum_columns), convert
     if forward.qhead_per_khead == forward.qhead_per_vhead == 1:
-        return specs
+        return preprocess, convert
     del streaming["vector_atomics"]
-    return *specs, KernelSpec.make(
+    total = KernelSpec.make(
         "flash2/bwd_sum.cu",
         "flash2_bwd_sum",
         "BwdParams",
         arch,
         head_dim_qk=forward.head_dim_qk,
         head_dim_v=forward.head_dim_v,
-        v_columns=tile.v_columns(forward.head_dim_v),
+        v_columns=v_columns,
         grad_vector_bytes=problem.grad_vector_bytes,
         **streaming,
     )
+    return preprocess, convert, total
 
 
 def _main_spec(
     problem: BackwardProblem, arch: str, tile: BackwardTile, accum_columns: int
 ) -> KernelSpec:
     forward = problem.forward
+    copied = (forward.q_strides, forward.k_strides, forward.v_strides, problem.dout_strides)
     return KernelSpec.make(
         "flash2/bwd.cu",
         "flash2_bwd",
@@ -322,6 +341,7 @@ def _main_spec(
         split_roles=tile.split_roles,
         lines=tile.lines,
         probability_shift=HANDOFF_SHIFT if tile.split_roles and forward.dtype == "bf16" else 0,
+        scale_ds=ds_shift(forward) > 0,
         vector_atomics=_vector_atomics(arch),
         k_in_registers=tile.k_in_registers,
         v_in_registers=tile.v_in_registers,
@@ -331,13 +351,14 @@ def _main_spec(
         accum_columns=accum_columns,
         vector_bytes=problem.vector_bytes,
         grad_vector_bytes=problem.grad_vector_bytes,
-        wide_row_strides=_wide_row_strides(problem),
+        wide_row_strides=wide_row_strides(*(row for _, row, _ in copied)),
         deterministic=problem.deterministic,
         unequal_heads=forward.qhead_per_khead != forward.qhead_per_vhead,
         causal=forward.causal,
         local=forward.local,
         chunk=forward.attention_chunk > 0,
         softcap=forward.softcap > 0.0,
+        large_softcap=forward.large_softcap,
         alibi=forward.alibi,
         prescale=False,  # P is recomputed from softmax_lse, whatever the sign of the scale
         dropout=forward.dropout,
@@ -346,12 +367,20 @@ def _main_spec(
     )
 
 
+def ds_shift(problem: Problem) -> int:
+    """dS is held in 16 bits times 2^-ds_shift, for both trees; dQ and dK undo it.
+
+    They are softmax_scale * dS times K or Q. With fp16 and a small scale dS overflows where they do
+    not; times the scale, rounded up to a power of two, it overflows no sooner. Scales near the
+    default are left alone: small gradients would lose bits of dS that fp16 has no more of below
+    2^-14, and every one of today's results would change.
+    """
+    scale = abs(problem.softmax_scale)
+    if problem.dtype != "fp16" or 2 * scale > problem.head_dim_qk**-0.5:
+        return 0
+    return min(MAX_DS_SHIFT, floor(-log2(scale))) if scale > 0.0 else MAX_DS_SHIFT
+
+
 def _vector_atomics(arch: str) -> bool:
     """Whether red.global.add.v4.f32 exists."""
     return int(arch.removeprefix("sm_").rstrip("af")) >= 90
-
-
-def _wide_row_strides(problem: BackwardProblem) -> bool:
-    forward = problem.forward
-    of_inputs = (forward.q_strides, forward.k_strides, forward.v_strides, problem.dout_strides)
-    return max(row for _, row, _ in of_inputs) * ELEM_BYTES >= 2**31

@@ -25,9 +25,9 @@
 #include "flash2/decode_output.cuh"
 #include "flash2/decode_wgmma.cuh"
 
-using RowStride = Select<Cfg::kWideRowStrides, i64, i32>;
 template <class Layout, i32 kHeadDim, i32 kThreads, bool kReadOnce = false>
-using Rows = TileCopy<Layout, kHeadDim, kThreads, Cfg::kVectorBytes, RowStride, kReadOnce>;
+using Rows =
+    TileCopy<Layout, kHeadDim, kThreads, Cfg::kVectorBytes, Cfg::kWideRowStrides, kReadOnce>;
 using CopyQ = PackedRowsCopy<Rows<LayoutQ, Cfg::kHeadDimQk, Cfg::kNumThreads>>;
 using CopyQv = PackedRowsCopy<Rows<LayoutQv, Cfg::kHeadDimV, Cfg::kNumThreads>>;
 using RowsK = Rows<LayoutK, Cfg::kHeadDimQk, kTeamThreads, Cfg::kReadOnce>;

@@ -279,7 +279,12 @@ class DecodePlan:
             if address == 0:
                 counters = torch.zeros(self.num_counters, dtype=torch.int32, device=self.device)
         self._counters.value = address if counters is None else counters.data_ptr()
-        kernel.launch(self.grid, self._block, (*inputs, out, lse, scratch, counters))
+        try:
+            kernel.launch(self.grid, self._block, (*inputs, out, lse, scratch, counters))
+        except BaseException:  # a simulated launch may have stopped anywhere
+            if self._own_counters is not None:
+                self._own_counters.zero_()
+            raise
         return out, lse
 
     def describe(self) -> str:

@@ -14,6 +14,7 @@ from math import gcd
 from .._common import arch as arch_table
 from .._common import tuned_tiles
 from .._common.problem import Problem, Target
+from .._common.row_strides import wide_row_strides
 from .._common.spec import KernelSpec
 from .tiles import COLUMN_MULTIPLE, ELEM_BYTES, ROW_PAD_BYTES, row_bytes
 
@@ -294,6 +295,7 @@ def decode_spec(
         local=problem.local,
         chunk=problem.attention_chunk > 0,
         softcap=problem.softcap > 0.0,
+        large_softcap=problem.large_softcap,
         alibi=problem.alibi,
         prescale=problem.softmax_scale <= 0.0,
         qv=problem.qv,
@@ -319,9 +321,9 @@ def _reads_keys_once(problem: Problem, tile: DecodeTile) -> bool:
 def _wide_row_strides(problem: Problem) -> bool:
     strides = [problem.q_strides[1], problem.k_strides[1], problem.v_strides[1]]
     strides.append(problem.qv_strides[1])
-    if problem.page_size > 0:
+    if problem.page_size > 0:  # slots are rows of pages: LookedUpCopy
         strides += [problem.k_strides[0], problem.v_strides[0]]
-    return max(strides) * ELEM_BYTES >= 2**31
+    return wide_row_strides(*strides)
 
 
 def combine_spec(

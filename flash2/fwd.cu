@@ -46,10 +46,11 @@ static_assert(Cfg::kNumThreads == 32 * Cfg::kNumWarps && kWarpRows % 16 == 0 &&
 static_assert(kChunks == 1 ||
               (Cfg::kNumStages == 1 && !Cfg::kQInRegisters && kDepthQk / 16 % kChunks == 0));
 
-using RowStride = Select<Cfg::kWideRowStrides, i64, i32>;
-using CopyQ = TileCopy<LayoutQ, Cfg::kHeadDimQk, Cfg::kNumThreads, Cfg::kVectorBytes, RowStride>;
-using RowsK = TileCopy<LayoutK, Cfg::kHeadDimQk, Cfg::kNumThreads, Cfg::kVectorBytes, RowStride>;
-using RowsV = TileCopy<LayoutV, Cfg::kHeadDimV, Cfg::kNumThreads, Cfg::kVectorBytes, RowStride>;
+template <class Layout, i32 kHeadDim>
+using Rows = TileCopy<Layout, kHeadDim, Cfg::kNumThreads, Cfg::kVectorBytes, Cfg::kWideRowStrides>;
+using CopyQ = Rows<LayoutQ, Cfg::kHeadDimQk>;
+using RowsK = Rows<LayoutK, Cfg::kHeadDimQk>;
+using RowsV = Rows<LayoutV, Cfg::kHeadDimV>;
 using CopyK = Select<Cfg::kPaged, PagedCopy<RowsK>, RowsK>;
 using CopyV = Select<Cfg::kPaged, PagedCopy<RowsV>, RowsV>;
 

@@ -13,6 +13,7 @@ from math import gcd
 from .._common import arch as arch_table
 from .._common import tuned_tiles
 from .._common.problem import Problem
+from .._common.row_strides import wide_row_strides
 from .._common.spec import KernelSpec
 
 ELEM_BYTES = 2
@@ -194,11 +195,14 @@ def forward_spec(
         smem_bytes=tile.smem_bytes(problem.head_dim_qk, problem.head_dim_v),
         vector_bytes=problem.vector_bytes,
         out_vector_bytes=gcd(problem.head_dim_v * ELEM_BYTES, 16),
-        wide_row_strides=_wide_row_strides(problem),
+        wide_row_strides=wide_row_strides(
+            problem.q_strides[1], problem.k_strides[1], problem.v_strides[1]
+        ),
         causal=problem.causal,
         local=problem.local,
         chunk=problem.attention_chunk > 0,
         softcap=problem.softcap > 0.0,
+        large_softcap=problem.large_softcap,
         alibi=problem.alibi,
         prescale=problem.softmax_scale <= 0.0,
         dropout=problem.dropout,
@@ -224,8 +228,3 @@ def division(divisor: int) -> int:
     """By what `divide` of common/device/elem.cuh divides: magic, and shift in the upper 32 bits."""
     magic, shift = page_division(divisor)
     return shift << 32 | magic
-
-
-def _wide_row_strides(problem: Problem) -> bool:
-    rows = (problem.q_strides[1], problem.k_strides[1], problem.v_strides[1])
-    return max(rows) * ELEM_BYTES >= 2**31

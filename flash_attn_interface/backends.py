@@ -361,7 +361,7 @@ def hopper() -> Backend | None:
         return None
     entry = found[0]
     owner = f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
-    fix = "Reinstall it from the same checkout (cd hopper && python setup.py install) or remove it."
+    fix = "Reinstall it from the same checkout (cd hopper && pip install .) or remove it."
     try:
         backend: Backend = entry.load()
     except Exception as error:

@@ -12,6 +12,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from ._common import trust
+
 
 class Journal:
     """path None: remembers for this process only."""
@@ -42,6 +44,7 @@ class Journal:
         with self._guard:
             self._facts[kind, identity] = fact
             if self.path is not None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
+                if not self.path.parent.is_dir():
+                    trust.make_private(self.path.parent)
                 with self.path.open("a", encoding="utf-8") as file:
                     file.write(line + "\n")

@@ -7,17 +7,30 @@ launching is `fwd.py`.
 
 from __future__ import annotations
 
-from flash_attn_interface.version import RELEASE as INTERFACE_RELEASE
+from pathlib import Path
 
 from .version import RELEASE
 
 # Before anything else is imported, which in another release may be missing or different.
+try:
+    from flash_attn_interface.version import RELEASE as INTERFACE_RELEASE
+except ImportError as error:
+    raise ImportError(
+        f"flash_attn_3 needs the distribution flash-attn of the same project, which is not "
+        f"installed ({error}); the flash-attn of a package index is another one. In the checkout: "
+        f"pip install . && cd hopper && pip install ."
+    ) from error
+
 if INTERFACE_RELEASE != RELEASE:
     raise ImportError(
         f"flash_attn_3: this is release {RELEASE} of the distribution flash-attn-3, but flash-attn "
         f"is of release {INTERFACE_RELEASE}. Install both from the same checkout."
     )
 
-from .backend import BACKEND
+from flash_attn_interface._common import source_state
+
+source_state.check(Path(__file__).resolve().parent)
+
+from .backend import BACKEND  # noqa: E402
 
 __all__ = ["BACKEND"]

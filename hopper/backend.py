@@ -13,7 +13,8 @@ from flash_attn_interface._common.backward_problem import BackwardProblem
 from flash_attn_interface._common.cache_problem import CacheProblem
 from flash_attn_interface._common.problem import Problem, Target
 
-from . import tensor_maps, tiles
+from . import bwd, tensor_maps, tiles
+from .bwd import BackwardPlan
 from .fwd import ForwardPlan
 from .version import RELEASE
 
@@ -27,7 +28,7 @@ sources.register_root("hopper", Path(__file__).resolve().parent)
 
 
 class HopperBackend:
-    """Forward for any head dims up to 256, and (64, 512), on sm_90a."""
+    """Forward for any head dims up to 256, and (64, 512), backward up to 256, on sm_90a."""
 
     name = "hopper"
     release = RELEASE
@@ -53,10 +54,18 @@ class HopperBackend:
 
     def refuses_backward(self, problem: BackwardProblem, target: Target) -> str | None:
         """As refuses_forward. softmax_lse and dropout mean the same in all trees."""
-        return "it has no backward: any tree's backward takes up its forward"
+        p = problem.forward
+        reason = p.refuses_backward()
+        if reason is not None:
+            return reason
+        if target.arch != tiles.ARCH:
+            return f"its kernels are {tiles.ARCH} code"
+        if max(p.seqlen_q, p.seqlen_k, p.total_q, p.total_k) >= MAX_SEQLEN:
+            return f"sequences and packed buffers are limited to {MAX_SEQLEN - 1} tokens"
+        return bwd.refuses(problem)
 
-    def plan_backward(self, problem: BackwardProblem, target: Target) -> NoReturn:
-        raise NotImplementedError(self.refuses_backward(problem, target))
+    def plan_backward(self, problem: BackwardProblem, target: Target) -> BackwardPlan:
+        return BackwardPlan(problem, target)
 
     def refuses_cache(self, problem: CacheProblem, target: Target) -> str | None:
         """As refuses_forward."""

@@ -129,7 +129,12 @@ class ForwardPlan:
                     slot.value = tensor.data_ptr()
         if self._own_counter is None:
             self._counter.value = launch_counters.address(self.target.device_index, 1)
-        kernel.launch(self.grid, self._block, (q, k, v, out, lse, self._own_counter, *optional))
+        try:
+            kernel.launch(self.grid, self._block, (q, k, v, out, lse, self._own_counter, *optional))
+        except BaseException:  # a simulated launch may have stopped anywhere
+            if self._own_counter is not None:
+                self._own_counter.zero_()
+            raise
         return out, lse, None
 
     def describe(self) -> str:

@@ -3,6 +3,7 @@
 #pragma once
 #include "common/device/wgmma_desc.cuh"
 #include "hopper/pipeline.cuh"
+#include "hopper/row_coords.cuh"
 #include "hopper/tile_scheduler.cuh"
 
 constexpr i32 kWgRows = 64;  // query rows of a warpgroup: M of every WGMMA
@@ -94,21 +95,3 @@ struct QSlot {
 constexpr bool kStageOInP = Smem::kStageOInP;
 // With two Q buffers the last product of a tile and the first of the next are issued together.
 constexpr bool kOverlapTiles = Cfg::kNumQBuffers == 2;
-
-// Where a box of rows begins, in the dims of a tensor map beside column and head:
-//   (column, row, head, 1, batch), or ragged (column, row, head, end of the sequence, wrap).
-// A ragged sequence ends where the second dim does, so that TMA itself fills the rows behind it
-// with zeros and writes none; hopper/tensor_maps.py says how the coordinates add up.
-struct RowCoords {
-  i32 row, dim3, dim4;
-};
-constexpr i32 kRaggedRows = 1 << 30;
-
-//   row: within the sequence.  first_row, length: of the sequence, if ragged.
-template <bool kRagged>
-DEVICE RowCoords row_coords(i32 row, i32 first_row, i32 length, i32 batch_idx) {
-  if constexpr (kRagged) {
-    return {kRaggedRows - length + row, first_row + length, kRaggedRows};
-  }
-  return {row, 0, batch_idx};
-}

@@ -21,10 +21,11 @@ struct TileRing {
 
   DEVICE explicit TileRing(u32 smem) : smem(smem) {}
 
-  // Before first use, by one thread. num_readers: consumer warps.
-  DEVICE void init(u32 num_readers) const {
+  // Before first use, by one thread. num_readers: consumer warps. num_writers: whoever announces
+  // bytes, and those that write parts of a tile themselves.
+  DEVICE void init(u32 num_readers, u32 num_writers = 1) const {
     for (i32 i = 0; i < kNumStages; ++i) {
-      mbarrier_init(smem + kFull + u32(8 * i), 1);
+      mbarrier_init(smem + kFull + u32(8 * i), num_writers);
       mbarrier_init(smem + kEmpty + u32(8 * i), num_readers);
     }
   }
@@ -37,10 +38,12 @@ struct TileRing {
     parity ^= last ? 1u : 0u;
   }
 
-  // Producer: waits until the stage is free and announces the bytes of one tile; the caller then
-  // loads to tile(), signalling full(), and advances.
+  // Writer: waits until the stage is free.
+  DEVICE void wait_empty() const { wait_phase(smem + kEmpty + stage * 8, parity ^ 1u); }
+  // Producer: the same, and announces the bytes of one tile; the caller then loads to tile(),
+  // signalling full(), and advances.
   DEVICE void acquire() const {
-    wait_phase(smem + kEmpty + stage * 8, parity ^ 1u);
+    wait_empty();
     mbarrier_arrive_expect_tx(full(), kTileBytes);
   }
 

@@ -6,6 +6,9 @@ are prebuilt, into `_prebuilt` here, and for why the metadata stands here.
 Clients believe in FlashAttention-3 if a distribution of this name and version declares
 `flash_attn_interface` among its top-level names. The files of that package belong to the main
 distribution alone, so the name is declared without shipping any.
+
+The main distribution is not among the requirements: where it is absent, pip would take the
+`flash-attn` of its index, which is another project. Importing `flash_attn_3` says what is missing.
 """
 
 import os
@@ -75,14 +78,22 @@ class BuildPy(build_py):
                 destination=self.prebuilt_folder(),
                 store=Path(self.get_finalized_command("build").build_base, "prebuilt"),
             )
+            if not self.is_editable():
+                prebuild.record_sources(self.package_folder(), ROOT.parent)
+
+    def is_editable(self) -> bool:
+        return bool(getattr(self, "editable_mode", False))
+
+    def package_folder(self) -> Path:
+        return ROOT if self.is_editable() else Path(self.build_lib, "flash_attn_3")
 
     def prebuilt_folder(self) -> Path:
-        editable = getattr(self, "editable_mode", False)
-        return (ROOT if editable else Path(self.build_lib, "flash_attn_3")) / "_prebuilt"
+        return self.package_folder() / "_prebuilt"
 
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:
         kernels = [str(path) for path in self.prebuilt_folder().rglob("*") if path.is_file()]
-        return [*super().get_outputs(include_bytecode), *kernels]
+        record = [str(path) for path in self.package_folder().glob("_source_state.txt")]
+        return [*super().get_outputs(include_bytecode), *kernels, *record]
 
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
         modules = super().find_package_modules(package, package_dir)
@@ -111,6 +122,7 @@ setup(
     version="3.0.0",  # FlashAttention-3's, whose interface this serves; ours is in version.py
     description="Hopper (sm_90a) kernels for the distribution flash-attn: WGMMA, TMA",
     license="BSD-3-Clause",
+    license_files=["LICENSE"] if Path("LICENSE").is_file() else [],  # a link to the checkout's
     classifiers=[
         "Environment :: GPU :: NVIDIA CUDA",
         "Intended Audience :: Science/Research",
@@ -119,7 +131,7 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.10",
-    install_requires=["flash-attn"],
+    install_requires=[],  # see above
     packages=["flash_attn_3", "flash_attn_3.flash_attn_interface"],
     package_dir={"flash_attn_3": ".", "flash_attn_3.flash_attn_interface": "interface"},
     py_modules=MODULES,

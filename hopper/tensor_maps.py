@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from flash_attn_interface._common import tensor_map
+from flash_attn_interface._common.backward_problem import BackwardProblem
 from flash_attn_interface._common.params import ParamBlock
 from flash_attn_interface._common.problem import Problem, Strides
 
@@ -27,6 +28,9 @@ from .tiles import ELEM_BYTES, WG_ROWS
 VECTOR_BYTES = 16
 # Rows of a ragged map's second dim, kRaggedRows in fwd_layout.cuh.
 RAGGED_ROWS = 2**30
+# Strides of maps are below this; of a ragged map's rows below 2**64 / RAGGED_ROWS, which leaves the
+# fifth dim a stride.
+END_OF_STRIDES_BYTES = 2**40
 
 
 def refuses_layout(problem: Problem) -> str | None:
@@ -48,6 +52,9 @@ def refuses_layout(problem: Problem) -> str | None:
         for axis, stride, size in zip(("batch", "row", "head"), strides, sizes, strict=True):
             if stride == 0 and size > 1 and not (varlen and axis == "batch"):
                 return f"{name} is expanded along its {axis} axis (stride 0)"
+        reason = refuses_strides(name, strides, varlen or (name != "q" and p.has_seqused_k))
+        if reason is not None:
+            return reason
     if p.has_seqused_k and not p.varlen_k:
         for name, strides in (("k", p.k_strides), ("v", p.v_strides)):
             if p.batch > 1 and strides[1] and strides[0] % strides[1]:
@@ -57,6 +64,15 @@ def refuses_layout(problem: Problem) -> str | None:
                 )
             if ragged_rows(p, strides) >= RAGGED_ROWS:
                 return f"{name} spans {ragged_rows(p, strides)} rows, over {RAGGED_ROWS - 1}"
+    return None
+
+
+def refuses_strides(name: str, strides: Strides, ragged: bool) -> str | None:
+    """Whether they are too wide for a tensor map."""
+    for axis, stride in zip(("batch", "row", "head"), strides, strict=True):
+        end = 2**64 // RAGGED_ROWS if ragged and axis == "row" else END_OF_STRIDES_BYTES
+        if stride * ELEM_BYTES >= end:
+            return f"{name}'s {axis} stride of {stride} elements is not below {end} bytes"
     return None
 
 
@@ -73,6 +89,82 @@ def ragged_rows(problem: Problem, strides: Strides) -> int:
     if p.varlen_k:
         return p.total_k
     return (p.batch - 1) * batch_rows(p, strides) + p.seqlen_k if p.has_seqused_k else 0
+
+
+@dataclass(frozen=True)
+class Side:
+    """A tensor that the backward loads by TMA."""
+
+    name: str
+    of_queries: bool
+    head_dim: int
+    sizes: tuple[int, int, int]  # (batch, rows, heads); packed tensors have batch 1
+    strides: Strides
+    varlen: bool
+    ragged: bool  # sequences end at lengths that only the device knows
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows from one sequence to the next; 0 where cu_seqlens say, or nothing is ragged."""
+        batch, _, _ = self.sizes
+        if self.varlen or not self.ragged or batch == 1:
+            return 0
+        return self.strides[0] // self.strides[1] if self.strides[1] else 1
+
+    @property
+    def ragged_rows(self) -> int:
+        """Rows of the whole tensor, with those between sequences; 0 if no sequence ends early."""
+        batch, rows, _ = self.sizes
+        return (batch - 1) * self.batch_rows + rows if self.ragged else 0
+
+
+def sides(problem: BackwardProblem) -> tuple[Side, ...]:
+    """dout, q, k and v."""
+    p = problem.forward
+    rows_q = (1, p.total_q) if p.varlen_q else (p.batch, p.seqlen_q)
+    rows_k = (1, p.total_k) if p.varlen_k else (p.batch, p.seqlen_k)
+    ragged_q, ragged_k = p.varlen_q or p.has_seqused_q, p.varlen_k or p.has_seqused_k
+    sizes_q, sizes_k, sizes_v = (
+        (*rows, heads)
+        for rows, heads in (
+            (rows_q, p.num_heads_q), (rows_k, p.num_heads_k), (rows_k, p.num_heads_v)
+        )
+    )  # fmt: skip
+    qk, v = p.head_dim_qk, p.head_dim_v
+    return (
+        Side("dout", True, v, sizes_q, problem.dout_strides, p.varlen_q, ragged_q),
+        Side("q", True, qk, sizes_q, p.q_strides, p.varlen_q, ragged_q),
+        Side("k", False, qk, sizes_k, p.k_strides, p.varlen_k, ragged_k),
+        Side("v", False, v, sizes_v, p.v_strides, p.varlen_k, ragged_k),
+    )
+
+
+def refuses_backward_layout(problem: BackwardProblem) -> str | None:
+    """Why TMA cannot address the tensors of a backward; None if it can."""
+    if problem.vector_bytes < VECTOR_BYTES:
+        return (
+            f"TMA needs pointers and strides of q, k, v and dout in multiples of {VECTOR_BYTES} "
+            f"bytes, these are multiples of {problem.vector_bytes}"
+        )
+    for side in sides(problem):
+        for axis, stride, size in zip(
+            ("batch", "row", "head"), side.strides, side.sizes, strict=True
+        ):
+            if stride == 0 and size > 1:
+                return f"{side.name} is expanded along its {axis} axis (stride 0)"
+        if side.ragged and not side.varlen:
+            batch_stride, row_stride, _ = side.strides
+            if side.sizes[0] > 1 and row_stride and batch_stride % row_stride:
+                return (
+                    f"with lengths on the device TMA finds sequences by rows: {side.name}'s batch "
+                    f"stride of {batch_stride} must be a multiple of its row stride of {row_stride}"
+                )
+        reason = refuses_strides(side.name, side.strides, side.ragged)
+        if reason is not None:
+            return reason
+        if side.ragged_rows >= RAGGED_ROWS:
+            return f"{side.name} spans {side.ragged_rows} rows, over {RAGGED_ROWS - 1}"
+    return None
 
 
 @dataclass(frozen=True)

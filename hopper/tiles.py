@@ -308,6 +308,7 @@ def forward_spec(
         local=problem.local,
         chunk=problem.attention_chunk > 0,
         softcap=problem.softcap > 0.0,
+        large_softcap=problem.large_softcap,
         alibi=problem.alibi,
         prescale=problem.softmax_scale <= 0.0,
         dropout=problem.dropout,

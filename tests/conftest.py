@@ -19,6 +19,7 @@ from typing import Any
 import inputs
 import pytest
 import torch
+from ranks import Ranks
 
 # setuptools, which torch's inductor imports, insists on replacing distutils and fails where a test
 # has got hold of it first; so it comes first.
@@ -156,6 +157,14 @@ def runner(request: pytest.FixtureRequest) -> Runner:
 def gpu() -> Runner:
     """For tests that make sense on a GPU only; mark them `gpu` as well."""
     return _runner("gpu")
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Four gloo processes."""
+    started = Ranks(4, "gloo")
+    yield started
+    started.close()
 
 
 @pytest.fixture

@@ -1,9 +1,13 @@
-"""Runs the sm_90a kernels of tests/kernels, as probes.py does the others."""
+"""Runs the sm_90a kernels of tests/kernels, as probes.py does the others.
+
+``hopper`` is a fixture, the simulator or a Hopper GPU; import it into a test file.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import pytest
 import torch
 from conftest import Runner
 from probes import FOLDER
@@ -19,6 +23,23 @@ LAYOUT = ParamLayout.parse(
     (FOLDER / "kernels" / "hopper_probe_params.cuh").read_text(encoding="utf-8"),
 )
 _DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("sim", marks=pytest.mark.sim),
+        pytest.param("gpu", marks=pytest.mark.gpu),
+    ]
+)
+def hopper(request: pytest.FixtureRequest) -> Runner:
+    if request.param == "gpu" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("not a compute capability 9.0 device")
+    device = torch.device("cuda" if request.param == "gpu" else "cpu")
+    return Runner(request.param, device, ARCH)
+
+
+def random_words(runner: Runner, *shape: int) -> Tensor:
+    return torch.randint(-(2**31), 2**31, shape, dtype=torch.int64).int().to(runner.device)
 
 
 def encode(
@@ -47,12 +68,15 @@ def run(
     out: Tensor | None,
     tensors: Sequence[Tensor] = (),
     *,
+    grid: int = 1,
+    programmatic: bool = False,
+    synchronize: bool = True,
     which: int = 0,
     box_from: Sequence[int] = (),
     box_to: Sequence[int] = (),
     **constants: bool | int,
 ) -> None:
-    """Runs one CTA and waits for it. tensors: those behind the maps."""
+    """Runs the CTAs and waits for them, if told to. tensors: those behind the maps."""
     defaults: dict[str, bool | int] = {"num_threads": 32, "min_ctas_per_sm": 1, "smem_bytes": 0}
     spec = KernelSpec.make(
         f"tests/kernels/{name}.cu", name, "HopperProbeParams", ARCH, **{**defaults, **constants}
@@ -68,11 +92,13 @@ def run(
     if runner.name == "sim":
         from flash_attn_interface._common.sim.launcher import SimKernel
 
-        SimKernel(spec).launch(1, block.address, (data, out, *tensors))
+        SimKernel(spec).launch(grid, block.address, (data, out, *tensors), programmatic)
         return
     from flash_attn_interface._common.driver import device_kernel
 
     device = torch.cuda.current_device()
     stream = torch.cuda.current_stream().cuda_stream
-    device_kernel(spec, device).launch(1, block.kernel_params_address, stream)
-    torch.cuda.synchronize()
+    kernel = device_kernel(spec, device)
+    kernel.launch(grid, block.kernel_params_address, stream, programmatic)
+    if synchronize:
+        torch.cuda.synchronize()

@@ -259,7 +259,9 @@ def known_entries() -> Iterator[str]:
     """Kernels of the checkout's two trees."""
     for tree in ("flash2", "hopper"):
         for path in sorted((ROOT / tree).glob("*.cu")):
-            found = re.search(r"^KERNEL\([^)]*\)\s+(\w+)\(", path.read_text("utf-8"), re.MULTILINE)
+            found = re.search(
+                r"^(?:CLUSTER_)?KERNEL\([^)]*\)\s+(\w+)\(", path.read_text("utf-8"), re.MULTILINE
+            )
             if found:
                 yield found[1]
 

@@ -44,6 +44,12 @@ def test_limits_accept_suffixes_and_refuse_unknown_names() -> None:
         arch.limits("sm_75")
 
 
+@pytest.mark.parametrize("name", [80, None, 9.0, (9, 0), ["sm_80"], b"sm_80", "", "sm_80aa", "a"])
+def test_what_is_no_name_of_an_architecture_is_a_value_error(name: object) -> None:
+    with pytest.raises(ValueError, match=r"unknown architecture .*known: sm_80"):
+        arch.limits(name)  # type: ignore[arg-type]
+
+
 def test_published_shared_memory_sizes() -> None:
     sizes = {name: arch.limits(name).max_smem_per_cta for name in arch.known_archs()}
     assert sizes["sm_80"] == 166912 and sizes["sm_86"] == 101376

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import cases
 import gradients
@@ -103,10 +104,14 @@ class Call:
         self,
         runner: Runner,
         deterministic: bool = False,
-        tile: BackwardTile | None = None,
+        tile: Any = None,
         heads_per_cta: int = 0,
+        backend: Any = BACKEND,
+        plan_type: Any = BackwardPlan,
     ) -> tuple[Grads, Tensor]:
-        """(dq, dk, dv), softmax_d of the kernels; the gradients lie in memory like q, k and v."""
+        """(dq, dk, dv), softmax_d of the kernels; the gradients lie in memory like q, k and v.
+
+        plan_type: the backend's, for a tile or heads_per_cta of the caller's choice."""
         buffers = make_inputs(self.case, runner.device)
         grads = (buffers.q, buffers.k, buffers.v)
         for grad in grads:
@@ -115,10 +120,12 @@ class Call:
             self.problem, self.dout, *self._qkv(), self.out, *grads, deterministic=deterministic
         )
         target = target_of(runner)
-        assert BACKEND.refuses_backward(problem, target) is None
-        plan = BACKEND.plan_backward(problem, target)
+        if backend.name == "hopper":
+            target = replace(target, arch=runner.arch)
+        assert backend.refuses_backward(problem, target) is None
+        plan = backend.plan_backward(problem, target)
         if tile is not None or heads_per_cta:
-            plan = BackwardPlan(problem, target, tile, heads_per_cta)
+            plan = plan_type(problem, target, tile, heads_per_cta)
         with runner.active():
             softmax_d = plan.run(
                 self.dout, *self._qkv(), self.out, self.softmax_lse, *grads,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import re
 import shutil
@@ -10,9 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-import types
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,30 +17,21 @@ from tiny_kernels import tiny_spec, tiny_tree
 
 from flash_attn_interface._common import arch, compiler, sass, sources
 from flash_attn_interface._common.compiler import ResourceUsage
+from flash_attn_interface._common.nvrtc import Nvrtc
 
 __all__ = ["tiny_tree"]
 
 
 @pytest.fixture
-def nvrtc() -> types.ModuleType:
-    pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed")
-    module: types.ModuleType = compiler.load_nvrtc()
-    return module
-
-
-@pytest.fixture
-def uncached() -> Iterator[None]:
-    """The compiler is looked for anew, before and after the test."""
-    caches = (compiler.load_nvrtc, compiler.compiler_version)
-    for cached in caches:
-        cached.cache_clear()
-    yield
-    for cached in caches:
-        cached.cache_clear()
+def nvrtc() -> Nvrtc:
+    try:
+        return compiler.load_nvrtc()
+    except compiler.MissingCompilerError as error:
+        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("name", arch.known_archs())
-def test_compiles_for_every_arch(name: str, tiny_tree: Path, nvrtc: types.ModuleType) -> None:
+def test_compiles_for_every_arch(name: str, tiny_tree: Path, nvrtc: Nvrtc) -> None:
     if int(name[3:]) not in nvrtc.nvrtcGetSupportedArchs()[1]:
         pytest.skip(f"this NVRTC does not know {name}")
     compiled = compiler.compile_cubin(tiny_spec(name), sources.resolve("tiny/scale.cu"))
@@ -55,7 +43,7 @@ def test_compiles_for_every_arch(name: str, tiny_tree: Path, nvrtc: types.Module
     assert (used.spill_store_bytes, used.spill_load_bytes, used.stack_bytes) == (0, 0, 0)
 
 
-def test_exactly_the_given_texts_are_compiled(tiny_tree: Path, nvrtc: types.ModuleType) -> None:
+def test_exactly_the_given_texts_are_compiled(tiny_tree: Path, nvrtc: Nvrtc) -> None:
     texts = sources.resolve("tiny/scale.cu")
     shutil.rmtree(tiny_tree)  # what is on disk no longer matters
     wrong = {**texts, "tiny/op.cuh": '#error "the text that was handed over"\n'}
@@ -64,9 +52,7 @@ def test_exactly_the_given_texts_are_compiled(tiny_tree: Path, nvrtc: types.Modu
         compiler.compile_cubin(tiny_spec(), wrong)
 
 
-def test_an_error_names_the_kernel_and_holds_the_log(
-    tiny_tree: Path, nvrtc: types.ModuleType
-) -> None:
+def test_an_error_names_the_kernel_and_holds_the_log(tiny_tree: Path, nvrtc: Nvrtc) -> None:
     (tiny_tree / "op.cuh").write_text("__device__ float op(float x, float f) { return x ** f; }\n")
     spec = tiny_spec()
     with pytest.raises(compiler.CompileError) as error:
@@ -77,7 +63,7 @@ def test_an_error_names_the_kernel_and_holds_the_log(
 
 
 def test_an_arch_newer_than_the_compiler_is_named(
-    tiny_tree: Path, nvrtc: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+    tiny_tree: Path, nvrtc: Nvrtc, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(arch._LIMITS, "sm_999", arch._row("sm_999", 228, 2048))
     with pytest.raises(
@@ -86,7 +72,7 @@ def test_an_arch_newer_than_the_compiler_is_named(
         compiler.compile_cubin(tiny_spec("sm_999"), sources.resolve("tiny/scale.cu"))
 
 
-def test_threads_compile_in_parallel(tiny_tree: Path, nvrtc: types.ModuleType) -> None:
+def test_threads_compile_in_parallel(tiny_tree: Path, nvrtc: Nvrtc) -> None:
     texts = sources.resolve("tiny/scale.cu")
     specs = [tiny_spec(num_threads=threads) for threads in (32, 64, 96, 128)]
     cubins: dict[int, bytes] = {}
@@ -103,7 +89,7 @@ def test_threads_compile_in_parallel(tiny_tree: Path, nvrtc: types.ModuleType) -
         assert cubins[index] == compiler.compile_cubin(spec, texts).cubin
 
 
-def test_spills_and_stack_are_reported(tiny_tree: Path, nvrtc: types.ModuleType) -> None:
+def test_spills_and_stack_are_reported(tiny_tree: Path, nvrtc: Nvrtc) -> None:
     (tiny_tree / "op.cuh").write_text(
         """
 __device__ float op(float x, float f) {
@@ -156,7 +142,7 @@ def test_a_slow_compile_says_so_once_and_before_it_ends(capfd: pytest.CaptureFix
 
 
 def test_a_fast_compile_says_nothing(
-    tiny_tree: Path, nvrtc: types.ModuleType, capfd: pytest.CaptureFixture[str]
+    tiny_tree: Path, nvrtc: Nvrtc, capfd: pytest.CaptureFixture[str]
 ) -> None:
     compiler.compile_cubin(tiny_spec(), sources.resolve("tiny/scale.cu"), "first use")
     with compiler.announce_if_slow("nothing", seconds=0.05):
@@ -173,67 +159,7 @@ def test_a_slow_compile_that_fails_stops_the_clock(capfd: pytest.CaptureFixture[
     assert capfd.readouterr().err == ""
 
 
-# ---- the compiler itself ----------------------------------------------------------------------
-
-
-def test_missing_bindings_are_an_import_error_with_the_fix(
-    monkeypatch: pytest.MonkeyPatch, uncached: None
-) -> None:
-    monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", None)
-    monkeypatch.setattr(compiler, "_cuda_major", lambda: 12)
-    with pytest.raises(ImportError, match="cuda-bindings cannot be imported") as error:
-        compiler.load_nvrtc()
-    assert 'pip install "cuda-bindings==12.*" nvidia-cuda-nvrtc-cu12' in str(error.value)
-    assert "13" not in str(error.value)
-
-
-def test_a_missing_library_is_an_import_error_with_both_fixes(
-    monkeypatch: pytest.MonkeyPatch, uncached: None
-) -> None:
-    def no_library() -> None:
-        raise RuntimeError("Failed to dlopen libnvrtc.so.13")
-
-    fake = types.ModuleType("cuda.bindings.nvrtc")
-    fake.nvrtcVersion = no_library  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", fake)
-    monkeypatch.setattr(compiler, "_cuda_major", lambda: None)
-    with pytest.raises(compiler.MissingCompilerError, match="libnvrtc.so.13") as error:
-        compiler.load_nvrtc()
-    assert '"nvidia-cuda-nvrtc==13.*"' in str(error.value)
-    assert "nvidia-cuda-nvrtc-cu12" in str(error.value)
-
-
-def test_the_version_comes_from_the_wheel_without_loading_it(
-    monkeypatch: pytest.MonkeyPatch, uncached: None
-) -> None:
-    wheels = {"cuda-bindings": "12.9.1", "nvidia-cuda-nvrtc-cu12": "12.8.93"}
-    _install(monkeypatch, wheels)
-    monkeypatch.setattr(compiler, "load_nvrtc", None)  # loading it would be a TypeError
-    assert compiler.compiler_version() == "nvrtc 12.8.93"
-
-
-@pytest.mark.parametrize(
-    "wheels", [{}, {"cuda-bindings": "13.0.1"}, {"nvidia-cuda-nvrtc": "13.0.88"}]
-)
-def test_without_a_matching_wheel_the_library_is_asked(
-    wheels: dict[str, str], monkeypatch: pytest.MonkeyPatch, uncached: None
-) -> None:
-    _install(monkeypatch, wheels)
-    monkeypatch.setattr(compiler, "loaded_version", lambda: "nvrtc 13.1")
-    assert compiler.compiler_version() == "nvrtc 13.1"
-
-
-def _install(monkeypatch: pytest.MonkeyPatch, wheels: dict[str, str]) -> None:
-    def version(name: str) -> str:
-        if name not in wheels:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return wheels[name]
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
-
-
-def test_wheel_and_library_agree(nvrtc: types.ModuleType, uncached: None) -> None:
-    assert compiler.compiler_version().startswith(compiler.loaded_version())
+# ---- the compiler itself: test_nvrtc.py --------------------------------------------------------
 
 
 def test_importing_the_runtime_loads_no_cuda() -> None:
@@ -296,7 +222,7 @@ extern "C" __global__ void tiny_scale(float* p, const u32* a, unsigned long long
 """
 
 
-def _instructions(name: str, tiny_tree: Path, nvrtc: types.ModuleType) -> bytes:
+def _instructions(name: str, tiny_tree: Path, nvrtc: Nvrtc) -> bytes:
     if int(re.sub(r"\D", "", name)) not in nvrtc.nvrtcGetSupportedArchs()[1]:
         pytest.skip(f"this NVRTC does not know {name}")
     (tiny_tree / "scale.cu").write_text(INSTRUCTIONS)
@@ -308,7 +234,7 @@ SASS_ARCHS = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"]
 
 
 @pytest.mark.parametrize("name", SASS_ARCHS)
-def test_instruction_counts(name: str, tiny_tree: Path, nvrtc: types.ModuleType) -> None:
+def test_instruction_counts(name: str, tiny_tree: Path, nvrtc: Nvrtc) -> None:
     cubin = _instructions(name, tiny_tree, nvrtc)
 
     def count(mnemonic: str) -> int:
@@ -324,7 +250,7 @@ def test_instruction_counts(name: str, tiny_tree: Path, nvrtc: types.ModuleType)
 
 @pytest.mark.parametrize("name", SASS_ARCHS)
 def test_counts_agree_with_nvdisasm(
-    name: str, tiny_tree: Path, tmp_path: Path, nvrtc: types.ModuleType
+    name: str, tiny_tree: Path, tmp_path: Path, nvrtc: Nvrtc
 ) -> None:
     nvdisasm = _find_nvdisasm()
     if nvdisasm is None:
@@ -351,9 +277,7 @@ def _find_nvdisasm() -> str | None:
     return shutil.which("nvdisasm")
 
 
-def test_sass_refuses_what_is_no_cubin_or_lacks_the_kernel(
-    tiny_tree: Path, nvrtc: types.ModuleType
-) -> None:
+def test_sass_refuses_what_is_no_cubin_or_lacks_the_kernel(tiny_tree: Path, nvrtc: Nvrtc) -> None:
     with pytest.raises(ValueError, match="not a 64-bit ELF file"):
         sass.opcode_counts(b"PTX", "k")
     cubin = compiler.compile_cubin(tiny_spec(), sources.resolve("tiny/scale.cu")).cubin

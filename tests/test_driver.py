@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,6 +35,19 @@ class FunctionAttribute(enum.IntEnum):
     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 
 
+class LaunchAttributeID(enum.IntEnum):
+    CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+
+
+class Record(SimpleNamespace):
+    """A structure of the bindings: fields are set one by one."""
+
+
+class LaunchAttribute(Record):
+    def __init__(self) -> None:
+        super().__init__(id=None, value=Record())
+
+
 class Handle(int):
     pass
 
@@ -57,6 +71,9 @@ class FakeCuda:
     launch_results: list[CUresult] = field(default_factory=list)
     context: int = 0x1000
 
+    CUlaunchAttributeID = LaunchAttributeID
+    CUlaunchAttribute = LaunchAttribute
+    CUlaunchConfig = Record
     CUfunction = CUfunction
     CUstream = CUstream
     CUfunction_attribute = FunctionAttribute
@@ -107,6 +124,10 @@ class FakeCuda:
 
     def cuLaunchKernel(self, *arguments: object) -> tuple[CUresult]:
         self.calls.append(("cuLaunchKernel", *arguments))
+        return (self.launch_results.pop(0) if self.launch_results else OK,)
+
+    def cuLaunchKernelEx(self, *arguments: object) -> tuple[CUresult]:
+        self.calls.append(("cuLaunchKernelEx", *arguments))
         return (self.launch_results.pop(0) if self.launch_results else OK,)
 
 
@@ -163,11 +184,43 @@ def test_launch_passes_grid_block_memory_stream_and_params(cuda: FakeCuda) -> No
     assert first[9] is second[9]  # wrapping a stream anew costs time
 
 
+def test_a_programmatic_launch_passes_the_same_and_one_attribute(cuda: FakeCuda) -> None:
+    kernel = kernel_of(cuda)
+    kernel.prepare(0)
+    cuda.calls.clear()
+    kernel.launch(7, 0xABC, 0x55, programmatic=True)
+    kernel.launch(7, 0xDEF, 0x55, programmatic=True)
+    kernel.launch(8, 0xABC, 0x55, programmatic=True)
+    first, second, third = cuda.calls
+    config = first[1]
+    assert first == ("cuLaunchKernelEx", config, 0x88, 0xABC, 0)
+    assert second == ("cuLaunchKernelEx", config, 0x88, 0xDEF, 0)
+    assert second[1] is config and third[1] is not config and third[1].gridDimX == 8
+    assert (config.gridDimX, config.gridDimY, config.gridDimZ) == (7, 1, 1)
+    assert (config.blockDimX, config.blockDimY, config.blockDimZ) == (64, 1, 1)
+    assert (config.sharedMemBytes, config.hStream, config.numAttrs) == (65536, 0x55, 1)
+    (attribute,) = config.attrs
+    assert attribute.id is LaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    assert attribute.value.programmaticStreamSerializationAllowed == 1
+
+
+def test_a_programmatic_launch_is_mended_as_any_other(cuda: FakeCuda) -> None:
+    kernel = kernel_of(cuda)
+    cuda.launch_results = [CUresult.CUDA_ERROR_INVALID_VALUE]
+    kernel.launch(1, 0xABC, 0, programmatic=True)
+    names = cuda.names()
+    assert names[0] == names[-1] == "cuLaunchKernelEx" and "cuKernelSetAttribute" in names
+    cuda.launch_results = [CUresult.CUDA_ERROR_ILLEGAL_ADDRESS]
+    with pytest.raises(DriverError, match="cuLaunchKernelEx failed: CUDA_ERROR_ILLEGAL_ADDRESS"):
+        kernel.launch(1, 0xABC, 0, programmatic=True)
+
+
 def test_stream_handles_do_not_pile_up(cuda: FakeCuda) -> None:
     kernel = kernel_of(cuda)
     for stream in range(3000):
         kernel.launch(1, 0, stream)
-    assert len(kernel._streams) <= 1024
+        kernel.launch(1, 0, stream, programmatic=True)
+    assert len(kernel._streams) <= 1024 and len(kernel._programmatic) <= 1024
 
 
 def test_a_thread_without_context_gets_torchs_and_the_launch_is_repeated(cuda: FakeCuda) -> None:

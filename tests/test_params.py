@@ -270,8 +270,9 @@ def test_layout_is_that_of_the_device_compiler() -> None:
 
 def test_the_kernels_own_structs_are_packed_as_the_device_compiler_does() -> None:
     headers = sources.resolve(params.PARAMS_SOURCE)
-    names = re.findall(r"^struct (\w+) \{", headers[params.PARAMS_SOURCE], re.MULTILINE)
-    assert "FwdParams" in names
+    text = "\n".join(headers.values())
+    names = re.findall(r"^struct (\w+Params)(?: : \w+)? \{", text, re.MULTILINE)
+    assert {"FwdParams", "BwdParams", "HopperBwdParams"} <= set(names)
     text = f'{OFFSET_OF}#include "{params.PARAMS_SOURCE}"\n'
     _compile(text + "".join(_asserts(n, ParamLayout.load(n)) for n in names), headers)
     assert ParamLayout.parse("FwdParams") is ParamLayout.load("FwdParams")

@@ -122,6 +122,40 @@ def test_no_feature_macros_in_device_code() -> None:
     assert not offenders
 
 
+def test_products_with_strides_have_64_bits() -> None:
+    """Strides are i64, hence their products; nothing narrows them but RowStride, by its rule.
+
+    What is narrowed implicitly, the simulator's compiler refuses (-Werror=conversion).
+    """
+    names = ("params.cuh", "bwd_params.cuh")
+    blocks = "".join((ROOT / "common/device" / n).read_text(encoding="utf-8") for n in names)
+    declared = re.findall(r"^\s*(\w+)\s+([^;/]*stride[^;/]*);", blocks, flags=re.MULTILINE)
+    assert len(declared) > 30 and {kind for kind, _ in declared} == {"i64"}
+    narrow = r"\b(?:[iu](?:8|16|32)|int|unsigned|f32|bool)\b"
+    patterns = (
+        rf"{narrow}\s+[&*]?\w*stride\w*",  # a variable, a parameter
+        rf"{narrow}[({{][^;]*?stride\w*",  # a cast or a construction
+        rf"static_cast<{narrow}>\([^;]*?stride\w*",
+    )
+
+    def hits(code: str) -> list[str]:
+        return [hit for pattern in patterns for hit in re.findall(pattern, code, re.IGNORECASE)]
+
+    for planted in ("i32 row_stride)", "u32(2 * p.k_row_stride)", "static_cast<int>(stride * 8)"):
+        assert hits(planted), planted
+    offenders = []
+    for name, text in texts(*DEVICE_SUFFIXES):
+        in_shared_memory = name.endswith("/wgmma_desc.cuh")
+        if name.startswith(("flash2/", "hopper/", "common/device/")) and not in_shared_memory:
+            offenders += [f"{name}: {hit}" for hit in hits(without_comments(text))]
+    # check_paged.py and check_cache.py bound what a page table spans.
+    assert offenders == ["common/device/kv_source.cuh: i32(row * p.page_table_stride"]
+    rule = (ROOT / "common/device/row_stride.cuh").read_text(encoding="utf-8")
+    assert "Select<kWide, i64, i32> bytes" in rule
+    flags = (ROOT / "common/sim/build.py").read_text(encoding="utf-8")
+    assert '"-Werror=conversion"' in flags
+
+
 def kind_of(path: Path) -> str:
     if path.suffix == ".py":
         return "test" if relative(path).startswith("tests/") else "Python module"

@@ -93,6 +93,19 @@ MISTAKES = {
     71: r"must execute the same operations: this one is at wgmma_\w+, another was at wgmma_\w+",
     72: RACE.format("(write|wgmma)", "(wgmma not yet waited for|write|read) by thread"),
     74: r"wgmma without a wgmma_fence\(\)",
+    80: r"bulk_load of 24 bytes: a bulk copy moves whole units of 16",
+    81: r"bulk_load misaligned in global memory",
+    82: r"global bulk_load of 512 bytes out of bounds.* passed by 256 bytes",
+    83: r"shared memory bulk_load of 64 bytes misaligned",
+    84: RACE.format("read", "TMA load not yet waited for"),
+    86: r"bulk_load on an mbarrier whose thread has not called fence_mbarrier_init",
+    87: r"bulk_reduce_add_f32 of 0 bytes: a bulk copy moves whole units of 16",
+    88: r"bulk_reduce_add_f32 misaligned in global memory",
+    89: r"global bulk_reduce_add_f32 of 512 bytes out of bounds.* passed by 256 bytes",
+    90: r"shared memory bulk_reduce_add_f32 of 8192 bytes out of bounds",
+    91: RACE.format("TMA store", r"write, without fence_proxy_async_shared\(\)"),
+    93: RACE.format("write", "TMA store not yet waited for by thread 0"),
+    95: r"returns from the kernel without waiting for its TMA store",
 }  # fmt: skip
 DEADLOCKS = {
     9: r"warp 2: lane 0 wait for phase 0 \(parity 0\) of the mbarrier at smem_base\(\) \+ 16384: "
@@ -100,7 +113,7 @@ DEADLOCKS = {
     10: r"0 of 1 arrivals and 100 bytes are missing",
     29: r"0 of 1 arrivals and -4096 bytes are missing",
 }
-RIGHT = [4, 13, 16, 27, 31, 34, 41, 42, 45, 49, 60, 73]
+RIGHT = [4, 13, 16, 27, 31, 34, 41, 42, 45, 49, 60, 73, 85, 92, 94]
 # Errors in two helpers of the kernel, which other cases call too.
 ELSEWHERE = {20, 32, 46}
 
@@ -141,7 +154,7 @@ def test_right_order_passes(which: int, seed: int) -> None:
     assert not out.isnan().any()
 
 
-@pytest.mark.parametrize("which", [3, 12, 26, 28, 30, 33, 40, 43, 44, 61, 62, 68, 72])
+@pytest.mark.parametrize("which", [3, 12, 26, 28, 30, 33, 40, 43, 44, 61, 62, 68, 72, 84, 91, 93])
 def test_mistakes_are_found_in_any_schedule(which: int) -> None:
     for seed in range(1, 7):
         with launcher.checks(seed=seed), pytest.raises(SimulatorError, match=MISTAKES[which]):
@@ -153,3 +166,56 @@ def test_a_store_reads_its_source_when_it_is_waited_for() -> None:
     with launcher.checks(racecheck=False):
         assert (misuse(44)[0].flatten()[:2] == 0).all()
         assert (misuse(45)[0] == 1).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bulk_additions_are_in_memory_once_they_are_waited_for(seed: int) -> None:
+    """Not when their sources have been read: a release in between comes too early."""
+    with launcher.checks(seed=seed):
+        _, out = misuse(94)
+    sums, after_reading, after_completion = out.split([64, 64, 128])
+    assert (sums == 1).all()
+    assert (after_reading == 0).all()
+    assert (after_completion[:64] == 1).all()
+
+
+# What a launch does that need not wait for the one before it to end.
+EARLY_MISTAKES = {
+    1: r"global read is not ordered after a griddepcontrol_wait\(\), and an earlier launch writes",
+    2: r"global write is not ordered after a griddepcontrol_wait\(\), and an earlier launch writes",
+    3: r"no thread of a programmatic launch called griddepcontrol_wait\(\)",
+    4: r"global read is not ordered after a griddepcontrol_wait\(\), and an earlier launch writes",
+}
+
+
+def launch_after_another(which: int, programmatic: bool) -> None:
+    a, b, c = torch.zeros(3, 2 * 64, dtype=torch.int32)
+    for data, out, mistake, early in ((a, b, 0, False), (b, c, which, programmatic)):
+        hopper_probes.run(
+            SIM, "probe_griddepcontrol", {}, data, out,
+            grid=2, which=mistake, num_threads=64, programmatic=early,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("which", EARLY_MISTAKES)
+def test_what_comes_before_a_grid_wait_is_found(which: int) -> None:
+    with pytest.raises(SimulatorError, match=EARLY_MISTAKES[which]) as caught:
+        launch_after_another(which, programmatic=True)
+    place = re.search(r"at (tests/kernels/\w+\.cu):(\d+) in ", str(caught.value))
+    if which != 3:
+        assert place
+        lines = (SOURCE.parent.parent.parent / place.group(1)).read_text("utf-8").splitlines()
+        assert f"BAD {which}:" in lines[int(place.group(2)) - 1]
+    launch_after_another(which, programmatic=False)  # an ordinary launch may
+
+
+def test_a_programmatic_launch_may_overlap_all_since_the_last_ordinary_one() -> None:
+    a, b, c, d = torch.zeros(4, 64, dtype=torch.int32)
+    for data, out, early in ((a, b, False), (c, d, True)):
+        hopper_probes.run(
+            SIM, "probe_griddepcontrol", {}, data, out, num_threads=64, programmatic=early
+        )
+    with pytest.raises(SimulatorError, match=EARLY_MISTAKES[1]):
+        hopper_probes.run(
+            SIM, "probe_griddepcontrol", {}, b, c, which=1, num_threads=64, programmatic=True
+        )

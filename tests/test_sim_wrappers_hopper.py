@@ -10,27 +10,13 @@ import hopper_tree
 import pytest
 import torch
 from conftest import Runner
+from hopper_probes import hopper, random_words
 from torch import Tensor
 
 from flash_attn_interface._common import tensor_map
 from flash_attn_interface._common.sim import launcher
 
-
-@pytest.fixture(
-    params=[
-        pytest.param("sim", marks=pytest.mark.sim),
-        pytest.param("gpu", marks=pytest.mark.gpu),
-    ]
-)
-def hopper(request: pytest.FixtureRequest) -> Runner:
-    if request.param == "gpu" and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("not a compute capability 9.0 device")
-    device = torch.device("cuda" if request.param == "gpu" else "cpu")
-    return Runner(request.param, device, hopper_probes.ARCH)
-
-
-def random_words(runner: Runner, *shape: int) -> Tensor:
-    return torch.randint(-(2**31), 2**31, shape, dtype=torch.int64).int().to(runner.device)
+__all__ = ["hopper"]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -158,6 +144,39 @@ def test_ragged_maps_end_where_the_sequence_does(
     assert torch.equal(out.cpu().view(torch.uint8), swizzle(box, 128))
     before[first : first + length, head][row : row + box_rows] = ~inside
     assert torch.equal(target, before)
+
+
+@pytest.mark.parametrize("row", [4, 32, 132])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_bulk_copies_load_and_add(hopper: Runner, row: int, seed: int) -> None:
+    grid, warps, rounds = 3, 4, 5
+    data = torch.randn(grid, warps, rounds, row).to(hopper.device)
+    start = torch.randn(rounds, row).to(hopper.device)
+    out = start.clone()
+    with launcher.checks(seed=seed):
+        hopper_probes.run(
+            hopper, "probe_bulk", {}, data, out, grid=grid, which=rounds,
+            num_threads=32 * warps, smem_bytes=2 * warps * (4 * row + 8), row=row,
+        )  # fmt: skip
+    terms = torch.cat([start[None], 2 * data.flatten(0, 1)]).double()
+    assert ((out - terms.sum(0)).abs() <= 2.0**-20 * terms.abs().sum(0)).all()
+
+
+def test_programmatic_launches_see_what_those_before_them_have_written(hopper: Runner) -> None:
+    """And write what those have read: three buffers in turn."""
+    grid, threads, launches = 500, 128, 30
+    buffers = list(random_words(hopper, 3, grid * threads))
+    expected = buffers[0].cpu().clone()
+    if hopper.name == "gpu":
+        torch.cuda._sleep(100_000_000)  # so that the launches queue up and can overlap
+    for i in range(launches):
+        hopper_probes.run(
+            hopper, "probe_griddepcontrol", {}, buffers[i % 3], buffers[(i + 1) % 3],
+            grid=grid, num_threads=threads, programmatic=i > 0, synchronize=False,
+        )  # fmt: skip
+    for _ in range(launches):
+        expected = expected.flip(0) + 1
+    assert torch.equal(buffers[launches % 3].cpu(), expected)
 
 
 def test_stmatrix(hopper: Runner) -> None:

@@ -1,28 +1,12 @@
-// Where bwd.cu's walk over the query tiles stands, and its copies global -> shared. Reads Cfg:
-// include "prelude.cuh" first. Change elsewhere: the copy itself -> tile_copy.cuh, shared memory ->
-// bwd_warps.cuh.
+// Copies of bwd.cu, global -> shared. Reads Cfg: include "prelude.cuh" first. Change elsewhere: the
+// copy itself -> tile_copy.cuh, shared memory -> bwd_warps.cuh.
 #pragma once
 #include "common/device/bwd_warps.cuh"
-#include "common/device/mask.cuh"
+#include "common/device/bwd_work.cuh"
 
 // First element of one head of one sequence.
 DEVICE const void* head_base(const void* base, i64 offset) {
   return static_cast<const char*>(base) + offset * kElemBytes;
-}
-
-// The (head, query tile) pairs of one run over the queries, in order. Each CTA starts at another
-// tile and wraps around, so that CTAs which run together add to different parts of dQ.
-struct Cursor {
-  i32 head_idx, m_block;
-  DEVICE void advance(const TileRange& tiles, i32 start) {
-    m_block = m_block + 1 == tiles.end ? tiles.begin : m_block + 1;
-    head_idx += m_block == start ? 1 : 0;
-  }
-};
-
-DEVICE i32 first_query_tile(const TileRange& tiles, i32 n_block) {
-  const i32 shift = n_block * Cfg::kBlockN / Cfg::kBlockM;
-  return tiles.begin + (Cfg::kRotate ? shift % (tiles.end - tiles.begin) : 0);
 }
 
 // Copies of Q with lse and of dO with D. `part` of kParts: spread over the steps of a product.

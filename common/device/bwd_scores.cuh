@@ -90,8 +90,8 @@ DEVICE void store_packed(u32 sTile, const Packed& packed, const Lane& lane, i32 
   }
 }
 
-// rDs = dS^T = P^T * (dP^T - D). Without dropout rDp starts at -D, see start_dp. load(rP, m, n):
-// fragments n and n + 1 of P^T as finish_scores leaves it.
+// rDs = dS^T = P^T * (dP^T - D), times ds_scale. Without dropout rDp starts at -D, see start_dp.
+// load(rP, m, n): fragments n and n + 1 of P^T as finish_scores leaves it.
 template <class Load>
 DEVICE void finish_ds(Packed& rDs, const Fragments<kMTilesS, kNTilesS>& rDp, const BwdParams& p,
                       const Lane& lane, u32 sD, Load load) {
@@ -117,6 +117,9 @@ DEVICE void finish_ds(Packed& rDs, const Fragments<kMTilesS, kNTilesS>& rDp, con
             ds[e] = fabsf(x) * ((keep ? dp : 0.0f) - d[i][e % 2] * p.keep_probability);
           } else {
             ds[e] = x * dp;
+          }
+          if constexpr (Cfg::kScaleDs) {
+            ds[e] *= p.ds_scale;
           }
         }
         rDs[m][n2 + i][0] = pack2<Cfg::kBf16>(ds[0], ds[1]);

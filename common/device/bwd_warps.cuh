@@ -73,9 +73,8 @@ static_assert(Cfg::kNumThreads == 32 * Cfg::kNumWarps &&
 static_assert(kStatRows % Cfg::kBlockM == 0, "a query tile lies inside the padding of softmax_d");
 static_assert(!kPInRegisters || Cfg::kSWarpsN == Cfg::kKvWarpsN);
 
-using RowStride = Select<Cfg::kWideRowStrides, i64, i32>;
 template <class Layout, i32 kHeadDim>
-using Copy = TileCopy<Layout, kHeadDim, Cfg::kNumThreads, Cfg::kVectorBytes, RowStride>;
+using Copy = TileCopy<Layout, kHeadDim, Cfg::kNumThreads, Cfg::kVectorBytes, Cfg::kWideRowStrides>;
 
 using MaybeDropout = TransposedDropout<Cfg::kDropout>;
 

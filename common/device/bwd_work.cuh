@@ -3,6 +3,7 @@
 // query rows, bwd_sum.cu by as many key rows. Grids are one-dimensional; flash2/bwd_schedule.py
 // sizes them.
 #pragma once
+#include "common/device/mask.cuh"
 #include "common/device/packed_tiles.cuh"
 #include "common/device/params.cuh"
 #include "common/device/seqlen.cuh"
@@ -123,11 +124,12 @@ constexpr i32 kPackedPhases = 4;
 // SMs end together. But units that work at the same time share the L2 cache. So the tiles of a unit
 // are cut into phases of k_tiles_per_phase; in a phase k_units_per_turn units take a turn, tile by
 // tile.
-template <class Cfg>
-DEVICE KeyWork key_work(const BwdParams& p, i32 lane_idx) {
+//   cta: of the launch.  kTileKeys: keys of a tile.
+template <class Cfg, i32 kTileKeys>
+DEVICE KeyWork key_work(const BwdParams& p, i32 cta, i32 lane_idx) {
   const i32 ctas_per_phase = p.k_tiles_per_phase * p.k_units;
-  const i32 first_tile = block_idx() / ctas_per_phase * p.k_tiles_per_phase;
-  const i32 in_phase = block_idx() % ctas_per_phase;
+  const i32 first_tile = cta / ctas_per_phase * p.k_tiles_per_phase;
+  const i32 in_phase = cta % ctas_per_phase;
   const i32 tiles = imin(p.k_tiles_per_phase, p.k_tiles_per_unit - first_tile);
   const i32 ctas_per_turn = p.k_units_per_turn * tiles;
   const i32 first_unit = in_phase / ctas_per_turn * p.k_units_per_turn;
@@ -149,8 +151,8 @@ DEVICE KeyWork key_work(const BwdParams& p, i32 lane_idx) {
     constexpr i32 kPhases = Cfg::kCausal ? kPackedPhases : 1;
     PackedTile packed{p.batch, rank};
     for (i32 phase = 0; phase < kPhases && packed.batch_idx == p.batch; ++phase) {
-      packed = find_packed_tile<Cfg::kBlockN>(p.cu_seqlens_k, p.batch, packed.tile, lane_idx, 1,
-                                              phase, kPhases);
+      packed = find_packed_tile<kTileKeys>(p.cu_seqlens_k, p.batch, packed.tile, lane_idx, 1, phase,
+                                           kPhases);
     }
     work.batch_idx = packed.batch_idx;
     work.n_block = packed.tile;
@@ -170,4 +172,21 @@ DEVICE KeyWork key_work(const BwdParams& p, i32 lane_idx) {
   }
   work.seq = seqlen_info<Cfg>(p, work.batch_idx);
   return work;
+}
+
+// The (head, query tile) pairs of one run over the queries, in order. Each CTA starts at another
+// tile and wraps around, so that CTAs which run together add to different parts of dQ.
+struct Cursor {
+  i32 head_idx, m_block;
+  DEVICE void advance(const TileRange& tiles, i32 start) {
+    m_block = m_block + 1 == tiles.end ? tiles.begin : m_block + 1;
+    head_idx += m_block == start ? 1 : 0;
+  }
+};
+
+// first_key: of the key tile.
+template <class Cfg>
+DEVICE i32 first_query_tile(const TileRange& tiles, i32 first_key) {
+  const i32 shift = first_key / Cfg::kBlockM;
+  return tiles.begin + (Cfg::kRotate ? shift % (tiles.end - tiles.begin) : 0);
 }

@@ -94,7 +94,7 @@ struct PagedCopy : Copy {
       // A key that does not exist is not read; looking up position 0 keeps within the table, which
       // has a page: problems without one are answered by the host.
       const PageTable::Place at = table.place(key < num_rows ? table.first + key : 0);
-      return this->g_column + at.slot * slot_stride_bytes + i64(at.row) * this->row_stride_bytes;
+      return this->g_column + at.slot * slot_stride_bytes + this->row_stride.offset(at.row);
     };
     Copy::template load_rows<kParts, kChunks>(s_tile, thread_row, num_rows, part, address, chunk);
   }

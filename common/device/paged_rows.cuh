@@ -51,20 +51,17 @@ struct TilePages {
 // TileCopy of keys or values by TilePages.
 template <class Copy>
 struct LookedUpCopy : Copy {
-  using RowStride = decltype(Copy::row_stride_bytes);
-  RowStride slot_stride_bytes;
+  decltype(Copy::row_stride) slot_stride;
 
   // base: row 0 of slot 0 of one head.
   DEVICE LookedUpCopy(const void* base, i64 slot_stride, i64 row_stride, i32 thread_idx)
-      : Copy(base, row_stride, thread_idx),
-        slot_stride_bytes(RowStride(slot_stride * kElemBytes)) {}
+      : Copy(base, row_stride, thread_idx), slot_stride(slot_stride) {}
 
   DEVICE void load(u32 s_tile, i32 first_key, i32 num_keys, const PageTable& table,
                    const TilePages<Copy::kRows>& pages) const {
     const auto address = [&](i32 pass) {
       const PageTable::Place at = pages.at(table, this->row + pass * Copy::kRowsPerPass);
-      return this->g_column + i64(at.slot) * slot_stride_bytes +
-             i64(at.row) * this->row_stride_bytes;
+      return this->g_column + slot_stride.offset(at.slot) + this->row_stride.offset(at.row);
     };
     const i32 thread_row = first_key + this->row;
     if constexpr (Copy::kRows % Copy::kRowsPerPass == 0) {
@@ -97,7 +94,7 @@ struct PackedRowsCopy : Copy {
     this->template load_rows<1>(s_tile, thread_row, num_rows, 0, [&](i32 pass) {
       const i32 row = thread_row + pass * Copy::kRowsPerPass;
       const i32 token = divide(row, by_heads_per_unit);
-      return this->g_column + i64(token) * this->row_stride_bytes +
+      return this->g_column + this->row_stride.offset(token) +
              (row - token * heads_per_unit) * head_stride_bytes;
     });
   }

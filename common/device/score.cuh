@@ -11,7 +11,8 @@ constexpr f32 kLog2e = 1.44269504088896340736f;
 constexpr f32 kLn2 = 0.69314718055994530942f;
 
 // tanh(x) of y = 2 log2(e) x, from ex2 and rcp: absolute error 2e-7, where tanh.approx has 5e-4,
-// too coarse once multiplied by a softcap of 50.
+// too coarse once multiplied by a softcap of 50. Multiplied by one from 1000 on
+// (Cfg::kLargeSoftcap), this is as well, but for large products.
 DEVICE f32 tanh_of_log2(f32 y) { return 1.0f - 2.0f * rcp_approx(1.0f + ex2_approx(y)); }
 
 // In a forward most |x| are small, and there special functions are what limits a softmax already.
@@ -73,8 +74,9 @@ struct Score {
       small_product = last < 1e36f ? fabsf(limit / p.softcap_in) : -1.0f;
     }
     if constexpr (Cfg::kAlibi) {
-      slope_log2 =
-          ld_global_f32(p.alibi_slopes + batch_idx * p.alibi_batch_stride + head_idx) * kLog2e;
+      slope_log2 = ld_global_f32(p.alibi_slopes + batch_idx * p.alibi_batch_stride +
+                                 head_idx * p.alibi_head_stride) *
+                   kLog2e;
     }
   }
 
@@ -89,8 +91,10 @@ struct Score {
   template <bool kSmall>
   DEVICE f32 get(f32 s, f32 distance) const {
     if constexpr (Cfg::kSoftcap && kSmall) {
-      const f32 square = s * s;
-      s *= poly[0] + square * (poly[1] + square * (poly[2] + square * poly[3]));
+      s = small_capped(s);
+    } else if constexpr (Cfg::kLargeSoftcap) {
+      s = fabsf(s) <= small_product ? small_capped(s)
+                                    : softcap_out * tanh_of_log2(s * softcap_in_log2);
     } else if constexpr (Cfg::kSoftcap) {
       s = softcap_out - 2.0f * softcap_out * rcp_approx(1.0f + ex2_approx(s * softcap_in_log2));
     } else if constexpr (kPrescaled) {
@@ -109,12 +113,19 @@ struct Score {
     if constexpr (Cfg::kSoftcap) {
       const f32 t = tanh_of_log2(s * softcap_in_log2);
       derivative = 1.0f - t * t;
+      if constexpr (Cfg::kLargeSoftcap) {
+        return get<false>(s, f32(aligned - col));
+      }
       return biased(t * softcap_out, f32(aligned - col));
     }
     return (*this)(s, aligned, col);
   }
 
  private:
+  DEVICE f32 small_capped(f32 s) const {
+    const f32 square = s * s;
+    return s * (poly[0] + square * (poly[1] + square * (poly[2] + square * poly[3])));
+  }
   DEVICE f32 biased(f32 s, f32 distance) const {
     if constexpr (Cfg::kAlibi) {
       s -= slope_log2 * fabsf(distance);

@@ -3,6 +3,7 @@
 // the caller's business.
 #pragma once
 #include "common/device/elem.cuh"
+#include "common/device/row_stride.cuh"
 #include "common/ptx/cp_async.cuh"
 #include "common/ptx/memory.cuh"
 
@@ -61,10 +62,9 @@ using CopiedTileLayout = Select<kLines && has_lines(round_up(kHeadDim, kColumnMu
 
 // Copies one tile global -> shared with kThreads threads in pieces of kVectorBytes (16, 8, 4 or 2):
 // the largest that the caller's pointers and strides are aligned to. 16, 8 and 4 are cp.async (the
-// caller commits and waits); 2 goes through registers at once. RowStride: i32 saves registers and
-// holds any stride below 2^30 elements, i64 holds all. kReadOnce: nobody else reads these rows, so
-// that they need not stay in L2.
-template <class Layout, i32 kHeadDim, i32 kThreads, i32 kVectorBytes, class RowStride,
+// caller commits and waits); 2 goes through registers at once. kWide: of RowStride. kReadOnce:
+// nobody else reads these rows, so that they need not stay in L2.
+template <class Layout, i32 kHeadDim, i32 kThreads, i32 kVectorBytes, bool kWide,
           bool kReadOnce = false>
 struct TileCopy {
   static constexpr i32 kRows = Layout::kRows;
@@ -84,13 +84,13 @@ struct TileCopy {
   static_assert(kThreads % kThreadsPerRow == 0, "a row belongs to whole threads");
 
   const char* g_column;  // this thread's first vector in row 0 of the sequence
-  RowStride row_stride_bytes;
+  RowStride<kWide> row_stride;
   u32 s_offset;  // the same vector in this thread's first row of the shared tile
   i32 row;       // this thread's first row
   i32 vector;    // this thread's first vector
 
   DEVICE TileCopy(const void* base, i64 row_stride, i32 thread_idx)
-      : row_stride_bytes(RowStride(row_stride * kElemBytes)),
+      : row_stride(row_stride),
         row(thread_idx / kThreadsPerRow),
         vector(thread_idx % kThreadsPerRow) {
     g_column = static_cast<const char*>(base) + vector * kVectorBytes;
@@ -110,8 +110,10 @@ struct TileCopy {
   template <i32 kParts, i32 kChunks = 1>
   DEVICE void load_part(u32 s_tile, i32 first_row, i32 num_rows, i32 part, i32 chunk = 0) const {
     const i32 thread_row = first_row + row;
-    const char* g = g_column + i64(thread_row) * row_stride_bytes;
-    const auto address = [&](i32 pass) { return g + pass * i64(kRowsPerPass * row_stride_bytes); };
+    const char* g = g_column + row_stride.offset(thread_row);
+    const auto address = [&](i32 pass) {
+      return g + row_stride.template steps<kRowsPerPass>(pass);
+    };
     load_rows<kParts, kChunks>(s_tile, thread_row, num_rows, part, address, chunk);
   }
 

@@ -16,6 +16,10 @@ using f32 = float;
 #define DEVICE __device__ __forceinline__
 // The one entry of a kernel file: KERNEL(Cfg::kNumThreads, Cfg::kMinCtasPerSm) flash2_fwd(...).
 #define KERNEL(threads, min_ctas) extern "C" __global__ void __launch_bounds__(threads, min_ctas)
+// An entry whose CTAs form clusters: CLUSTER_KERNEL(..., Cfg::kClusterSize), see cluster.cuh
+// (sm_90+).
+#define CLUSTER_KERNEL(threads, min_ctas, ctas) \
+  extern "C" __global__ void __cluster_dims__(ctas, 1, 1) __launch_bounds__(threads, min_ctas)
 // Its parameter block stays in constant memory: GRID_CONSTANT FwdParams p.
 #define GRID_CONSTANT const __grid_constant__
 

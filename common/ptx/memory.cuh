@@ -158,11 +158,40 @@ DEVICE void red_global_add_v4_f32(f32* dst, const f32 (&value)[4]) {
                : "memory");
 }
 
+// Loads what another CTA has stored with release. PTX: ld.acquire.gpu.global.u32.
+DEVICE u32 ld_acquire_global_u32(const void* src) {
+  u32 value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(src) : "memory");
+  return value;
+}
+
 // Loads what another CTA has stored with release. PTX: ld.acquire.gpu.global.u64.
 DEVICE u64 ld_acquire_global_u64(const void* src) {
   u64 value;
   asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(src) : "memory");
   return value;
+}
+
+// Stores. What the CTA stored before a barrier ahead of this is seen by whoever reads the value
+// with acquire and then passes a barrier. PTX: st.release.gpu.global.u32.
+DEVICE void st_release_global_u32(u32* dst, u32 value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(dst), "r"(value) : "memory");
+}
+
+// Adds without returning the old value; releases as above. PTX: red.release.gpu.global.add.u32.
+DEVICE void red_release_global_add_u32(u32* dst, u32 value) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(dst), "r"(value) : "memory");
+}
+
+// Orders this thread's accesses to memory before it against those after it, for all threads of the
+// GPU that synchronise with it. PTX: fence.acq_rel.gpu.
+DEVICE void fence_acq_rel_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
+// Sleeps for some time, up to twice this long or not at all. In loops that wait for a change of
+// global memory, and only there, behind their acquiring load: the simulator's fiber sleeps until
+// what that has read changes. PTX: nanosleep.u32.
+DEVICE void nanosleep(u32 nanoseconds) {
+  asm volatile("nanosleep.u32 %0;" ::"r"(nanoseconds) : "memory");
 }
 
 // Adds and returns the old value. PTX: atom.global.add.u64.

@@ -55,3 +55,13 @@ DEVICE void wgmma_hold(f32 (&d)[kN]) {
     asm volatile("" : "+f"(d[i])::"memory");
   }
 }
+
+// Keeps the compiler from computing the A fragments a later than here, behind a wait or a branch,
+// which would keep alive what they are computed from. No instruction.
+template <int kN>
+DEVICE void wgmma_pin(u32 (&a)[kN]) {
+#pragma unroll
+  for (int i = 0; i < kN; ++i) {
+    asm volatile("" : "+r"(a[i]));
+  }
+}

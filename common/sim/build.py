@@ -36,6 +36,7 @@ _KERNEL_FLAGS = (
     "-fno-asynchronous-unwind-tables",
     "-Wno-unknown-pragmas",
     "-Wreturn-type",
+    "-Werror=conversion",  # what is narrowed, offsets above all, says so by a cast
     "-I.",
 )
 
@@ -70,6 +71,14 @@ def kernel(spec: KernelSpec) -> ctypes.CDLL:
     texts = {**texts, sources.PRELUDE: spec.prelude(), "kernel.cpp": unit}
     artifact = _object(f"simulated-{spec.label()}", texts, ["kernel.cpp"], _KERNEL_FLAGS, spec)
     return ctypes.CDLL(str(artifact.path()))
+
+
+def cluster_size(library: ctypes.CDLL) -> int:
+    """CTAs of a cluster, as the entry of a kernel's library declares it."""
+    try:
+        return ctypes.c_int32.in_dll(library, "flash_sim_cluster_size").value
+    except ValueError:  # a KERNEL
+        return 1
 
 
 def _object(

@@ -7,6 +7,7 @@
 
 #include "common/device/wgmma_desc.cuh"
 #include "common/ptx/barrier.cuh"
+#include "common/ptx/bulk.cuh"
 #include "common/ptx/mbarrier.cuh"
 #include "common/ptx/memory.cuh"
 #include "common/ptx/stmatrix.cuh"
@@ -187,8 +188,56 @@ DEVICE void stores(const HopperProbeParams& p, i32 thread) {
   }
 }
 
+DEVICE void bulk(const HopperProbeParams& p, i32 thread) {
+  if (p.which < 80) {
+    return;
+  }
+  f32* out = reinterpret_cast<f32*>(p.out);  // 256 floats
+  if (p.which >= 91) {
+    if (thread < 64) {
+      st_shared_f32(tile(0) + 4u * u32(thread), 1.0f);
+      if (p.which != 91) { fence_proxy_async_shared(); }
+    }
+    cta_sync();
+  }
+  if (thread != 0) { return; }
+  if (p.which == 86) { mbarrier_init(bar(4), 1); }
+  switch (p.which) {
+    case 80: bulk_load(tile(0), out, 24, bar(0)); break;  // BAD 80
+    case 81: bulk_load(tile(0), out + 1, 64, bar(0)); break;  // BAD 81
+    case 82: bulk_load(tile(0), out + 192, 512, bar(0)); break;  // BAD 82
+    case 83: bulk_load(tile(0) + 8, out, 64, bar(0)); break;  // BAD 83
+    case 84: case 85:  // read without waiting
+      mbarrier_arrive_expect_tx(bar(0), 64);
+      bulk_load(tile(0), out, 64, bar(0));
+      if (p.which == 85) { wait(bar(0), 0); }
+      ld_shared_u32(tile(0));  // BAD 84
+      break;
+    case 86: bulk_load(tile(0), out, 64, bar(4)); break;  // BAD 86: no fence_mbarrier_init()
+    case 87: bulk_reduce_add_f32(out, tile(0), 0); break;  // BAD 87
+    case 88: bulk_reduce_add_f32(out + 2, tile(0), 64); break;  // BAD 88
+    case 89: bulk_reduce_add_f32(out + 192, tile(0), 512); break;  // BAD 89
+    case 90: bulk_reduce_add_f32(out, tile(1) + 128, kTileBytes); break;  // BAD 90
+    default:
+      bulk_reduce_add_f32(out, tile(0), 256);  // BAD 91 BAD 95
+      tma_store_commit_group();
+      if (p.which == 95) { break; }  // nobody waits for it
+      if (p.which != 93) { tma_store_wait_group_read<0>(); }
+      if (p.which >= 93) {
+        for (u32 i = 0; i < 64; ++i) {
+          st_shared_f32(tile(0) + 4 * i, 0);  // BAD 93: the addition still reads it
+          st_global_f32(out + 64 + i, ld_global_f32(out + i));  // not added yet
+        }
+        tma_store_wait_group<0>();
+        for (u32 i = 0; i < 64; ++i) {
+          st_global_f32(out + 128 + i, ld_global_f32(out + i));
+        }
+      }
+  }
+}
+
 DEVICE void products(const HopperProbeParams& p, i32 thread) {
-  if (p.which < 60) {
+  if (p.which < 60 || p.which >= 80) {
     return;
   }
   const i32 which = p.which;
@@ -255,4 +304,5 @@ probe_hopper_misuse(GRID_CONSTANT HopperProbeParams p) {
   loads(p, thread);
   stores(p, thread);
   products(p, thread);
+  bulk(p, thread);
 }

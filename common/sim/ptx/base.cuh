@@ -5,6 +5,13 @@
 
 #define DEVICE inline
 #define KERNEL(threads, min_ctas) extern "C" void
+// The launcher compares flash_sim_cluster_size with the KernelSpec.
+#define CLUSTER_KERNEL(threads, min_ctas, ctas)                                   \
+  extern "C" {                                                                    \
+  __attribute__((visibility("default"))) extern const i32 flash_sim_cluster_size; \
+  const i32 flash_sim_cluster_size = ctas;                                        \
+  }                                                                               \
+  extern "C" void
 #define GRID_CONSTANT const
 
 extern "C" {  // without <math.h>: compile time

@@ -118,9 +118,25 @@ DEVICE void red_global_add_v4_f32(f32* dst, const f32 (&value)[4], SITE) {
   flash_sim::add_global_v4_f32(dst, value, site);
 }
 
+DEVICE u32 ld_acquire_global_u32(const void* src, SITE) {
+  return flash_sim::load_acquire_global_u32(src, site);
+}
+
 DEVICE u64 ld_acquire_global_u64(const void* src, SITE) {
   return flash_sim::load_acquire_global_u64(src, site);
 }
+
+DEVICE void st_release_global_u32(u32* dst, u32 value, SITE) {
+  flash_sim::store_release_global_u32(dst, value, site);
+}
+
+DEVICE void red_release_global_add_u32(u32* dst, u32 value, SITE) {
+  flash_sim::add_release_global_u32(dst, value, site);
+}
+
+DEVICE void fence_acq_rel_gpu() { flash_sim::fence_acq_rel_gpu(); }
+
+DEVICE void nanosleep(u32 nanoseconds, SITE) { flash_sim::nanosleep(site); }
 
 DEVICE u64 atomic_add_global_u64(u64* dst, u64 value, SITE) {
   return flash_sim::add_global_u64(dst, value, site);

@@ -38,3 +38,6 @@ template <int kN>
 DEVICE void wgmma_hold(f32 (&d)[kN], SITE) {
   flash_sim::wgmma_hold(d, kN, site);
 }
+
+template <int kN>
+DEVICE void wgmma_pin(u32 (&)[kN]) {}

@@ -34,6 +34,8 @@ struct Mbarrier {
   u32 init_epoch = 0;
   bool visible_to_tma = false;
   Races::Clock arrived, completed;  // by arrivals so far; up to the last completed phase
+  // Likewise by arrivals of other CTAs, which only waits in the scope of the cluster learn of.
+  Races::Clock arrived_from_peers, completed_from_peers;
   std::vector<Waiter> waiters;
 };
 
@@ -43,14 +45,18 @@ class Mbarriers {
   void init(Cta& cta, u32 bar, u32 count, const Site& site);
   void fence_init(Cta& cta);
   void arrive(Cta& cta, u32 bar, u32 expected_bytes, const Site& site);
-  bool try_wait(Cta& cta, u32 bar, u32 parity, const Site& site);
+  // At a barrier of a CTA of the cluster.
+  static void arrive_at_peer(Cta& cta, u32 cluster_bar, const Site& site);
+  bool try_wait(Cta& cta, u32 bar, u32 parity, bool in_cluster, const Site& site);
+  // cta: whose thread asks.
   Mbarrier& find(Cta& cta, u32 bar, const char* what, const Site& site);
-  void bytes_arrived(Cta& cta, Mbarrier& barrier, u32 bytes);
+  Mbarrier& find_for_async(Cta& cta, u32 bar, const char* what, const Site& site);
+  static void bytes_arrived(Races& races, Mbarrier& barrier, u32 bytes);
   // What lanes of this warp wait for, one line each. Empty: none does.
   std::string waits_of(const Warp& warp) const;
 
  private:
-  void complete_phase_if_due(Cta& cta, Mbarrier& barrier);
+  static void complete_phase_if_due(Races& races, Mbarrier& barrier);
   std::list<Mbarrier> barriers_;
 };
 
@@ -65,10 +71,11 @@ struct EncodedTensorMap {
   u16 box[5];
 };
 
-struct Transfer {
-  EncodedTensorMap map;
+struct Transfer {  // of a box, or without a map of a run of bytes
+  EncodedTensorMap map{};
   std::array<i32, 5> coords{};
-  u32 offset = 0, bytes = 0;  // the box in shared memory
+  char* run = nullptr;        // in global memory; null: a box
+  u32 offset = 0, bytes = 0;  // in shared memory
   Lane* lane = nullptr;       // that issued it
   Site site;
 };
@@ -76,6 +83,7 @@ struct Transfer {
 struct PendingStore {
   Transfer transfer;
   u32 group = 0;
+  bool adds = false;  // floats, instead of storing
   bool source_read = false;
   std::vector<u8> data;
 };
@@ -86,6 +94,12 @@ class Tma {
   void load(Cta& cta, u32 dst, const void* map, u32 bar, const i32* coords, i32 rank,
             const Site& site);
   void store(Cta& cta, const void* map, u32 src, const i32* coords, i32 rank, const Site& site);
+  void load_run(Cta& cta, u32 dst, const void* src, u32 bytes, u32 bar, const Site& site);
+  void add_run(Cta& cta, f32* dst, u32 src, u32 bytes, const Site& site);
+  void copy_to_peer(Cta& cta, u32 cluster_dst, u32 src, u32 bytes, u32 cluster_bar,
+                    const Site& site);
+  // Where one was issued. Null: none is.
+  const Site* copy_in_flight_to(const Cta& owner) const;
   void wait_stores(Cta& cta, i32 pending, bool read_only);
   bool loads_in_flight() const { return !loads_.empty(); }
   // Lets one load land, if one is in flight.
@@ -99,7 +113,12 @@ class Tma {
   struct PendingLoad {
     Transfer transfer;
     Mbarrier* barrier;
+    Cta* owner;             // of the shared memory to which it goes, and of the barrier
+    bool is_copy = false;   // from shared memory of the CTA that issued it
+    u32 source_offset = 0;  // there
   };
+  void issue_load(Cta& cta, const Transfer& transfer, Mbarrier& barrier);
+  void issue_store(Cta& cta, const Transfer& transfer, bool adds);
   std::deque<PendingLoad> loads_;
 };
 

@@ -33,7 +33,13 @@ void add_global_f32(f32* dst, f32 value, Site site);
 void add_global_v4_f32(f32* dst, const f32 (&value)[4], Site site);
 u32 add_global_u32(u32* dst, u32 value, Site site);
 u64 add_global_u64(u64* dst, u64 value, Site site);
+u32 load_acquire_global_u32(const void* src, Site site);
 u64 load_acquire_global_u64(const void* src, Site site);
+void store_release_global_u32(u32* dst, u32 value, Site site);
+void add_release_global_u32(u32* dst, u32 value, Site site);
+void fence_acq_rel_gpu();
+// Sleeps until what this thread's last acquiring load has read is another value.
+void nanosleep(Site site);
 void load_shared(void* value, u32 src, u32 bytes, Site site);
 void store_shared(u32 dst, const void* value, u32 bytes, Site site);
 
@@ -62,6 +68,8 @@ enum class WarpOp : u8 {
   kCtaSync,
   kNamedBarrierSync,
   kNamedBarrierArrive,
+  kClusterArrive,
+  kClusterWait,
   kWgmma,
   kWgmmaFence,
   kWgmmaCommitGroup,

@@ -1,10 +1,12 @@
-// Fibers of one CTA: who runs next, rendezvous of a warp's lanes, barriers, deadlocks. See
+// Fibers of a CTA: who runs next, rendezvous of a warp's lanes, barriers, deadlocks. See
 // machine.h.
 #include "machine.h"
 
 #include <bit>
 #include <cstdio>
 #include <cstring>
+
+#include "cluster.h"
 
 namespace flash_sim {
 
@@ -52,19 +54,17 @@ std::string lane_list(u32 mask) {
   return text;
 }
 
-bool Cta::run(const Launch& request, i32 block) {
+Cta::Cta(Cluster& its_cluster, i32 its_rank)
+    : cluster(its_cluster), rank(its_rank), races(its_cluster.races) {}
+
+bool Cta::start(const Launch& request, i32 block) {
   launch = &request;
   block_idx = block;
-  error_.clear();
   if (!stacks_.reserve(request.num_threads)) {
-    error_ = "no memory for " + std::to_string(request.num_threads) + " fiber stacks";
     return false;
   }
   reset();
-  set_this_cta(this);
-  switch_to(scheduler_, pick());
-  set_this_cta(nullptr);
-  return error_.empty();
+  return true;
 }
 
 void Cta::reset() {
@@ -74,10 +74,14 @@ void Cta::reset() {
   }
   for (i32 w = 0; w < num_warps; ++w) {
     Warp& warp = warps_[w];
+    warp.cta = this;
     warp.warp_idx = w;
+    warp.actor = rank * num_warps + w;
     warp.runnable = kAllLanes;
     warp.arrived = warp.exited = 0;
     warp.barrier = -1;
+    warp.cluster_arrivals = warp.cluster_waits = 0;
+    warp.at_cluster_barrier = false;
     for (i32 l = 0; l < 32; ++l) {
       Lane& lane = warp.lanes[l];
       lane.warp = &warp;
@@ -87,6 +91,7 @@ void Cta::reset() {
       lane.copies.clear();
       lane.open_store_group = 0;
       lane.stores.clear();
+      lane.watch = Watch{};
       fiber_prepare(lane.fiber, stacks_.begin(lane.thread_idx), stacks_.end(lane.thread_idx),
                     fiber_main);
     }
@@ -97,11 +102,11 @@ void Cta::reset() {
   for (Barrier& barrier : barriers_) {
     barrier = Barrier{};
   }
-  races.start(launch->racecheck != 0, launch->smem_bytes, num_warps);
   mbarriers.reset();
   tma.reset();
   wgmma.reset(num_warps);
-  hot_range_ = Range{};
+  hot_range_ = -1;
+  grid_waits_.clear();
   live_warps_ = num_warps;
   random_state_ = launch->seed * 0x9e3779b97f4a7c15ull + static_cast<u64>(block_idx) + 1;
   current = &warps_[0].lanes[0];
@@ -114,8 +119,6 @@ u64 Cta::random() {  // xorshift64*
   return random_state_ * 0x2545f4914f6cdd1dull >> 16;
 }
 
-// The lane to run: the next of the running warp, else of the next warp that has one. Null: none can
-// run.
 Lane* Cta::pick() {
   const i32 num_warps = static_cast<i32>(warps_.size());
   const bool shuffled = launch->seed != 0;
@@ -131,7 +134,11 @@ Lane* Cta::pick() {
 }
 
 void Cta::switch_to(Fiber& from, Lane* next) {
-  current = next;
+  Cta* other = next->warp->cta;
+  other->current = next;
+  if (other != this) {
+    set_this_cta(other);
+  }
   fiber_switch(from, next->fiber);
 }
 
@@ -142,12 +149,15 @@ void Cta::run_next() {
   if (tma.loads_in_flight() && may_pretend()) {
     tma.land_one(*this);
   }
-  Lane* next = pick();
-  while (next == nullptr && tma.land_one(*this)) {
-    next = pick();
-  }
-  if (next == nullptr) {
-    stop("deadlock: no thread can run\n" + waiting_list());
+  Lane* next = cluster.pick(*this);
+  while (next == nullptr) {
+    if (!cluster.wake_watchers() && !cluster.land_one(*this)) {
+      if (!cluster.watches()) {
+        stop("deadlock: no thread can run\n" + cluster.waiting_list());
+      }
+      cluster.park(self->fiber);
+    }
+    next = cluster.pick(*this);
   }
   if (next != self) {
     switch_to(self->fiber, next);
@@ -157,6 +167,27 @@ void Cta::run_next() {
 void Cta::sleep() {
   current->warp->runnable &= ~(1u << current->lane_idx);
   run_next();
+}
+
+void Cta::sleep_until_global_change(const Site& site) {
+  Lane* self = current;
+  if (self->watch.address == nullptr) {
+    fail(
+        "nanosleep() without an acquiring load of global memory before it: in the simulator it "
+        "sleeps until that changes",
+        site);
+  }
+  if (self->watch.value != self->watch.present_value()) {
+    return;
+  }
+  if (may_pretend()) {
+    give_way();
+    return;
+  }
+  self->watch.sleeps = true;
+  self->watch.site = site;
+  cluster.watch(*self);
+  sleep();
 }
 
 bool Cta::may_pretend() { return launch->seed != 0 && random() % 4 == 0; }
@@ -205,9 +236,15 @@ void Cta::complete_warp_op(Warp& warp) {
     warp.runnable = goes_on ? kAllLanes : 0;
     return;
   }
-  if (warp.op == WarpOp::kWarpSync) {
+  if (warp.op == WarpOp::kClusterWait && !cluster.wait(*this, warp)) {
+    warp.arrived = 0;
+    return;
+  }
+  if (warp.op == WarpOp::kClusterArrive) {
+    cluster.arrive(*this, warp);
+  } else if (warp.op == WarpOp::kWarpSync) {
     if (races.enabled()) {
-      races.warp_synced(warp.warp_idx);
+      races.warp_synced(warp.actor);
     }
   } else {
     compute_warp_op(*this, warp);
@@ -254,7 +291,7 @@ void Cta::arrive_at_barrier(Warp& warp) {
          warp.site);
   }
   if (races.enabled()) {
-    races.barrier_arrived(id, warp.warp_idx);
+    races.barrier_arrived(rank * kNumBarriers + id, warp.actor);
   }
   barrier.arrived |= bit;
   warp.arrived = 0;
@@ -274,7 +311,7 @@ void Cta::release_barrier_if_complete(i32 id) {
     return;
   }
   if (races.enabled()) {
-    races.barrier_released(id, barrier.waiting);
+    races.barrier_released(rank * kNumBarriers + id, warps_[0].actor, barrier.waiting);
   }
   for (Warp& warp : warps_) {
     if ((barrier.waiting >> warp.warp_idx & 1u) != 0) {
@@ -302,9 +339,13 @@ void Cta::exit_lane() {
     --live_warps_;
     if (live_warps_ == 0) {
       tma.last_thread_returns(*this);
-      fiber_switch(self->fiber, scheduler_);
+      cluster.last_thread_returns(*this);
+      if (cluster.all_returned()) {
+        cluster.leave(self->fiber);
+      }
     }
     release_barrier_if_complete(0);  // warps that are gone don't count
+    cluster.release_barrier_if_complete();
   }
   run_next();
   __builtin_unreachable();
@@ -322,11 +363,15 @@ std::string Cta::waiting_list() const {
       text += std::string("waits in ") + name_of(warp.op) + " at barrier " +
               std::to_string(warp.barrier) + " (" + std::to_string(std::popcount(barrier.arrived)) +
               " of " + std::to_string(expected) + " warps have arrived), " + describe(warp.site);
+    } else if (warp.at_cluster_barrier) {
+      text += "waits at the cluster's barrier, " + describe(warp.site);
     } else if (wgmma.waits(warp)) {
       text += std::string("waits in ") + name_of(warp.op) +
               " for the other warps of its warpgroup, " + describe(warp.site);
     } else {
-      const std::string waits = mbarriers.waits_of(warp);
+      std::string waits = mbarriers.waits_of(warp);
+      const std::string global = global_waits_of(warp);
+      waits += (waits.empty() || global.empty() ? "" : "; ") + global;
       if (warp.arrived != 0) {
         text += lane_list(warp.arrived) + " wait in " + name_of(warp.op) + ", " +
                 describe(warp.site) + (waits.empty() ? "" : "; ");
@@ -350,9 +395,10 @@ void Cta::fail(const std::string& what, const Site& site) {
 }
 
 void Cta::stop(std::string text) {
-  error_ = std::string(launch->kernel_name) + ", CTA " + std::to_string(block_idx) + ": " + text;
+  std::string error =
+      std::string(launch->kernel_name) + ", CTA " + std::to_string(block_idx) + ": " + text;
   std::string().swap(text);  // this stack is never unwound
-  fiber_switch(current->fiber, scheduler_);
+  cluster.leave_with_error(current->fiber, std::move(error));
   __builtin_unreachable();
 }
 
@@ -361,6 +407,8 @@ i32 thread_idx() { return this_cta().current->thread_idx; }
 i32 block_idx() { return this_cta().block_idx; }
 
 i32 grid_dim() { return this_cta().launch->grid; }
+
+void nanosleep(Site site) { this_cta().sleep_until_global_change(site); }
 
 void warp_op(WarpOp op, void* args, Site site) { this_cta().warp_op(op, args, site); }
 

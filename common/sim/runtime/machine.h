@@ -4,7 +4,8 @@
 //   memory.cpp    checked accesses to global and shared memory, asynchronous copies
 //   races.h       the race detector on shared memory
 //   async.h       mbarriers, TMA and wgmma: mbarrier.cpp, tma.cpp, wgmma.cpp
-//   launch.cpp    CTAs over OS threads, the C interface to launcher.py
+//   cluster.h     the CTAs of a cluster, which take turns
+//   launch.cpp    clusters over OS threads, the C interface to launcher.py
 #pragma once
 #include <cstdint>
 #include <deque>
@@ -26,18 +27,30 @@ struct Range {  // of legal global addresses
   uintptr_t begin, end;
 };
 
+// Memory of a launch that may still run when a programmatic one begins.
+struct Earlier {
+  uintptr_t begin, end;
+  u64 written;  // by that launch; else it may be reading
+};
+
 // What launcher.py passes; mirrored there field by field.
 struct Launch {
   void (*run_thread)(const void* params);
   const void* params;
   const char* kernel_name;
   const Range* ranges;
-  u64 seed;  // 0: lanes and warps in order; else they are shuffled at each switch
+  u8* written;             // of each range: set to 1 where the kernel writes
+  const Earlier* earlier;  // of the launches that a programmatic one need not wait for
+  u64 seed;                // 0: lanes and warps in order; else they are shuffled at each switch
   i32 num_ranges;
+  i32 num_earlier;
+  i32 programmatic;
   i32 grid;
+  i32 cluster_size;
   i32 num_threads;
   i32 smem_bytes;
   i32 num_workers;
+  i32 resident_ctas;  // as many start before the first of them end, at most
   i32 racecheck;
 };
 
@@ -46,6 +59,16 @@ struct PendingCopy {
   u32 group;
   Site site;
   u8 data[16];
+};
+
+// What a thread has read last with acquire; it may sleep until that changes.
+struct Watch {
+  const void* address = nullptr;
+  u32 bytes = 0;
+  u64 value = 0;
+  bool sleeps = false;
+  Site site;
+  u64 present_value() const;
 };
 
 struct Warp;
@@ -60,14 +83,19 @@ struct Lane {  // a CUDA thread
   std::deque<PendingCopy> copies;
   u32 open_store_group = 0;
   std::deque<PendingStore> stores;
+  Watch watch;
 };
 
 struct Warp {
+  Cta* cta = nullptr;
   i32 warp_idx = 0;
+  i32 actor = 0;     // its number in the cluster
   u32 runnable = 0;  // bit per lane, likewise the next two
   u32 arrived = 0;   // sleeping in `op` until the others come
   u32 exited = 0;
   i32 barrier = -1;  // the barrier where the whole warp sleeps
+  u32 cluster_arrivals = 0, cluster_waits = 0;
+  bool at_cluster_barrier = false;  // the whole warp sleeps there
   WarpOp op{};
   Site site;  // of `op`, from the first lane to arrive
   Lane lanes[32];
@@ -80,66 +108,91 @@ struct Barrier {
   Site site;
 };
 
+class Cluster;
+
 class Cta {
  public:
-  // Runs one CTA to its end. False: error() says what went wrong.
-  bool run(const Launch& launch, i32 block_idx);
-  const std::string& error() const { return error_; }
+  Cta(Cluster& cluster, i32 rank);
+  // Makes all threads runnable, at the kernel's begin. False: no memory for their stacks.
+  bool start(const Launch& launch, i32 block_idx);
+  // The lane to run: the next of the warp that ran last, else of the next warp that has one. Null:
+  // none can run.
+  Lane* pick();
+  // Goes on with `next`, of any CTA of the cluster.
+  void switch_to(Fiber& from, Lane* next);
+  bool returned() const { return live_warps_ == 0; }  // all its threads
+  std::vector<Warp>& warps() { return warps_; }
+  std::string waiting_list() const;
 
   // Called on fibers, by the functions of calls.h.
   void warp_op(WarpOp op, void* args, const Site& site);
   [[noreturn]] void exit_lane();
-  // Ends the CTA with an error of the running thread; its fibers are abandoned as they stand.
+  // Ends the cluster with an error of the running thread.
   [[noreturn]] void fail(const std::string& what, const Site& site);
-  char* global(const void* address, u32 bytes, const char* what, const Site& site);
+  enum class Use : u8 { kRead, kWrite };
+  char* global(const void* address, u32 bytes, Use use, const char* what, const Site& site);
+  void wait_for_earlier_launches();
+  bool waited_for_earlier_launches() const { return !grid_waits_.empty(); }
   u8* shared(u32 address, u32 bytes, const char* what, const Site& site);
   // As shared(), of a box or an object that is larger than its alignment.
   u8* shared_range(u32 address, u32 bytes, u32 alignment, const char* what, const Site& site);
+  u8* smem_at(u32 offset) { return smem_begin_ + offset; }
   void issue_copy(u32 dst, const void* src, u32 bytes, i32 valid_bytes, const Site& site);
   void complete_copies(i32 pending);
   void check_race(u32 offset, u32 bytes, Access access, const Site& site);
   void check_race_ldmatrix(u32 offset, const Site& site);
   void check_race_of_warp(u32 offset, u32 bytes, Access access, const char* what, const Site& site);
+  // Of the running thread, in the shared memory of any CTA of the cluster.
+  void check_race_in(const Cta& owner, u32 offset, u32 bytes, Access access, const Site& site);
   // For mbarriers and the like, whose lanes sleep and wake alone.
   void sleep();
+  void sleep_until_global_change(const Site& site);
+  std::string global_waits_of(const Warp& warp) const;
   void give_way() { run_next(); }
   Lane& lane_at(i32 thread_idx) { return warps_[thread_idx / 32].lanes[thread_idx % 32]; }
   void wake(Lane& lane) { lane.warp->runnable |= 1u << lane.lane_idx; }
   bool may_pretend();  // under a shuffling seed, sometimes: to do what the hardware may do too
   u64 random();
 
+  Cluster& cluster;
+  const i32 rank;  // in the cluster
+  Races& races;    // the cluster's
   const Launch* launch = nullptr;
   i32 block_idx = 0;
   Lane* current = nullptr;
-  Races races;
   Mbarriers mbarriers;
   Tma tma;
   Wgmma wgmma;
 
  private:
+  struct GridWait {  // griddepcontrol_wait() by lanes of a warp, at the first one's epoch
+    i32 warp;
+    u32 lanes, epoch;
+  };
+  void check_against_earlier_launches(uintptr_t address, u32 bytes, Use use, const char* what,
+                                      const Site& site);
+  bool ordered_after_grid_wait() const;
   void reset();
   void complete_warp_op(Warp& warp);
   void arrive_at_barrier(Warp& warp);
   void release_barrier_if_complete(i32 id);
   void run_next();
-  Lane* pick();
-  void switch_to(Fiber& from, Lane* next);
-  std::string waiting_list() const;
   [[noreturn]] void stop(std::string text);
+  void note_race(const Cta& owner, u32 lane_idx, u32 offset, u32 bytes, Access access,
+                 const char* what, const Site& site);
 
   Stacks stacks_;
   std::vector<Warp> warps_;
   std::vector<u8> smem_;
   u8* smem_begin_ = nullptr;  // 16-byte aligned
   Barrier barriers_[kNumBarriers];
-  Range hot_range_{};  // the range of the last global access
+  i32 hot_range_ = -1;  // the range of the last global access
+  std::vector<GridWait> grid_waits_;
   i32 live_warps_ = 0;
   u64 random_state_ = 0;
-  Fiber scheduler_;
-  std::string error_;
 };
 
-// The CTA that this OS thread is running.
+// The CTA whose fiber this OS thread is running.
 Cta& this_cta();
 void set_this_cta(Cta* cta);
 

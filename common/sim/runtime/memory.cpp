@@ -3,7 +3,7 @@
 #include <atomic>
 #include <cstring>
 
-#include "machine.h"
+#include "cluster.h"
 
 namespace flash_sim {
 
@@ -35,22 +35,66 @@ std::string nearest_tensor(const Launch& launch, uintptr_t address, u32 bytes) {
 
 }  // namespace
 
-char* Cta::global(const void* pointer, u32 bytes, const char* what, const Site& site) {
+char* Cta::global(const void* pointer, u32 bytes, Use use, const char* what, const Site& site) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
-  if (address < hot_range_.begin || address + bytes > hot_range_.end) {
-    const Range* found =
-        std::find_if(launch->ranges, launch->ranges + launch->num_ranges, [&](const Range& range) {
-          return address >= range.begin && address < range.end && address + bytes <= range.end;
-        });
-    if (found == launch->ranges + launch->num_ranges) {
+  const Range* ranges = launch->ranges;
+  if (hot_range_ < 0 || address < ranges[hot_range_].begin ||
+      address + bytes > ranges[hot_range_].end) {
+    const Range* found = std::find_if(ranges, ranges + launch->num_ranges, [&](const Range& range) {
+      return address >= range.begin && address < range.end && address + bytes <= range.end;
+    });
+    if (found == ranges + launch->num_ranges) {
       fail(std::string("global ") + what + " of " + std::to_string(bytes) +
                " bytes out of bounds, address " + hex(address) +
                nearest_tensor(*launch, address, bytes),
            site);
     }
-    hot_range_ = *found;
+    hot_range_ = static_cast<i32>(found - ranges);
+  }
+  if (use == Use::kWrite) {
+    std::atomic_ref<u8>(launch->written[hot_range_]).store(1, std::memory_order_relaxed);
+  }
+  if (launch->num_earlier != 0) {
+    check_against_earlier_launches(address, bytes, use, what, site);
   }
   return const_cast<char*>(static_cast<const char*>(pointer));
+}
+
+void Cta::check_against_earlier_launches(uintptr_t address, u32 bytes, Use use, const char* what,
+                                         const Site& site) {
+  for (i32 i = 0; i < launch->num_earlier; ++i) {
+    const Earlier& earlier = launch->earlier[i];
+    const bool conflict = use == Use::kWrite || earlier.written != 0;
+    if (conflict && address < earlier.end && earlier.begin < address + bytes) {
+      if (ordered_after_grid_wait()) {
+        return;
+      }
+      fail(std::string("global ") + what +
+               " is not ordered after a griddepcontrol_wait(), and an " + "earlier launch " +
+               (earlier.written != 0 ? "writes" : "may read") + " that tensor",
+           site);
+    }
+  }
+}
+
+bool Cta::ordered_after_grid_wait() const {
+  const i32 warp = current->warp->actor;
+  return std::any_of(grid_waits_.begin(), grid_waits_.end(), [&](const GridWait& wait) {
+    const bool own = wait.warp == warp && (wait.lanes >> current->lane_idx & 1u) != 0;
+    return own || !races.enabled() || races.knows(warp, wait.warp, wait.epoch);
+  });
+}
+
+void Cta::wait_for_earlier_launches() {
+  const i32 warp = current->warp->actor;
+  const u32 lane = 1u << current->lane_idx;
+  for (GridWait& wait : grid_waits_) {
+    if (wait.warp == warp) {
+      wait.lanes |= lane;
+      return;
+    }
+  }
+  grid_waits_.push_back({warp, lane, races.enabled() ? races.epoch(warp) : 0});
 }
 
 u8* Cta::shared(u32 address, u32 bytes, const char* what, const Site& site) {
@@ -63,7 +107,8 @@ u8* Cta::shared_range(u32 address, u32 bytes, u32 alignment, const char* what, c
   if (offset >= size || bytes > size - offset) {
     fail(std::string("shared memory ") + what + " of " + std::to_string(bytes) +
              " bytes out of bounds: smem_base() + " + std::to_string(static_cast<i32>(offset)) +
-             ", the CTA has " + std::to_string(size) + " bytes",
+             ", the CTA has " + std::to_string(size) + " bytes" +
+             (address >> 24 != 0 ? "; this is an address of mapa, for other instructions" : ""),
          site);
   }
   if (address % alignment != 0) {
@@ -76,14 +121,12 @@ u8* Cta::shared_range(u32 address, u32 bytes, u32 alignment, const char* what, c
 
 namespace {
 
-[[noreturn]] void fail_race(Cta& cta, const char* what, const Races::Conflict& conflict,
-                            const Site& site) {
-  cta.fail("race in shared memory at smem_base() + " + std::to_string(conflict.offset) + ": this " +
-               what + " is not ordered after the " + conflict.what +
-               (conflict.thread_idx >= 0 ? " by thread " + std::to_string(conflict.thread_idx)
-                                         : std::string()) +
-               " at " + describe(conflict.site),
-           site);
+// The thread that `actor` and a lane stand for, as seen from a CTA.
+std::string name_of_thread(Cta& cta, i32 actor, i32 lane_idx) {
+  const i32 num_warps = static_cast<i32>(cta.warps().size());
+  const i32 rank = actor / num_warps;
+  return " by thread " + std::to_string(actor % num_warps * 32 + lane_idx) +
+         (rank == cta.rank ? "" : " of CTA " + std::to_string(cta.cluster.cta(rank).block_idx));
 }
 
 }  // namespace
@@ -92,12 +135,30 @@ void Cta::check_race(u32 offset, u32 bytes, Access access, const Site& site) {
   if (!races.enabled()) {
     return;
   }
-  const Lane& lane = *current;
-  const Races::Conflict conflict =
-      races.note(lane.warp->warp_idx, lane.lane_idx, offset, bytes, access, site);
-  if (conflict.found) {
-    fail_race(*this, name_of(access), conflict, site);
+  note_race(*this, current->lane_idx, offset, bytes, access, name_of(access), site);
+}
+
+void Cta::check_race_in(const Cta& owner, u32 offset, u32 bytes, Access access, const Site& site) {
+  if (!races.enabled()) {
+    return;
   }
+  note_race(owner, current->lane_idx, offset, bytes, access, name_of(access), site);
+}
+
+void Cta::note_race(const Cta& owner, u32 lane_idx, u32 offset, u32 bytes, Access access,
+                    const char* what, const Site& site) {
+  const Races::Conflict conflict =
+      races.note(current->warp->actor, lane_idx, owner.rank, offset, bytes, access, site);
+  if (!conflict.found) {
+    return;
+  }
+  const std::string whose = &owner == this ? "" : " of CTA " + std::to_string(owner.block_idx);
+  const std::string by =
+      conflict.actor < 0 ? "" : name_of_thread(*this, conflict.actor, conflict.lane_idx);
+  fail("race in shared memory" + whose + " at smem_base() + " + std::to_string(conflict.offset) +
+           ": this " + what + " is not ordered after the " + conflict.what + by + " at " +
+           describe(conflict.site),
+       site);
 }
 
 void Cta::check_race_ldmatrix(u32 offset, const Site& site) {
@@ -109,11 +170,7 @@ void Cta::check_race_of_warp(u32 offset, u32 bytes, Access access, const char* w
   if (!races.enabled()) {
     return;
   }
-  const Races::Conflict conflict =
-      races.note(current->warp->warp_idx, Races::kAnyLane, offset, bytes, access, site);
-  if (conflict.found) {
-    fail_race(*this, what, conflict, site);
-  }
+  note_race(*this, Races::kAnyLane, offset, bytes, access, what, site);
 }
 
 void Cta::issue_copy(u32 dst, const void* src, u32 bytes, i32 valid_bytes, const Site& site) {
@@ -129,7 +186,8 @@ void Cta::issue_copy(u32 dst, const void* src, u32 bytes, i32 valid_bytes, const
   PendingCopy copy{dst - kSmemBase, bytes, current->open_group, site, {}};
   u8* destination = shared(dst, bytes, "write by cp.async", site);
   if (valid_bytes > 0) {
-    memcpy(copy.data, global(src, static_cast<u32>(valid_bytes), "read by cp.async", site),
+    memcpy(copy.data,
+           global(src, static_cast<u32>(valid_bytes), Use::kRead, "read by cp.async", site),
            valid_bytes);
   }
   check_race(copy.offset, bytes, Access::kCopyIssued, site);
@@ -149,53 +207,105 @@ void Cta::complete_copies(i32 pending) {
 
 namespace {
 
-char* aligned_global(const void* pointer, u32 bytes, const char* what, const Site& site) {
+using Use = Cta::Use;
+
+char* aligned_global(const void* pointer, u32 bytes, Use use, const char* what, const Site& site) {
   if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0) {
     this_cta().fail(std::string("global ") + what + " of " + std::to_string(bytes) +
                         " bytes misaligned, address " + hex(reinterpret_cast<uintptr_t>(pointer)),
                     site);
   }
-  return this_cta().global(pointer, bytes, what, site);
+  return this_cta().global(pointer, bytes, use, what, site);
 }
 
 }  // namespace
 
 void load_global(void* value, const void* src, u32 bytes, Site site) {
-  memcpy(value, aligned_global(src, bytes, "read", site), bytes);
+  memcpy(value, aligned_global(src, bytes, Use::kRead, "read", site), bytes);
 }
 
 void store_global(void* dst, const void* value, u32 bytes, Site site) {
-  memcpy(aligned_global(dst, bytes, "write", site), value, bytes);
+  memcpy(aligned_global(dst, bytes, Use::kWrite, "write", site), value, bytes);
 }
 
 // CTAs run on several OS threads, so these are atomic here too.
 void add_global_f32(f32* dst, f32 value, Site site) {
-  aligned_global(dst, sizeof(f32), "reduction", site);
+  aligned_global(dst, sizeof(f32), Use::kWrite, "reduction", site);
   std::atomic_ref<f32>(*dst).fetch_add(value, std::memory_order_relaxed);
 }
 
 void add_global_v4_f32(f32* dst, const f32 (&value)[4], Site site) {
-  aligned_global(dst, sizeof value, "reduction", site);
+  aligned_global(dst, sizeof value, Use::kWrite, "reduction", site);
   for (i32 i = 0; i < 4; ++i) {
     std::atomic_ref<f32>(dst[i]).fetch_add(value[i], std::memory_order_relaxed);
   }
 }
 
 u32 add_global_u32(u32* dst, u32 value, Site site) {
-  aligned_global(dst, sizeof(u32), "atomic add", site);
+  aligned_global(dst, sizeof(u32), Use::kWrite, "atomic add", site);
   return std::atomic_ref<u32>(*dst).fetch_add(value, std::memory_order_relaxed);
 }
 
 // These acquire and release for the whole CTA, whose fibers are one OS thread.
 u64 add_global_u64(u64* dst, u64 value, Site site) {
-  aligned_global(dst, sizeof(u64), "atomic add", site);
+  aligned_global(dst, sizeof(u64), Use::kWrite, "atomic add", site);
   return std::atomic_ref<u64>(*dst).fetch_add(value, std::memory_order_acq_rel);
 }
 
 u64 load_acquire_global_u64(const void* src, Site site) {
-  aligned_global(src, sizeof(u64), "read", site);
-  u64& word = *static_cast<u64*>(const_cast<void*>(src));
-  return std::atomic_ref<u64>(word).load(std::memory_order_acquire);
+  aligned_global(src, sizeof(u64), Use::kRead, "read", site);
+  Watch& watch = this_cta().current->watch;
+  watch = {src, sizeof(u64), 0, false, site};
+  return watch.value = watch.present_value();
+}
+
+u32 load_acquire_global_u32(const void* src, Site site) {
+  aligned_global(src, sizeof(u32), Use::kRead, "read", site);
+  Watch& watch = this_cta().current->watch;
+  watch = {src, sizeof(u32), 0, false, site};
+  watch.value = watch.present_value();
+  return static_cast<u32>(watch.value);
+}
+
+void store_release_global_u32(u32* dst, u32 value, Site site) {
+  aligned_global(dst, sizeof(u32), Use::kWrite, "write", site);
+  std::atomic_ref<u32>(*dst).store(value, std::memory_order_release);
+}
+
+void add_release_global_u32(u32* dst, u32 value, Site site) {
+  aligned_global(dst, sizeof(u32), Use::kWrite, "reduction", site);
+  std::atomic_ref<u32>(*dst).fetch_add(value, std::memory_order_release);
+}
+
+void fence_acq_rel_gpu() { std::atomic_thread_fence(std::memory_order_acq_rel); }
+
+u64 Watch::present_value() const {
+  void* at = const_cast<void*>(address);
+  return bytes == sizeof(u64)
+             ? std::atomic_ref<u64>(*static_cast<u64*>(at)).load(std::memory_order_acquire)
+             : std::atomic_ref<u32>(*static_cast<u32*>(at)).load(std::memory_order_acquire);
+}
+
+// "lanes 0 wait for ... to change": those that sleep until global memory does.
+std::string Cta::global_waits_of(const Warp& warp) const {
+  std::string text;
+  for (const Lane& lane : warp.lanes) {
+    const Watch& watch = lane.watch;
+    if (!watch.sleeps) {
+      continue;
+    }
+    const uintptr_t address = reinterpret_cast<uintptr_t>(watch.address);
+    i32 tensor = 0;
+    while (address < launch->ranges[tensor].begin || address >= launch->ranges[tensor].end) {
+      ++tensor;
+    }
+    text += (text.empty() ? "lane " : "; lane ") + std::to_string(lane.lane_idx) +
+            " waits for the " + std::to_string(watch.bytes) + " bytes at " +
+            std::to_string(address - launch->ranges[tensor].begin) + " of tensor " +
+            std::to_string(tensor) + ", which hold " + std::to_string(watch.value) +
+            ", to change, " + describe(watch.site);
+  }
+  return text;
 }
 
 void load_shared(void* value, u32 src, u32 bytes, Site site) {
@@ -215,6 +325,8 @@ void store_shared(u32 dst, const void* value, u32 bytes, Site site) {
 void cp_async(u32 dst, const void* src, u32 bytes, i32 valid_bytes, Site site) {
   this_cta().issue_copy(dst, src, bytes, valid_bytes, site);
 }
+
+void griddepcontrol_wait() { this_cta().wait_for_earlier_launches(); }
 
 void cp_async_commit_group() { ++this_cta().current->open_group; }
 

@@ -32,6 +32,8 @@ const char* name_of(Access access) {
     case Access::kTmaStoreIssued:
     case Access::kTmaStoreDone:
       return "TMA store";
+    case Access::kPeerCopyIssued:
+      return "copy to a peer";
     case Access::kWgmmaIssued:
     case Access::kWgmmaDone:
       return "wgmma";
@@ -41,7 +43,7 @@ const char* name_of(Access access) {
   return "?";
 }
 
-void Races::start(bool enabled, u32 smem_bytes, i32 num_warps) {
+void Races::start(bool enabled, i32 num_ctas, u32 smem_bytes, i32 warps_per_cta) {
   enabled_ = enabled;
   if (!enabled) {
     return;
@@ -50,23 +52,32 @@ void Races::start(bool enabled, u32 smem_bytes, i32 num_warps) {
   for (u32 epoch : epoch_) {
     base_epoch_ = std::max(base_epoch_, epoch);
   }
-  const size_t granules = (smem_bytes + kGranuleBytes - 1) / kGranuleBytes;
-  if (num_warps != num_warps_) {
+  const i32 num_warps = num_ctas * warps_per_cta;
+  const i32 num_readers = warps_per_cta + (num_ctas > 1 ? 1 : 0);
+  granules_per_cta_ = (smem_bytes + kGranuleBytes - 1) / kGranuleBytes;
+  const size_t granules = num_ctas * granules_per_cta_;
+  if (num_warps != num_warps_ || num_readers != num_readers_) {
     num_warps_ = num_warps;
     num_actors_ = num_warps + kMaxMbarriers;
+    warps_per_cta_ = warps_per_cta;
+    num_readers_ = num_readers;
     reads_.clear();
   }
   if (writes_.size() < granules) {
     writes_.resize(granules);
   }
-  if (reads_.size() < granules * num_warps) {
-    reads_.resize(granules * num_warps);
+  if (reads_.size() < granules * num_readers) {
+    reads_.resize(granules * num_readers);
   }
   epoch_.assign(num_warps, base_epoch_ + 1);
   clock_.assign(num_warps * num_actors_, base_epoch_);
   fenced_.assign(num_warps * num_actors_, base_epoch_);
   fences_.assign(num_warps * 32, 0);
-  joined_.assign(kBarriers * num_actors_, base_epoch_);
+  joined_.assign(num_ctas * kBarriers * num_actors_, base_epoch_);
+}
+
+size_t Races::first_granule(i32 cta, u32 offset) const {
+  return cta * granules_per_cta_ + offset / kGranuleBytes;
 }
 
 bool Races::ordered(const Record& before, i32 warp, u32 lane_idx) const {
@@ -89,31 +100,41 @@ bool Races::proxy_fenced(const Record& write, i32 warp) const {
   return write.actor == warp ? write.epoch < fenced : write.epoch <= fenced;
 }
 
-Races::Conflict Races::note(i32 warp, u32 lane_idx, u32 offset, u32 bytes, Access access,
+Races::Conflict Races::note(i32 warp, u32 lane_idx, i32 cta, u32 offset, u32 bytes, Access access,
                             const Site& site) {
-  const auto conflict = [&](const Record& other, const char* what, u32 granule) {
+  const size_t first = first_granule(cta, offset);
+  const size_t last = first_granule(cta, offset + bytes - 1);
+  const auto conflict = [&](const Record& other, const char* what, size_t granule) {
     constexpr const char* kPending[] = {
         nullptr,
         "cp.async not yet waited for",
         "TMA load not yet waited for",
         "TMA store not yet waited for",
+        "copy to a peer not yet waited for",
         "wgmma not yet waited for",
         "mbarrier_init of the barrier that lives there",
     };
-    const bool is_tma_load = other.actor >= num_warps_;
-    if (is_tma_load || other.in_flight != InFlight::kNo) {
-      what = kPending[static_cast<i32>(is_tma_load ? InFlight::kTmaLoad : other.in_flight)];
+    const bool is_transfer = other.actor >= num_warps_;  // that has landed
+    if (is_transfer || other.in_flight != InFlight::kNo) {
+      what = kPending[static_cast<i32>(
+          is_transfer && other.in_flight == InFlight::kNo ? InFlight::kTmaLoad : other.in_flight)];
     }
-    const i32 lane = other.lane == kAnyLane ? 0 : other.lane;
-    const i32 thread_idx = is_tma_load ? -1 : other.actor * 32 + lane;
-    return Conflict{true, what, thread_idx, granule * kGranuleBytes, other.site};
+    return Conflict{true,
+                    what,
+                    is_transfer ? -1 : other.actor,
+                    other.lane == kAnyLane ? 0 : other.lane,
+                    offset + static_cast<u32>(granule - first) * kGranuleBytes,
+                    other.site};
   };
+  const bool is_peer_copy = access == Access::kPeerCopyIssued;
   const bool is_read = access == Access::kRead || access == Access::kTmaStoreIssued ||
                        access == Access::kTmaStoreDone || access == Access::kWgmmaIssued ||
-                       access == Access::kWgmmaDone;
+                       access == Access::kWgmmaDone || is_peer_copy;
   const bool is_async = access == Access::kTmaLoadIssued || access == Access::kTmaStoreIssued ||
-                        access == Access::kWgmmaIssued || access == Access::kWgmmaDone;
+                        access == Access::kWgmmaIssued || access == Access::kWgmmaDone ||
+                        is_peer_copy;
   const InFlight in_flight = access == Access::kCopyIssued       ? InFlight::kCpAsync
+                             : is_peer_copy                      ? InFlight::kPeerCopy
                              : access == Access::kTmaLoadIssued  ? InFlight::kTmaLoad
                              : access == Access::kTmaStoreIssued ? InFlight::kTmaStore
                              : access == Access::kWgmmaIssued    ? InFlight::kWgmma
@@ -122,11 +143,10 @@ Races::Conflict Races::note(i32 warp, u32 lane_idx, u32 offset, u32 bytes, Acces
   const u32 epoch = epoch_[warp];
   const u8 actor = static_cast<u8>(warp);
   const u8 fences = lane_idx == kAnyLane ? 0 : fences_[warp * 32 + lane_idx];
-  const u32 first = offset / kGranuleBytes;
-  const u32 last = (offset + bytes - 1) / kGranuleBytes;
-  for (u32 granule = first; granule <= last; ++granule) {
+  const i32 reader_idx = is_peer_copy ? warps_per_cta_ : warp - cta * warps_per_cta_;
+  for (size_t granule = first; granule <= last; ++granule) {
     Record& write = writes_[granule];
-    Record* reads = &reads_[static_cast<size_t>(granule) * num_warps_];
+    Record* reads = &reads_[granule * num_readers_];
     if (access == Access::kCopyDone) {  // the thread that issued it waited: an ordinary write now
       write = Record{epoch, actor, static_cast<u8>(lane_idx), InFlight::kNo, fences, site};
       continue;
@@ -140,7 +160,7 @@ Races::Conflict Races::note(i32 warp, u32 lane_idx, u32 offset, u32 bytes, Acces
       }
     }
     if (is_read) {
-      Record& read = reads[warp];
+      Record& read = reads[reader_idx];
       const bool waited = access == Access::kTmaStoreDone || access == Access::kWgmmaDone;
       if (read.epoch > base_epoch_ && read.in_flight != InFlight::kNo && !waited) {
         continue;  // the one in flight ends later
@@ -150,7 +170,7 @@ Races::Conflict Races::note(i32 warp, u32 lane_idx, u32 offset, u32 bytes, Acces
           Record{epoch, actor, static_cast<u8>(together ? kAnyLane : lane_idx), in_flight, 0, site};
       continue;
     }
-    for (i32 reader = 0; reader < num_warps_; ++reader) {
+    for (i32 reader = 0; reader < num_readers_; ++reader) {
       const Record& read = reads[reader];
       if (read.epoch > base_epoch_ &&
           (read.in_flight != InFlight::kNo || !ordered(read, warp, lane_idx))) {
@@ -169,11 +189,11 @@ void Races::barrier_arrived(i32 barrier, i32 warp) {
   ++epoch_[warp];
 }
 
-void Races::barrier_released(i32 barrier, u32 waiting_warps) {
+void Races::barrier_released(i32 barrier, i32 first_warp, u32 waiting_warps) {
   u32* joined = &joined_[barrier * num_actors_];
-  for (i32 warp = 0; warp < num_warps_; ++warp) {
+  for (i32 warp = 0; warp < warps_per_cta_; ++warp) {
     if ((waiting_warps >> warp & 1u) != 0) {
-      join(&known(warp, 0), joined, num_actors_);
+      join(&known(first_warp + warp, 0), joined, num_actors_);
     }
   }
   std::fill_n(joined, num_actors_, base_epoch_);
@@ -198,16 +218,26 @@ void Races::acquire(i32 warp, const Clock& from) {
 
 void Races::phase_completed(i32 mbarrier, u32 phase, Clock& clock) {
   clock.resize(num_actors_, base_epoch_);
-  last_phase_epoch_ = std::max(last_phase_epoch_, base_epoch_ + 1 + phase);
-  clock[num_warps_ + mbarrier] = base_epoch_ + 1 + phase;
+  last_phase_epoch_ = std::max(last_phase_epoch_, epoch_of_phase(phase));
+  clock[actor_of_mbarrier(mbarrier)] = epoch_of_phase(phase);
 }
 
-void Races::tma_landed(u32 offset, u32 bytes, i32 mbarrier, u32 phase, const Site& site) {
-  last_phase_epoch_ = std::max(last_phase_epoch_, base_epoch_ + 1 + phase);
-  const u8 actor = static_cast<u8>(num_warps_ + mbarrier);
-  const u32 last = (offset + bytes - 1) / kGranuleBytes;
-  for (u32 granule = offset / kGranuleBytes; granule <= last; ++granule) {
-    writes_[granule] = Record{base_epoch_ + 1 + phase, actor, 0, InFlight::kNo, 0, site};
+void Races::tma_landed(i32 cta, u32 offset, u32 bytes, i32 mbarrier, u32 phase, const Site& site) {
+  const u8 actor = static_cast<u8>(actor_of_mbarrier(mbarrier));
+  const size_t last = first_granule(cta, offset + bytes - 1);
+  for (size_t granule = first_granule(cta, offset); granule <= last; ++granule) {
+    writes_[granule] = Record{epoch_of_phase(phase), actor, 0, InFlight::kNo, 0, site};
+  }
+  last_phase_epoch_ = std::max(last_phase_epoch_, epoch_of_phase(phase));
+}
+
+void Races::peer_copy_read(i32 cta, u32 offset, u32 bytes, i32 mbarrier, u32 phase,
+                           const Site& site) {
+  const u8 actor = static_cast<u8>(actor_of_mbarrier(mbarrier));
+  const size_t last = first_granule(cta, offset + bytes - 1);
+  for (size_t granule = first_granule(cta, offset); granule <= last; ++granule) {
+    reads_[granule * num_readers_ + warps_per_cta_] =
+        Record{epoch_of_phase(phase), actor, 0, InFlight::kNo, 0, site};
   }
 }
 

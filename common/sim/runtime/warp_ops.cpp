@@ -163,6 +163,8 @@ void compute_warp_op(Cta& cta, Warp& warp) {
     case WarpOp::kCtaSync:
     case WarpOp::kNamedBarrierSync:
     case WarpOp::kNamedBarrierArrive:
+    case WarpOp::kClusterArrive:
+    case WarpOp::kClusterWait:
       break;  // machine.cpp
     case WarpOp::kWgmma:
     case WarpOp::kWgmmaFence:
@@ -219,6 +221,10 @@ const char* name_of(WarpOp op) {
       return "named_barrier_sync";
     case WarpOp::kNamedBarrierArrive:
       return "named_barrier_arrive";
+    case WarpOp::kClusterArrive:
+      return "cluster_arrive";
+    case WarpOp::kClusterWait:
+      return "cluster_wait";
     case WarpOp::kWgmma:
       return "wgmma";
     case WarpOp::kWgmmaFence:

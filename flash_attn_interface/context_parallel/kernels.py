@@ -1,0 +1,194 @@
+"""Attention on one rank: the only module here that knows how the rest of the package is called.
+
+`forward` goes through the public functions, `backward` through `dispatch.backward`, which takes an
+out and a softmax_lse that were merged over more keys than it is given. CPU tensors that no
+simulator takes run the reference, in any floating dtype.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..functions import flash_attn_func, flash_attn_varlen_func
+from ..reference import attention_reference
+from ..simulation import simulate, simulated_arch
+
+
+class Options(NamedTuple):
+    """What every launch of a call has in common."""
+
+    softmax_scale: float
+    softcap: float
+    deterministic: bool
+    arch: str | None = None  # being simulated, of which the backward's thread knows nothing
+
+
+class Sequences(NamedTuple):
+    """A launch on the device. cu_seqlens: None for tensors with a batch dimension."""
+
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    max_seqlen_q: int
+    max_seqlen_k: int
+    causal: bool
+    window: tuple[int, int]
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, options: Options
+) -> tuple[Tensor, Tensor]:
+    """(out, softmax_lse) without autograd; softmax_lse is (batch, heads, rows) or (heads, rows)."""
+    s = sequences
+    if _reference(q, options):
+        return _reference_forward(q, k, v, s, options)
+    with _machine(options):
+        if s.cu_seqlens_q is None:
+            results = flash_attn_func(
+                q,
+                k,
+                v,
+                softmax_scale=options.softmax_scale,
+                causal=s.causal,
+                window_size=s.window,
+                softcap=options.softcap,
+                return_attn_probs=True,
+            )
+        else:
+            results = flash_attn_varlen_func(
+                q,
+                k,
+                v,
+                s.cu_seqlens_q,
+                s.cu_seqlens_k,
+                s.max_seqlen_q,
+                s.max_seqlen_k,
+                softmax_scale=options.softmax_scale,
+                causal=s.causal,
+                window_size=s.window,
+                softcap=options.softcap,
+                return_attn_probs=True,
+            )
+    out, softmax_lse = results
+    return out, softmax_lse
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    sequences: Sequences,
+    options: Options,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of these keys' part in (out, softmax_lse). into: where to write them."""
+    s = sequences
+    if _reference(q, options):
+        found = _reference_backward(dout, dlse, q, k, v, out, softmax_lse, s, options)
+        if into is None:
+            return found
+        for result, value in zip(into, found, strict=True):
+            result.copy_(value)
+        return into
+    results = into or (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+    with _machine(options):
+        dispatch.backward(
+            dout.to(q.dtype),
+            q,
+            k,
+            v,
+            out,
+            softmax_lse.contiguous(),
+            *results,
+            s.cu_seqlens_q,
+            s.cu_seqlens_k,
+            s.max_seqlen_q,
+            s.max_seqlen_k,
+            seqused_q=None,
+            seqused_k=None,
+            softmax_scale=options.softmax_scale,
+            causal=s.causal,
+            window_size=s.window,
+            attention_chunk=0,
+            softcap=options.softcap,
+            alibi_slopes=None,
+            dropout_p=0.0,
+            rng_state=None,
+            deterministic=options.deterministic,
+            dlse=None if dlse is None else dlse.contiguous(),
+        )
+    return results
+
+
+def takes(tensor: Tensor) -> bool:
+    """Whether the dtype is one that attention on the tensor's device takes."""
+    if tensor.device.type == "cpu" and simulated_arch() is None:
+        return tensor.dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    return tensor.dtype in (torch.bfloat16, torch.float16)
+
+
+def _machine(options: Options) -> simulate | nullcontext[None]:  # type: ignore[valid-type]
+    return nullcontext() if options.arch is None else simulate(options.arch)
+
+
+def _reference(q: Tensor, options: Options) -> bool:
+    return q.device.type == "cpu" and options.arch is None
+
+
+def _reference_forward(
+    q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, options: Options
+) -> tuple[Tensor, Tensor]:
+    out, softmax_lse, _ = attention_reference(
+        q,
+        k,
+        v,
+        softmax_scale=options.softmax_scale,
+        causal=sequences.causal,
+        window_size=sequences.window,
+        softcap=options.softcap,
+        cu_seqlens_q=sequences.cu_seqlens_q,
+        cu_seqlens_k=sequences.cu_seqlens_k,
+    )
+    assert softmax_lse is not None
+    return out, softmax_lse
+
+
+def _reference_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    sequences: Sequences,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By autograd. With the part's own (out_part, lse_part) and w = exp(lse_part - lse), the whole
+    is out = sum of w out_part; so the part's gradients are w dout for out_part, and for lse_part
+    w (dout . (out_part - out) + dlse).
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q_wide, k_wide, v_wide = (x.detach().to(wide).requires_grad_() for x in (q, k, v))
+    with torch.enable_grad():
+        out_part, lse_part = _reference_forward(q_wide, k_wide, v_wide, sequences, options)
+    with torch.no_grad():
+        dout = dout.to(wide)
+        seen = (lse_part > float("-inf")) & (softmax_lse.abs() < float("inf"))
+        weight = torch.where(seen, torch.exp(lse_part - softmax_lse), 0.0)
+        inner = (dout * (out_part - out.to(wide))).sum(-1).transpose(-1, -2)
+        dlse_part = weight * (inner if dlse is None else inner + dlse)
+        dout_part = dout * weight.transpose(-1, -2).unsqueeze(-1)
+    found = torch.autograd.grad(
+        (out_part, lse_part), (q_wide, k_wide, v_wide), (dout_part, dlse_part)
+    )
+    dq, dk, dv = (d.to(x.dtype) for d, x in zip(found, (q, k, v), strict=True))
+    return dq, dk, dv

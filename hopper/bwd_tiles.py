@@ -1,0 +1,252 @@
+"""BackwardProblem -> KernelSpecs of the backward: bwd.cu of this folder between the streaming
+kernels of flash2/. Pure functions; the reason stands beside each number.
+
+Change tile sizes here. What a tile may be is fixed by `bwd.cu` (its static_asserts), by registers
+(below) and by shared memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from flash_attn_interface._common import arch as arch_table
+from flash_attn_interface._common import tuned_tiles
+from flash_attn_interface._common.backward_problem import BackwardProblem
+from flash_attn_interface._common.problem import Problem
+from flash_attn_interface._common.spec import KernelSpec
+from flash_attn_interface._flash2.bwd_tiles import ds_shift, streaming_specs
+
+from .tiles import ELEM_BYTES, WG_ROWS
+
+MAX_HEAD_DIM = 256
+CHUNK_COLUMNS = 64  # of the 128-byte swizzle: tiles in shared memory have whole ones
+THREADS = 512  # loads, dQ, and two warpgroups with scores, dK and dV
+LAUNCH_REGISTERS = 65536 // THREADS
+PRODUCER_REGISTERS = 24
+OTHER_REGISTERS = 40  # of a dQ warp, beside its part of dQ
+# ptxas refuses wider products in 512 threads: C7602, "insufficient registers (128)".
+MAX_GRADIENT_N = 192
+BARRIER_BYTES = 256
+# softmax_lse / softmax_scale goes through the tensor cores in 16-bit parts, which reach to 2^31 in
+# fp16 (StatWriter in bwd_producer.cuh): beyond these scales it is read as floats.
+AUX_SCALES = (1e-4, 1e4)
+
+
+@dataclass(frozen=True)
+class BackwardTile:
+    """How `bwd.cu` cuts a problem up."""
+
+    block_m: int  # queries of a step: 64 or 128
+    block_n: int  # keys of a CTA: 64 or 128
+    split_roles: bool = False  # one warpgroup has S^T, P^T and dV, the other dP^T, dS^T and dK
+    stages_q: int = 2  # Q tiles in flight
+    stages_do: int = 2  # dO tiles in flight
+    stages_ds: int = 2  # dS tiles between their warpgroups and dQ's
+    add_stages: int = 0  # dQ goes to memory by bulk additions of so many stages; 0: from registers
+    dq_columns: int = 64  # of dQ computed at a time
+    gradient_n: int = MAX_GRADIENT_N  # most columns of dK or dV in one product
+    cluster_size: int = 1  # 2: CTAs with neighbouring key tiles share dQ
+    aux: bool = True  # lse and D go through the tensor cores, where they can
+
+    def smem_bytes(self, problem: Problem) -> int:
+        """Shared memory of `Smem` in bwd_layout.cuh."""
+        columns_qk = _round_up(problem.head_dim_qk, CHUNK_COLUMNS)
+        columns_v = _round_up(problem.head_dim_v, CHUNK_COLUMNS)
+        score_tile = self.block_m * self.block_n
+        ctas = self.cluster_size
+        elements = self.block_n * (ctas * columns_qk + columns_v)
+        elements += self.block_m * (self.stages_q * columns_qk + self.stages_do * columns_v)
+        elements += score_tile * (self.stages_ds * (2 * ctas - 1) + self.split_roles)
+        with_lse, with_d = self.aux_lse(problem), self.aux_d(problem)
+        lse_bytes = 32 if with_lse else 4
+        d_bytes = 32 if with_d else 4
+        stats = self.block_m * (self.stages_q * lse_bytes + self.stages_do * d_bytes)
+        ones = WG_ROWS * 32 if with_lse or with_d else 0
+        staged = self.add_stages * WG_ROWS * self.dq_part(problem) * 4
+        return elements * ELEM_BYTES + stats + ones + staged + BARRIER_BYTES
+
+    def aux_lse(self, problem: Problem) -> bool:
+        """softmax_lse is added by the tensor cores; softcap needs the scores themselves."""
+        low, high = AUX_SCALES
+        return self.aux and problem.softcap == 0.0 and low <= abs(problem.softmax_scale) <= high
+
+    def aux_d(self, problem: Problem) -> bool:
+        """D is subtracted by the tensor cores; dropout comes in between."""
+        return self.aux and not problem.dropout
+
+    def dq_part(self, problem: Problem) -> int:
+        """Columns of one product of dQ."""
+        return min(_round_up(problem.head_dim_qk, 16), self.dq_columns)
+
+    def registers(self, problem: Problem) -> tuple[int, int, int]:
+        """Of a thread with scores (or S^T, P^T and dV), with dP^T, dS^T and dK, and with dQ."""
+        dq = max(72, _round_up(self.dq_part(problem) // 2 + OTHER_REGISTERS, 8))
+        rest = 4 * LAUNCH_REGISTERS - PRODUCER_REGISTERS - dq
+        if not self.split_roles:
+            return rest // 16 * 8, rest // 16 * 8, dq
+        qk, v = (gradient_columns(d, self.gradient_n) for d in _dims(problem))
+        wider = self.block_n // WG_ROWS * (v - qk) // 4
+        scores = max(96, min((rest // 2 + wider) // 8 * 8, (rest - 96) // 8 * 8))
+        return min(scores, 232), min((rest - scores) // 8 * 8, 232), dq
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+def _dims(problem: Problem) -> tuple[int, int]:
+    return problem.head_dim_qk, problem.head_dim_v
+
+
+def gradient_n(head_dim: int, most: int) -> int:
+    """Columns of dK or dV in one product: all, or equal parts of whole chunks."""
+    columns = _round_up(head_dim, 16)
+    if columns <= most:
+        return columns
+    parts = -(-columns // most)
+    return _round_up(-(-columns // parts), CHUNK_COLUMNS)
+
+
+def gradient_columns(head_dim: int, most: int) -> int:
+    """Columns of dK or dV that the products write."""
+    return _round_up(head_dim, gradient_n(head_dim, most))
+
+
+def _candidates(problem: Problem) -> Iterator[BackwardTile]:
+    """Tiles by preference; the first that fits is taken.
+
+    dK and dV of a CTA stay in registers: that bounds block_n. Up to 256 columns of both, a
+    warpgroup can have all of 64 keys. Softcap and dropout need a second copy of P^T, so they split
+    roles sooner.
+    """
+    qk, v = (_round_up(d, 16) for d in _dims(problem))
+    plain = problem.softcap == 0.0 and not problem.dropout
+    if plain and qk + v <= 128:
+        yield BackwardTile(128, 128, add_stages=2)
+    if plain and qk + v <= 256:
+        yield BackwardTile(64, 128)
+    if max(qk, v) <= 64:
+        yield BackwardTile(64, 128, split_roles=True)
+    split = BackwardTile(64, 64, split_roles=True)
+    for q, do, ds in ((2, 2, 2), (2, 1, 2), (1, 1, 2), (1, 1, 1)):
+        for adds in (2, 1, 0):
+            yield replace(split, stages_q=q, stages_do=do, stages_ds=ds, add_stages=adds)
+
+
+def backward_tile(problem: Problem, arch: str) -> BackwardTile:
+    """The tables' choice."""
+    for tile in _candidates(problem):
+        if refuses_tile(tile, problem, arch) is None:
+            return tile
+    raise AssertionError(f"no tile fits {problem.describe()}")
+
+
+def refuses_tile(tile: BackwardTile, problem: Problem, arch: str) -> str | None:
+    """Why `bwd.cu` cannot be built so, or not be launched; None if it can."""
+    if tile.block_m not in (64, 128) or tile.block_n not in (64, 128):
+        return f"block_m={tile.block_m}, block_n={tile.block_n}: 64 or 128"
+    if not tile.split_roles:
+        if tile.block_n != 2 * WG_ROWS:
+            return "two warpgroups with 64 keys each need block_n=128"
+        if problem.softcap > 0.0 or problem.dropout:
+            return "softcap and dropout need split_roles"
+    if not {tile.stages_q, tile.stages_do, tile.stages_ds} <= {1, 2, 3, 4}:
+        return "stages_q, stages_do and stages_ds are 1 to 4"
+    if tile.cluster_size not in (1, 2):
+        return f"cluster_size={tile.cluster_size}: 1 or 2"
+    if not 0 <= tile.add_stages <= 4:
+        return f"add_stages={tile.add_stages}: 0 to 4"
+    if tile.dq_columns < _round_up(problem.head_dim_qk, 16) and tile.dq_columns % CHUNK_COLUMNS:
+        return f"dq_columns={tile.dq_columns} cuts a chunk of {CHUNK_COLUMNS} columns"
+    if not 64 <= tile.gradient_n <= MAX_GRADIENT_N or tile.gradient_n % CHUNK_COLUMNS:
+        return f"gradient_n={tile.gradient_n} is not a multiple of 64 up to {MAX_GRADIENT_N}"
+    smem, available = tile.smem_bytes(problem), arch_table.limits(arch).max_smem_per_cta
+    if smem > available:
+        return f"it needs {smem} bytes of shared memory, a CTA has {available}"
+    return None
+
+
+def refuses_head_dims(head_dim_qk: int, head_dim_v: int) -> str | None:
+    """Why the kernel does not exist for these; None if it does."""
+    if max(head_dim_qk, head_dim_v) > MAX_HEAD_DIM:
+        return f"its backward has head dims up to {MAX_HEAD_DIM}"
+    return None
+
+
+def tuned_tile(problem: Problem, arch: str, gpu: str = "") -> BackwardTile | None:
+    """What a table of the autotuner holds for the problem, if any does."""
+    key = tuned_tiles.key("hopper", "bwd", problem)
+    return tuned_tiles.tile(BackwardTile, key, arch, gpu, lambda t: refuses_tile(t, problem, arch))
+
+
+def backward_specs(
+    problem: BackwardProblem, arch: str, tile: BackwardTile | None = None, gpu: str = ""
+) -> tuple[KernelSpec, ...]:
+    """(preprocess, main, convert) and, where query heads share K or V heads, sum; with a given tile
+    or else the tuned one, or else `backward_tile`. gpu: the device's model, as `Target.gpu`.
+    """
+    forward = problem.forward
+    tile = tile or tuned_tile(forward, arch, gpu) or backward_tile(forward, arch)
+    accum_columns, v_columns = (_round_up(d, 16) for d in _dims(forward))
+    preprocess, *others = streaming_specs(problem, arch, accum_columns, v_columns)
+    return preprocess, _main_spec(problem, arch, tile, accum_columns, v_columns), *others
+
+
+def _main_spec(
+    problem: BackwardProblem, arch: str, tile: BackwardTile, accum_columns: int, v_columns: int
+) -> KernelSpec:
+    p = problem.forward
+    score_registers, gradient_registers, dq_registers = tile.registers(p)
+    dq_part = tile.dq_part(p)
+    return KernelSpec.make(
+        "hopper/bwd.cu",
+        "hopper_bwd",
+        "HopperBwdParams",
+        arch,
+        bf16=p.dtype == "bf16",
+        head_dim_qk=p.head_dim_qk,
+        head_dim_v=p.head_dim_v,
+        block_m=tile.block_m,
+        block_n=tile.block_n,
+        split_roles=tile.split_roles,
+        stages_q=tile.stages_q,
+        stages_do=tile.stages_do,
+        stages_ds=tile.stages_ds,
+        add_stages=tile.add_stages,
+        cluster_size=tile.cluster_size,
+        aux_lse=tile.aux_lse(p),
+        aux_d=tile.aux_d(p),
+        wgmma_scores_n=tile.block_m,
+        wgmma_dk_n=gradient_n(p.head_dim_qk, tile.gradient_n),
+        wgmma_dv_n=gradient_n(p.head_dim_v, tile.gradient_n),
+        wgmma_dq_n=dq_part,
+        wgmma_dq_last_n=accum_columns % dq_part or dq_part,
+        num_threads=THREADS,
+        launch_registers=LAUNCH_REGISTERS,
+        producer_registers=PRODUCER_REGISTERS,
+        score_registers=score_registers,
+        gradient_registers=gradient_registers,
+        dq_registers=dq_registers,
+        min_ctas_per_sm=1,
+        smem_bytes=tile.smem_bytes(p),
+        accum_columns=accum_columns,
+        v_columns=v_columns,
+        grad_vector_bytes=problem.grad_vector_bytes,
+        probability_shift=0,
+        scale_ds=ds_shift(p) > 0,
+        rotate=not p.causal,  # causal CTAs begin at different queries anyway
+        deterministic=problem.deterministic,
+        causal=p.causal,
+        local=p.local,
+        chunk=p.attention_chunk > 0,
+        softcap=p.softcap > 0.0,
+        large_softcap=p.large_softcap,
+        alibi=p.alibi,
+        prescale=False,  # P is recomputed from softmax_lse, whatever the sign of the scale
+        dropout=p.dropout,
+        varlen_q=p.varlen_q,
+        varlen_k=p.varlen_k,
+        ragged_q=p.varlen_q or p.has_seqused_q,
+        ragged_k=p.varlen_k or p.has_seqused_k,
+    )
