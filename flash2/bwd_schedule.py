@@ -12,6 +12,7 @@ from .._common.backward_problem import BackwardProblem
 from .._common.problem import Problem
 from .tiles import ELEM_BYTES
 
+
 class Kernel(Protocol):
     """Constants of the main kernel: block_m, block_n, accum_columns, min_ctas_per_sm."""
 

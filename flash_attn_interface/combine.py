@@ -72,9 +72,7 @@ def combine(
 
 
 @fake_of(combine)
-def _(
-    out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _(out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     batch, seqlen, num_heads = lse_partial.shape[1:]
     softmax_lse = lse_partial.new_empty((batch, num_heads, seqlen)).transpose(1, 2)
     return out_partial.new_empty(out_partial.shape[1:], dtype=out_dtype), softmax_lse

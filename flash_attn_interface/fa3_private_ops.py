@@ -104,7 +104,7 @@ def _flash_attn_forward(
             rotary_interleaved, scheduler_metadata, num_splits, pack_gqa, sm_margin,
             return_softmax_lse=True,
         )  # fmt: skip
-        out, softmax_lse = out.contiguous(), softmax_lse.contiguous()
+        softmax_lse = softmax_lse.contiguous()
     else:
         _check_hints(softmax_scale, qv, q_descale, k_descale, v_descale, num_splits, sm_margin)
         out, softmax_lse, *_ = complete(

@@ -33,11 +33,11 @@ _CACHES = ("flash_attn_interface::attend_over_cache", "flash_attn_interface::app
 
 def register() -> None:
     """Enters all formulas. The operators must have been defined."""
-    for names, dims in ((_FORWARDS, _forward_dims), (_BACKWARDS, _backward_dims), (_CACHES, _forward_dims)):
-        for name in names:
-            namespace, operator = name.split("::")
-            packet = getattr(getattr(torch.ops, namespace), operator)
-            register_flop_formula(packet, get_raw=True)(_formula(packet.default, dims))
+    for name in (*_FORWARDS, *_BACKWARDS, *_CACHES):
+        namespace, operator = name.split("::")
+        packet = getattr(getattr(torch.ops, namespace), operator)
+        dims = _backward_dims if name in _BACKWARDS else _forward_dims
+        register_flop_formula(packet, get_raw=True)(_formula(packet.default, dims))
 
 
 def _formula(overload: Any, dims: Callable[[int, int], int]) -> Callable[..., int]:
@@ -79,7 +79,8 @@ def _count(given: dict[str, Any], dims: Callable[[int, int], int]) -> int:
 
 
 def _first(given: dict[str, Any], *names: str) -> Tensor:
-    return next((given[name] for name in names if given.get(name) is not None), given["q"])
+    found: Tensor = _first_or_none(given, *names, "q")
+    return found
 
 
 def _batch(given: dict[str, Any], q: Tensor) -> int:

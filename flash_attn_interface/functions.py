@@ -206,7 +206,7 @@ def _qkv_packing(qkv: Tensor, num_heads_q: int | None) -> Packing:
     if num_heads_q is None:
         raise ValueError("num_heads_q is None: a 4-dimensional qkv needs it to find k and v")
     heads_q = non_negative("num_heads_q", num_heads_q)
-    heads_k, rest = divmod(qkv.shape[2] - heads_q, 2)
+    heads_k, rest = divmod(int(qkv.shape[2]) - heads_q, 2)  # int: of a tensor under jit.trace
     if heads_k < 1 or rest:
         raise ValueError(
             f"num_heads_q is {heads_q} of {qkv.shape[2]} heads: the rest must be an even number, "

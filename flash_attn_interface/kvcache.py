@@ -181,6 +181,8 @@ def _attend_watched(q: Tensor, k_cache: Tensor, v_cache: Tensor, *arguments: Any
     refuse_forward_mode(*tensors)
     if a_transform_is("Grad"):
         raise NotImplementedError(_NO_BACKWARD)
+    if arguments[0] is not None:
+        _refuse_to_append(k_cache, v_cache)
     q, k_cache, v_cache, *others = on_one_mesh((q, k_cache, v_cache, *arguments))
     refuse_to_move_caches(q, k_cache, v_cache, *others[:2])
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
@@ -188,6 +190,21 @@ def _attend_watched(q: Tensor, k_cache: Tensor, v_cache: Tensor, *arguments: Any
         results: CacheResult = _InferenceOnly.apply(run, *tensors)  # type: ignore[no-untyped-call]
         return results
     return traced(q, k_cache, v_cache, *others)
+
+
+def _refuse_to_append(k_cache: Tensor, v_cache: Tensor) -> None:
+    """NotImplementedError where torch cannot write through to the caches."""
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache.is_neg():
+            raise NotImplementedError(
+                f"{name} is a view with a pending negation, to which nothing can be appended: "
+                f"pass {name}.resolve_neg()"
+            )
+    if a_transform_is("Vmap"):
+        raise NotImplementedError(
+            "new keys and values under torch.vmap: a cache is written in place, which vmap cannot "
+            "do. Put the mapped dimension into the batch, or append beforehand."
+        )
 
 
 def _detached(run: Callable[..., CacheResult], *arguments: Any) -> CacheResult:

@@ -70,7 +70,7 @@ def attend(
     sm_margin: int,
     return_lse: bool,
 ) -> CacheResult:
-    """Append and attend, without autograd. Arguments as in `CacheCall`; q and caches are tensors."""
+    """Append and attend, without autograd. Arguments as in `CacheCall`; the caches are tensors."""
     q_layout = q.is_contiguous() or q.stride()  # reading strides takes longer
     if q_layout is not True and q_layout[-1] != 1:
         q = last_dim_contiguous(q)

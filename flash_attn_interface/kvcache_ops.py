@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ._common.check_values import window_pair
+from ._common.out_layout import new_out
 from .cache_plans import CacheResult
 from .custom_op import custom_op, fake_of
 from .kvcache_dispatch import attend
@@ -186,7 +187,7 @@ def traced(
 def _complete(result: CacheResult) -> tuple[Tensor, Tensor]:
     out, softmax_lse = result
     assert softmax_lse is not None
-    return out.contiguous(), softmax_lse.contiguous()
+    return out, softmax_lse.contiguous()
 
 
 def _fake_results(q: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,6 +195,6 @@ def _fake_results(q: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor]:
     *rows, num_heads_q, _ = q.shape
     lse_shape = (num_heads_q, *rows) if len(rows) == 1 else (rows[0], num_heads_q, rows[1])
     return (
-        q.new_empty((*rows, num_heads_q, v_cache.shape[-1])),
+        new_out(q, v_cache.shape[-1]),
         q.new_empty(lse_shape, dtype=torch.float32),
     )

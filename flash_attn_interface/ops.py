@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from ._common.out_layout import new_out
 from .custom_op import custom_op, fake_of
 from .gradients import empty_gradient, gradients
 from .packing import Packing
@@ -158,7 +159,7 @@ def complete(state: dispatch.ForwardState) -> Results:
     out, softmax_lse, s_dmask, rng_state = state
     assert softmax_lse is not None
     return (
-        out.contiguous(),
+        out,
         softmax_lse.contiguous(),
         out.new_empty(0) if s_dmask is None else s_dmask,
         out.new_zeros(2, dtype=torch.int64) if rng_state is None else rng_state,
@@ -186,7 +187,7 @@ def fake_results(
         lengths = ((length + 127) // 128 * 128 for length in (seqlen_q, seqlen_k))
         s_dmask = q.new_empty((batch, num_heads_q, *lengths))
     return (
-        q.new_empty((*rows, num_heads_q, v.shape[-1])),
+        new_out(q, v.shape[-1]),
         q.new_empty(lse_shape, dtype=torch.float32),
         s_dmask,
         q.new_empty(2, dtype=torch.int64),

@@ -27,7 +27,7 @@ class _Axes(NamedTuple):
 _NONE = _Axes(None, None)
 _PER_SEQUENCE = _Axes(0, None)
 
-# Of the operators' arguments and results, by name. Packed ones: without cu_seqlens there is a batch.
+# Of the operators' arguments and results, by name: without cu_seqlens, and with them.
 _DENSE = {
     **dict.fromkeys(("q", "k", "v", "qv", "k_cache", "v_cache", "out", "dout"), _Axes(0, 2)),
     **dict.fromkeys(("dq", "dk", "dv"), _Axes(0, 2)),
@@ -120,7 +120,7 @@ def _by_heads(tensor: Any) -> tuple[Any, ...]:
 
 @functools.cache
 def register() -> None:
-    """Tells DTensor the rules, if this torch has a way to (torch.distributed.tensor.experimental)."""
+    """Tells DTensor the rules. NotImplementedError if this torch has no way to."""
     try:
         from torch.distributed.tensor.experimental import register_sharding
     except ImportError as error:
@@ -205,7 +205,7 @@ def _refuse_other_placements(given: dict[str, Any], axes: dict[str, _Axes]) -> N
     from torch.distributed.tensor import Replicate, Shard
 
     for name in ("q", "k", "v", "k_cache", "v_cache"):
-        spec = given.get(name)
+        spec: Any = given.get(name)
         if not hasattr(spec, "placements"):
             continue
         allowed = [Replicate(), *(Shard(axis) for axis in axes[name] if axis is not None)]
@@ -222,9 +222,7 @@ def _refusal(name: str, placement: Any, allowed: Sequence[Any]) -> str:
     )
 
 
-def _parts_of_heads(
-    given: dict[str, Any], axes: dict[str, _Axes], names: Sequence[str]
-) -> int:
+def _parts_of_heads(given: dict[str, Any], axes: dict[str, _Axes], names: Sequence[str]) -> int:
     """Into how many parts the heads are divided already: dimensions of the mesh that a tensor is
     sharded over by heads. Others never are: the batch or nothing is cheaper there."""
     from torch.distributed.tensor import Shard

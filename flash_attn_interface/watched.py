@@ -31,9 +31,11 @@ def attention(tensors: tuple[Any, ...], o: Options) -> ForwardResult:
     tensors: q, k, v (or as `o.packing` says), cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
         alibi_slopes.
     """
-    tensors = (*unpack(*tensors[:3], o.packing), *tensors[3:])
+    q, k, v, *others = tensors
+    tensors = (*unpack(q, k, v, o.packing), *others)
     if tensors[0].device.type == "cpu" and simulated_arch() is None and differentiates(*tensors):
-        return _forward(dispatch.forward, tensors, o, o.return_lse, o.return_softmax)[:3]
+        out, softmax_lse, s_dmask, _ = _forward(dispatch.forward, tensors, o, o.return_lse)
+        return out, softmax_lse, s_dmask
     refuse_forward_mode(*tensors)
     if o.dropout_p > 0.0 and a_transform_is("Vmap"):
         raise NotImplementedError(
@@ -52,7 +54,7 @@ def attention(tensors: tuple[Any, ...], o: Options) -> ForwardResult:
     if differentiable and not tracing():
         out, softmax_lse, s_dmask, _ = _Attention.apply(*tensors, o)  # type: ignore[no-untyped-call]
     else:  # a trace records operators, which know their own gradients
-        out, softmax_lse, s_dmask, _ = _forward(traced.operators, tensors, o, True, True)
+        out, softmax_lse, s_dmask, _ = _forward(traced.operators, tensors, o, True)
     return (
         out,
         softmax_lse if o.return_lse else None,
@@ -60,15 +62,12 @@ def attention(tensors: tuple[Any, ...], o: Options) -> ForwardResult:
     )
 
 
-def _forward(
-    run: Any, tensors: tuple[Any, ...], o: Options, return_lse: bool, return_softmax: bool
-) -> Any:
+def _forward(run: Any, tensors: tuple[Any, ...], o: Options, return_lse: bool) -> Any:
     q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes = tensors
     return run(
         q, k, v, cu_seqlens_q, cu_seqlens_k, o.max_seqlen_q, o.max_seqlen_k, seqused_q, seqused_k,
         o.softmax_scale, o.causal, o.window_size, o.attention_chunk, o.softcap, alibi_slopes,
-        o.dropout_p, return_lse, return_softmax and o.return_softmax, sm_margin=o.sm_margin,
-        pack_gqa=o.pack_gqa,
+        o.dropout_p, return_lse, o.return_softmax, sm_margin=o.sm_margin, pack_gqa=o.pack_gqa,
     )  # fmt: skip
 
 
@@ -81,7 +80,7 @@ class _Attention(torch.autograd.Function):
     def forward(*arguments: Any) -> Any:
         """(out, softmax_lse, s_dmask, rng_state) of the tensors and the options."""
         *tensors, options = arguments
-        return _forward(traced.operators, tuple(tensors), options, True, True)
+        return _forward(traced.operators, tuple(tensors), options, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -60,8 +60,8 @@ def has_plain_type(argument: Any) -> bool:
 
 
 def differentiates(*arguments: Any) -> bool:
-    """Whether it is torch's own autograd, in forward mode or with a pending negation, that watches
-    these tensors, and nobody else: then the reference, made of PyTorch operations, needs no help."""
+    """Whether nobody but torch's own autograd, in forward mode or with a pending negation, watches
+    these tensors: then the reference, which is made of PyTorch operations, needs no help."""
     return (
         all(type(each) in PLAIN_TYPES or not isinstance(each, Tensor) for each in arguments)
         and not _num_dispatch_modes()
@@ -111,8 +111,9 @@ def _interpreters() -> list[Any]:
 
 
 def _only_default_devices() -> bool:
-    """Whether the function modes are all torch.set_default_device or `with torch.device(...)`, which
-    concern functions that make tensors."""
+    """Whether all function modes come from torch.set_default_device or `with torch.device(...)`:
+    these concern functions that make tensors."""
     from torch.utils._device import DeviceContext
 
-    return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
+    modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return all(type(mode) is DeviceContext for mode in modes)
