@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .lasting_memory import element
 from .problem import Problem
 
 LOG2E = log2(e)
@@ -64,4 +65,4 @@ def out_template(problem: Problem, device: torch.device) -> tuple[Tensor, tuple[
 def template(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """For torch.empty_like at every run: of an expanded element, it is the cheapest allocation that
     torch offers."""
-    return torch.empty(1, dtype=dtype, device=device).expand(shape)
+    return element(dtype, device).expand(shape)
