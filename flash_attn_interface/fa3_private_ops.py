@@ -284,7 +284,7 @@ def fake_softmax_d(q: Tensor, cu_seqlens_q: Tensor | None) -> Tensor:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
     (
-        q, k, v, k_new, v_new, _, _, cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_new, seqused_q,
+        q, k, v, k_new, v_new, qv, _, cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_new, seqused_q,
         seqused_k, max_seqlen_q, max_seqlen_k, *cache, _, _, _, softmax_scale, causal, left, right,
         attention_chunk, softcap, _, _, num_splits, _, _,
     ) = inputs  # fmt: skip
@@ -299,12 +299,19 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
         softcap, 0.0,
     )  # fmt: skip
     ctx.is_cache = any(x is not None for x in (k_new, v_new, cu_seqlens_k_new, *cache))
+    ctx.has_qv = qv is not None
     ctx.num_inputs = len(inputs)
 
 
 def _differentiate(
     ctx: Any, dout: Tensor | None, dlse: Tensor | None, *unused: object
 ) -> tuple[Tensor | None, ...]:
+    if ctx.has_qv:
+        raise NotImplementedError(
+            "flash_attn_3::_flash_attn_forward has no gradient with qv; call it under "
+            "torch.no_grad(), or concatenate q = cat([q, qv], -1), k = cat([k, v], -1) with "
+            "softmax_scale = (head_dim_qk + head_dim_v) ** -0.5"
+        )
     if ctx.is_cache:
         raise NotImplementedError(
             "flash_attn_3::_flash_attn_forward has no gradient with a key and value cache; call it "
