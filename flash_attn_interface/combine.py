@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import dispatch, selection
+from . import selection
 from ._common import env
 from ._common.check_cache import MAX_SPLITS
 from ._common.checks import last_dim_contiguous
 from .custom_op import custom_op, fake_of
+from .plan_table import plans
 from .watchers import refuse_forward_mode, unwatched
 
 
@@ -127,11 +128,12 @@ def _kernel(
         lse_partial = lse_partial.transpose(2, 3).contiguous().transpose(2, 3)
     target = selection.target_for("flash2", device)
     key = (CombineProblem.of(out_partial, lse_partial, out), target)
-    plan: CombinePlan | None = dispatch._plans.cache_by_key.get(key)
-    if plan is None:
-        plan = CombinePlan(*key)
-        dispatch.remember(dispatch._plans.cache_by_key, key, plan)
-    return plan.run(out_partial, lse_partial, out)
+    slot, plan = plans.take(key, lambda: CombinePlan(*key))
+    try:
+        softmax_lse: Tensor = plan.run(out_partial, lse_partial, out)
+    finally:
+        slot.idle.append(plan)
+    return softmax_lse
 
 
 def _reference(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from . import backends, dispatch
+from . import backends
 from ._common import env
 from ._common.cache_problem import CacheProblem
 from ._common.check_cache import CacheCall, check_cache, check_cache_length
@@ -20,6 +20,7 @@ from ._common.check_cache_values import check_cache_values
 from ._common.check_values import window_pair
 from ._common.checks import host_max_seqlen, last_dim_contiguous
 from .cache_plans import CachePlan, CacheResult, EmptyCachePlan
+from .plan_table import Slot, plans
 from .selection import Decision, device_of, select_cache
 
 _ADDRESS_BITS = 15  # an address matters up to 16-byte alignment
@@ -113,11 +114,11 @@ def attend(
         address = qv.data_ptr() & _ADDRESS_BITS if isinstance(qv, Tensor) else 0
         second_query = (_layout(qv), address)
 
-    key = planned = None
+    key = planned = slot = None
     device = q.get_device()
     if device >= 0:
         key = (
-            q.shape, k_cache.shape, v_cache.shape, q_layout,
+            "cache", q.shape, k_cache.shape, v_cache.shape, q_layout,
             k_cache.is_contiguous() or k_cache.stride(),
             v_cache.is_contiguous() or v_cache.stride(),
             q.dtype, k_cache.dtype, v_cache.dtype, device, k_cache.get_device(),
@@ -132,9 +133,16 @@ def attend(
             None if alibi_slopes is None else _layout(alibi_slopes),
         )  # fmt: skip
         try:
-            planned = dispatch._plans.cache_by_key.get(key)
+            slot = plans.find(key)
         except TypeError:  # an unhashable argument, a list say: the checks will name it
             key = None
+        if slot is not None:
+            slot.used = plans.clock
+            try:
+                planned = slot.idle.pop()
+            except IndexError:  # other threads are running all
+                pass
+    call = None
     if planned is None or planned.reads_values:
         call = CacheCall(
             q, k_cache, v_cache, k, v, qv, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx,
@@ -143,20 +151,25 @@ def attend(
             rotary_interleaved, alibi_slopes, num_splits, sm_margin, return_lse,
         )  # fmt: skip
         if planned is None:
-            planned = _plan_for(call, key)
-        if planned.reads_values:
+            slot, planned = _plan_for(call, key)
+    assert slot is not None
+    try:
+        if call is not None and planned.reads_values:
             check_cache_values(call, planned.problem)
-    if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
-        room = planned.problem.forward.seqlen_k - planned.problem.seqlen_new
-        cache_seqlens = check_cache_length(cache_seqlens, room)
-    return planned.plan.run(
-        q, k_cache, v_cache, k, v, qv, cache_seqlens, cache_batch_idx, cache_leftpad, page_table,
-        cu_seqlens_q, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens, alibi_slopes,
-    )  # fmt: skip
+        if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
+            room = planned.problem.forward.seqlen_k - planned.problem.seqlen_new
+            cache_seqlens = check_cache_length(cache_seqlens, room)
+        return planned.plan.run(
+            q, k_cache, v_cache, k, v, qv, cache_seqlens, cache_batch_idx, cache_leftpad,
+            page_table, cu_seqlens_q, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens,
+            alibi_slopes,
+        )  # fmt: skip
+    finally:
+        slot.idle.append(planned)
 
 
-def _plan_for(call: CacheCall, key: Hashable | None) -> _Planned:
-    """Check the call, choose a backend, plan, and remember the plan.
+def _plan_for(call: CacheCall, key: Hashable | None) -> tuple[Slot, _Planned]:
+    """Check the call, choose a backend, and take a plan out of the table.
 
     key: None to remember it by problem, as for CPU tensors, which are checked in every call.
     """
@@ -164,15 +177,13 @@ def _plan_for(call: CacheCall, key: Hashable | None) -> _Planned:
     decision = select_cache(problem, device_of(call.q))
     if key is None:
         key = (problem, decision.target)
-    plans = dispatch._plans.cache_by_key
-    planned: _Planned | None = plans.get(key)
-    if planned is None:
-        on_host = call.q.device.type == "cpu" or decision.target is None
-        planned = _Planned(
-            make_cache_plan(problem, decision), problem, on_host or env.CHECK_CACHE.get()
-        )
-        dispatch.remember(plans, key, planned)
-    return planned
+    on_host = call.q.device.type == "cpu" or decision.target is None
+
+    def make() -> _Planned:
+        plan = make_cache_plan(problem, decision)
+        return _Planned(plan, problem, on_host or env.CHECK_CACHE.get())
+
+    return plans.take(key, make)
 
 
 def _layout(tensor: Any) -> Hashable:

@@ -117,8 +117,8 @@ def _one_sequence(
     dv = torch.einsum("hij,ihd->jhd", p_kept, dout)
     return (
         torch.einsum("hij,jhd->ihd", ds, k_of_q),
-        dk.unflatten(1, (problem.num_heads_k, problem.qhead_per_khead)).sum(2),
-        dv.unflatten(1, (problem.num_heads_v, problem.qhead_per_vhead)).sum(2),
+        dk.reshape(seqlen_k, problem.num_heads_k, problem.qhead_per_khead, k.shape[-1]).sum(2),
+        dv.reshape(seqlen_k, problem.num_heads_v, problem.qhead_per_vhead, v.shape[-1]).sum(2),
     )
 
 
