@@ -221,8 +221,8 @@ def backward(
         addresses |= dq.data_ptr() | dk.data_ptr() | dv.data_ptr()
         key = (
             "backward", *_layouts(q, k, v, dout, out, softmax_lse, dq, dk, dv),
-            addresses & _ADDRESS_BITS, softmax_scale, causal, window_size, attention_chunk, softcap, dropout_p, deterministic,
-            backend, max_seqlen_q, max_seqlen_k,
+            addresses & _ADDRESS_BITS, softmax_scale, causal, window_size, attention_chunk,
+            softcap, dropout_p, deterministic, backend, max_seqlen_q, max_seqlen_k,
             *_layouts(
                 cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, rng_state, dlse
             ),
