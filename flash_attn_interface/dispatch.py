@@ -21,7 +21,7 @@ from ._common.check_values import flag, window_pair
 from ._common.checks import ForwardCall
 from ._common.problem import Problem
 from .backends import BackwardPlan, Plan
-from .plan_table import Slot, plans
+from .plan_table import Slot, layout_of, plans
 from .selection import Decision, device_of, select, select_backward
 from .selection import Device as Device
 from .selection import decide as decide
@@ -85,7 +85,11 @@ def forward(
     page_table, leftpad_k: only with cu_seqlens.
     """
     q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
-    if q_strides[-1:] != (1,) or k_strides[-1:] != (1,) or v_strides[-1:] != (1,):
+    try:
+        gaps = q_strides[-1] != 1 or k_strides[-1] != 1 or v_strides[-1] != 1
+    except IndexError:  # a tensor without dimensions: the checks will name it
+        gaps = True
+    if gaps:
         q, k, v = (checks.last_dim_contiguous(tensor) for tensor in (q, k, v))
         q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
     if type(window_size) is not tuple or window_size != (-1, -1):
@@ -95,22 +99,23 @@ def forward(
         max_seqlen_q = checks.host_max_seqlen(max_seqlen_q, q)
         max_seqlen_k = checks.host_max_seqlen(max_seqlen_k, k)
         ragged = (
-            max_seqlen_q, max_seqlen_k, _layout(cu_seqlens_q), _layout(cu_seqlens_k),
-            None if page_table is None else _layout(page_table),
-            None if leftpad_k is None else _layout(leftpad_k),
+            max_seqlen_q, max_seqlen_k, layout_of(cu_seqlens_q), layout_of(cu_seqlens_k),
+            None if page_table is None else layout_of(page_table),
+            None if leftpad_k is None else layout_of(leftpad_k),
         )  # fmt: skip
 
     key = plan = slot = None
-    if q.is_cuda:
+    device = q.get_device()
+    if device >= 0:
         key = (  # flat, since hashing nested tuples is slower
             "forward", q.shape, k.shape, v.shape, q_strides, k_strides, v_strides, q.dtype,
-            k.dtype, v.dtype, q.get_device(), k.get_device(), v.get_device(),
+            k.dtype, v.dtype, device, k.get_device(), v.get_device(),
             (q.data_ptr() | k.data_ptr() | v.data_ptr()) & _ADDRESS_BITS,
             softmax_scale, causal, window_size, attention_chunk, softcap, dropout_p,
             return_lse, return_softmax, ragged, sm_margin, pack_gqa,
-            None if seqused_q is None else _layout(seqused_q),
-            None if seqused_k is None else _layout(seqused_k),
-            None if alibi_slopes is None else _layout(alibi_slopes),
+            None if seqused_q is None else layout_of(seqused_q),
+            None if seqused_k is None else layout_of(seqused_k),
+            None if alibi_slopes is None else layout_of(alibi_slopes),
         )  # fmt: skip
         try:
             slot = plans.find(key)
@@ -142,13 +147,6 @@ def forward(
     finally:
         slot.idle.append(plan)
     return out, softmax_lse, s_dmask, rng_state
-
-
-def _layout(tensor: Any) -> Hashable:
-    """All that a check or a plan may depend on; of anything but a tensor, its type."""
-    if not isinstance(tensor, Tensor):
-        return type(tensor).__name__
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device()
 
 
 def _plan_for(call: ForwardCall, key: Hashable | None) -> tuple[Slot, Plan]:
@@ -257,7 +255,7 @@ def backward(
 
 
 def _layouts(*tensors: Tensor | None) -> list[Hashable]:
-    """As `_layout`, of all."""
+    """As `layout_of`, of all."""
     found: list[Hashable] = []
     for tensor in tensors:
         if tensor is None:

@@ -76,9 +76,8 @@ def flash_attn_with_kvcache(
             FLASH_ATTN_INTERFACE_CHECK_CACHE=1, checked as well.
     """
     run = attend_function(
-        q, k_cache, v_cache,
-        (alibi_slopes,) if k is None else (k, v, rotary_cos, rotary_sin, alibi_slopes),
-        (cache_seqlens, cache_batch_idx, cache_leftpad, block_table),
+        q, k_cache, v_cache, k, v, None, alibi_slopes, rotary_cos, rotary_sin, cache_seqlens,
+        cache_batch_idx, cache_leftpad, block_table,
     )  # fmt: skip
     out, softmax_lse = run(
         q, k_cache, v_cache, k, v, None, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx,

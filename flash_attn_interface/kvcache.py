@@ -22,7 +22,7 @@ from .functions import _refuse_fa3_features
 from .kvcache_dispatch import attend
 from .kvcache_ops import traced
 from .sharding import on_one_mesh, refuse_to_move_caches
-from .watchers import PLAIN_TYPES, a_transform_is, refuse_forward_mode, unwatched
+from .watchers import a_transform_is, all_plain, has_plain_type, refuse_forward_mode, unwatched
 
 WindowSize = Sequence[int] | Tensor
 
@@ -124,14 +124,10 @@ def flash_attn_with_kvcache(
         _refuse_fa3_features(None, q_descale, k_descale, v_descale)
     if scheduler_metadata is not None:
         _check_scheduler_metadata(scheduler_metadata, q, cu_seqlens_q)
-    floating: tuple[Any, ...] = (qv,)
-    lengths: tuple[Any, ...] = (
-        cache_seqlens, cache_batch_idx, cache_leftpad, page_table, cu_seqlens_q,
+    run = attend_function(
+        q, k_cache, v_cache, k, v, qv, None, rotary_cos, rotary_sin, cache_seqlens,
+        cache_batch_idx, cache_leftpad, page_table, cu_seqlens_q, cu_seqlens_k_new, rotary_seqlens,
     )  # fmt: skip
-    if k is not None:
-        floating += k, v, rotary_cos, rotary_sin
-        lengths += cu_seqlens_k_new, rotary_seqlens
-    run = attend_function(q, k_cache, v_cache, floating, lengths)
     out, softmax_lse = run(
         q, k_cache, v_cache, k, v, qv, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx,
         cache_leftpad, page_table, cu_seqlens_q, cu_seqlens_k_new, max_seqlen_q, rotary_seqlens,
@@ -144,27 +140,47 @@ def flash_attn_with_kvcache(
 
 
 def attend_function(
-    q: Any, k_cache: Any, v_cache: Any, floating: tuple[Any, ...], lengths: tuple[Any, ...]
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    k: Any,
+    v: Any,
+    qv: Any,
+    alibi_slopes: Any,
+    rotary_cos: Any,
+    rotary_sin: Any,
+    cache_seqlens: Any,
+    cache_batch_idx: Any,
+    cache_leftpad: Any,
+    page_table: Any,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k_new: Any = None,
+    rotary_seqlens: Any = None,
 ) -> Callable[..., CacheResult]:
     """What a public function calls, with the arguments of `check_cache.CacheCall`, for (out,
     softmax_lse or None): `attend` itself, unless a compiler traces, somebody watches the tensors
     (`watchers.py`) or gradients are asked for.
-
-    floating: other arguments that could have gradients. lengths: lengths, indices, tables.
     """
     if is_compiling():
         return _attend_traced
-    if not (unwatched(q, k_cache, v_cache) and (q.is_cuda or not q.is_meta)):
+    if not (
+        unwatched(q, k_cache, v_cache)
+        and (q.is_cuda or not q.is_meta)
+        and (cache_seqlens is None or has_plain_type(cache_seqlens))
+        and (page_table is None or has_plain_type(page_table))
+        and (cache_batch_idx is None or has_plain_type(cache_batch_idx))
+        and (cache_leftpad is None or has_plain_type(cache_leftpad))
+        and (cu_seqlens_q is None or has_plain_type(cu_seqlens_q))
+        and (k is None or all_plain(k, v))
+        and (rotary_cos is None or all_plain(rotary_cos, rotary_sin))
+        and (cu_seqlens_k_new is None or has_plain_type(cu_seqlens_k_new))
+        and (rotary_seqlens is None or has_plain_type(rotary_seqlens))
+        and (qv is None or all_plain(qv))
+        and (alibi_slopes is None or all_plain(alibi_slopes))
+    ):
         return _attend_watched
-    types = PLAIN_TYPES
-    for x in floating:
-        if x is not None and (x.is_neg() if type(x) in types else isinstance(x, Tensor)):
-            return _attend_watched
-    for x in lengths:
-        if x is not None and type(x) not in types and isinstance(x, Tensor):
-            return _attend_watched
     if torch.is_grad_enabled():
-        for x in (q, k_cache, v_cache, *floating):
+        for x in (q, k_cache, v_cache, k, v, qv, alibi_slopes, rotary_cos, rotary_sin):
             if x is not None and getattr(x, "requires_grad", False):
                 return _attend_without_gradients
     return attend

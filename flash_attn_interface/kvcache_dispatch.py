@@ -20,7 +20,7 @@ from ._common.check_cache_values import check_cache_values
 from ._common.check_values import window_pair
 from ._common.checks import host_max_seqlen, last_dim_contiguous
 from .cache_plans import CachePlan, CacheResult, EmptyCachePlan
-from .plan_table import Slot, plans
+from .plan_table import Slot, layout_of, plans
 from .selection import Decision, device_of, select_cache
 
 _ADDRESS_BITS = 15  # an address matters up to 16-byte alignment
@@ -81,7 +81,9 @@ def attend(
     new: Hashable = None
     rotary: Hashable = None
     ragged = second_query = None
-    if isinstance(k, Tensor) and isinstance(v, Tensor):
+    if k is None and v is None:  # to ask for its type takes longer
+        pass
+    elif isinstance(k, Tensor) and isinstance(v, Tensor):
         k_layout = k.is_contiguous() or k.stride()
         v_layout = v.is_contiguous() or v.stride()
         if k_layout is not True and k_layout[-1] != 1:
@@ -93,26 +95,28 @@ def attend(
         new = (
             k.shape, v.shape, k_layout, v_layout, k.dtype, v.dtype, k.get_device(),
             v.get_device(), (k.data_ptr() | v.data_ptr()) & _ADDRESS_BITS,
-            None if cu_seqlens_k_new is None else _layout(cu_seqlens_k_new),
+            None if cu_seqlens_k_new is None else layout_of(cu_seqlens_k_new),
         )  # fmt: skip
-    elif k is not None or v is not None:  # an error, which the checks will name
+    else:  # an error, which the checks will name
         new = (type(k), type(v))
     if cu_seqlens_q is not None:
         max_seqlen_q = host_max_seqlen(max_seqlen_q, q)
-        ragged = (max_seqlen_q, _layout(cu_seqlens_q))
-    if isinstance(rotary_cos, Tensor) and isinstance(rotary_sin, Tensor):
+        ragged = (max_seqlen_q, layout_of(cu_seqlens_q))
+    if rotary_cos is None and rotary_sin is None and rotary_seqlens is None:
+        pass
+    elif isinstance(rotary_cos, Tensor) and isinstance(rotary_sin, Tensor):
         rotary = (
             rotary_interleaved, rotary_cos.shape, rotary_sin.shape, rotary_cos.dtype,
             rotary_sin.dtype, rotary_cos.get_device(), rotary_sin.get_device(),
             rotary_cos.is_contiguous() and rotary_sin.is_contiguous(),
-            None if rotary_seqlens is None else _layout(rotary_seqlens),
+            None if rotary_seqlens is None else layout_of(rotary_seqlens),
         )  # fmt: skip
-    elif rotary_cos is not None or rotary_sin is not None or rotary_seqlens is not None:
-        rotary = (_layout(rotary_cos), _layout(rotary_sin), _layout(rotary_seqlens))
+    else:
+        rotary = (layout_of(rotary_cos), layout_of(rotary_sin), layout_of(rotary_seqlens))
     if qv is not None:
         qv = last_dim_contiguous(qv) if isinstance(qv, Tensor) else qv
         address = qv.data_ptr() & _ADDRESS_BITS if isinstance(qv, Tensor) else 0
-        second_query = (_layout(qv), address)
+        second_query = (layout_of(qv), address)
 
     key = planned = slot = None
     device = q.get_device()
@@ -126,11 +130,11 @@ def attend(
             (q.data_ptr() | k_cache.data_ptr() | v_cache.data_ptr()) & _ADDRESS_BITS,
             softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, sm_margin,
             return_lse, new, ragged, rotary, second_query,
-            None if cache_seqlens is None else _layout(cache_seqlens),
-            None if page_table is None else _layout(page_table),
-            None if cache_batch_idx is None else _layout(cache_batch_idx),
-            None if cache_leftpad is None else _layout(cache_leftpad),
-            None if alibi_slopes is None else _layout(alibi_slopes),
+            None if cache_seqlens is None else layout_of(cache_seqlens),
+            None if page_table is None else layout_of(page_table),
+            None if cache_batch_idx is None else layout_of(cache_batch_idx),
+            None if cache_leftpad is None else layout_of(cache_leftpad),
+            None if alibi_slopes is None else layout_of(alibi_slopes),
         )  # fmt: skip
         try:
             slot = plans.find(key)
@@ -184,15 +188,3 @@ def _plan_for(call: CacheCall, key: Hashable | None) -> tuple[Slot, _Planned]:
         return _Planned(plan, problem, on_host or env.CHECK_CACHE.get())
 
     return plans.take(key, make)
-
-
-def _layout(tensor: Any) -> Hashable:
-    """All that a check or a plan may depend on; of anything but a tensor, its type.
-
-    Of contiguous tensors all strides that matter are known; reading them takes longer.
-    """
-    if not isinstance(tensor, Tensor):
-        return type(tensor).__name__
-    return (
-        tensor.shape, tensor.is_contiguous() or tensor.stride(), tensor.dtype, tensor.get_device(),
-    )  # fmt: skip

@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable, Hashable
 from typing import Any
 
+from torch import Tensor
+
 MAX_PLANS = 1024
 """A plan takes 10 to 25 KiB, so that all take less than 32 MiB. Kernels stay loaded without one."""
 
@@ -87,3 +89,15 @@ class PlanTable:
 
 plans = PlanTable()
 """Of this process."""
+
+
+def layout_of(tensor: Any) -> Hashable:
+    """All that a check or a plan may depend on; of anything but a tensor, its type.
+
+    Of contiguous tensors all strides that matter are known; reading them takes longer.
+    """
+    if not isinstance(tensor, Tensor):
+        return type(tensor).__name__
+    return (
+        tensor.shape, tensor.is_contiguous() or tensor.stride(), tensor.dtype, tensor.get_device(),
+    )  # fmt: skip

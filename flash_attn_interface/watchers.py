@@ -46,11 +46,12 @@ def all_plain(*arguments: Any) -> bool:
     Arguments that are no tensors count as plain: the checks of the direct way name them.
     """
     for argument in arguments:
-        if type(argument) in PLAIN_TYPES:
-            if argument.is_neg():
+        if argument is not None:
+            if type(argument) in PLAIN_TYPES:
+                if argument.is_neg():
+                    return False
+            elif isinstance(argument, Tensor):
                 return False
-        elif isinstance(argument, Tensor):
-            return False
     return True
 
 
