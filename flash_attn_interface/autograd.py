@@ -61,7 +61,7 @@ def attention(
     compiling = is_compiling()
     direct = (
         not compiling
-        and unwatched(q, q if k is None else k, q if v is None else v)
+        and (unwatched(q, k, v) if packing is None else unwatched(q, q if k is None else k, q))
         and (cu_seqlens_q is None or has_plain_type(cu_seqlens_q))
         and (cu_seqlens_k is None or has_plain_type(cu_seqlens_k))
         and (seqused_q is None or has_plain_type(seqused_q))
