@@ -19,7 +19,7 @@ export TORCH
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test compile-check lint typecheck format bench bench-backward bench-decode bench-features bench-host sanitize clean
+.PHONY: help demo test compile-check lint typecheck format bench bench-backward bench-decode bench-features bench-host bench-context-parallel sanitize clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -69,6 +69,9 @@ bench-features: $(VENV)/.ready-bench  ## what masks, grouped heads, packing and 
 
 bench-host: $(VENV)/.ready  ## host time per call, compile and start-up time; needs a GPU
 	$(RUN) benchmarks/bench_host_overhead.py $(BENCH_ARGS)
+
+bench-context-parallel: $(VENV)/.ready-bench  ## efficiency of context parallelism; needs two GPUs or more
+	$(RUN) benchmarks/bench_context_parallel.py $(BENCH_ARGS)
 
 sanitize: $(VENV)/.ready  ## compute-sanitizer over all kernels; needs a GPU and a CUDA toolkit's compute-sanitizer
 	$(RUN) tests/sanitize.py $(SANITIZE_ARGS)

@@ -66,18 +66,34 @@ _LIMITS = {
 }
 
 
+_VIRTUAL = "compute_"
+
+
+def virtual(arch: str) -> str:
+    """The architecture whose PTX holds what "sm_XX" code holds, for any newer GPU to translate."""
+    return arch.replace("sm_", _VIRTUAL)
+
+
+def is_virtual(arch: str) -> bool:
+    """Whether the compiler makes PTX for it, not machine code."""
+    return arch.startswith(_VIRTUAL)
+
+
 def known_archs() -> tuple[str, ...]:
     return tuple(_LIMITS)
 
 
 def limits(arch: str) -> ArchLimits:
-    """Limits of "sm_XX", with or without the suffix of arch-specific code ("sm_90a").
+    """Limits of "sm_XX", with or without the suffix of arch-specific code ("sm_90a"). "compute_XX",
+    the virtual architecture that PTX is for, has those of sm_XX.
 
     ValueError for what is no such name.
     """
-    row = _LIMITS.get(re.sub(r"(?<=\d)[af]$", "", arch)) if isinstance(arch, str) else None
+    row = None
+    if isinstance(arch, str):
+        row = _LIMITS.get(re.sub(r"(?<=\d)[af]$", "", arch).replace(_VIRTUAL, "sm_"))
     if row is None:
-        raise ValueError(f"unknown architecture {arch!r} (known: {', '.join(_LIMITS)})")
+        raise ValueError(f"arch: unknown architecture {arch!r} (known: {', '.join(_LIMITS)})")
     return row
 
 

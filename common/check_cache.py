@@ -7,6 +7,7 @@ are trusted (the kernels clamp them), unless `check_cache_values` is asked to re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,14 +16,20 @@ from torch import Tensor
 
 from . import check_values
 from .cache_problem import CacheProblem
+from .check_overlap import check_output
 from .check_paged import MAX_TABLE_ELEMENTS
-from .checks import (
+from .check_tensors import (
     DTYPE_NAMES,
-    Heads,
     check_alibi_slopes,
-    check_heads,
     check_int32_vector,
     check_kinds,
+    require_device,
+    require_tensor,
+)
+from .checks import (
+    Heads,
+    check_heads,
+    check_row_counts,
     common_vector_bytes,
     seqlen_bound,
     strides_of,
@@ -31,7 +38,6 @@ from .problem import Problem, normalise_window
 
 MAX_SPLITS = 256
 ROTARY_DIM_MULTIPLE = 16
-_MAX_INT32 = 2**31 - 1
 
 
 class CacheCall(NamedTuple):
@@ -85,11 +91,7 @@ def check_cache(call: CacheCall) -> CacheProblem:
     seqlen_q = seqlen_bound("q", call.max_seqlen_q, q) if varlen_q else q.shape[1]
     total_q = q.shape[0] if varlen_q else batch * seqlen_q
     total_k = k_cache.shape[0] * k_cache.shape[1]
-    for name, count in (("q", max(total_q, seqlen_q)), ("k_cache", max(total_k, rows))):
-        if count > _MAX_INT32:
-            raise ValueError(
-                f"{name}: {count} rows; at most {_MAX_INT32} are supported in one call"
-            )
+    check_row_counts({"q": max(total_q, seqlen_q), "k_cache": max(total_k, rows)})
     left, right = check_values.window_pair(call.window_size)
     causal, left, right = normalise_window(
         check_values.flag("causal", call.causal), left, right, total_q if varlen_q else seqlen_q,
@@ -140,18 +142,20 @@ def check_cache(call: CacheCall) -> CacheProblem:
     )
     problem = CacheProblem(
         forward,
-        num_splits=_check_num_splits(call.num_splits),
+        num_splits=check_num_splits(call.num_splits),
         rotary_dim=rotary_dim,
         rotary_rows=rotary_rows,
         rotary_interleaved=check_values.flag("rotary_interleaved", call.rotary_interleaved),
         rotary_per_row=causal or forward.local or chunk > 0,
-        has_rotary_seqlens=call.rotary_seqlens is not None,
+        has_rotary_seqlens=rotary_dim > 0 and call.rotary_seqlens is not None,
         has_cache_seqlens=call.cache_seqlens is not None,
         one_length=not isinstance(call.cache_seqlens, Tensor | None),
         sm_margin=check_values.non_negative("sm_margin", call.sm_margin),
     )
     if call.k is None or call.v is None or seqlen_new == 0:
         return problem
+    for name, written in (("k_cache", k_cache), ("v_cache", v_cache)):
+        check_output(name, written)
     varlen_new = call.cu_seqlens_k_new is not None
     k_new_strides, v_new_strides = strides_of(call.k, varlen_new), strides_of(call.v, varlen_new)
     return replace(
@@ -170,20 +174,21 @@ def check_cache_tensors(q: Any, k_cache: Any, v_cache: Any) -> None:
     if isinstance(q, Tensor) and isinstance(k_cache, Tensor) and isinstance(v_cache, Tensor):
         return
     for name, value in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-        _check_is_tensor(name, value)
+        require_tensor(name, value)
 
 
-def _check_is_tensor(name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is {type(value).__name__}: expected a torch.Tensor")
+def check_dense(arguments: Sequence[Any]) -> None:
+    """TypeError for a tensor without strides among the arguments of a CacheCall, on which torch's
+    own errors do not say much."""
+    for name, value in zip(CacheCall._fields, arguments, strict=True):
+        if isinstance(value, Tensor) and name not in ("window_size", "return_lse"):
+            require_tensor(name, value)
 
 
 def _check_queries_and_caches(call: CacheCall) -> Heads:
     q, k_cache, v_cache = call.q, call.k_cache, call.v_cache
     given = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": call.k, "v": call.v}
     tensors = {name: x for name, x in (given | {"qv": call.qv}).items() if x is not None}
-    for name, tensor in tensors.items():
-        _check_is_tensor(name, tensor)
     check_kinds(tensors)
     if q.ndim != (4 if call.cu_seqlens_q is None else 3):
         wanted = (
@@ -216,7 +221,7 @@ def _check_queries_and_caches(call: CacheCall) -> Heads:
 def _batch_of_queries(call: CacheCall) -> int:
     if call.cu_seqlens_q is None:
         return call.q.shape[0]
-    _check_is_tensor("cu_seqlens_q", call.cu_seqlens_q)
+    require_tensor("cu_seqlens_q", call.cu_seqlens_q)
     if call.cu_seqlens_q.ndim != 1 or call.cu_seqlens_q.shape[0] < 1:
         raise ValueError(
             f"cu_seqlens_q has shape {tuple(call.cu_seqlens_q.shape)}: expected (batch + 1,)"
@@ -240,10 +245,9 @@ def _check_slots(call: CacheCall, batch: int) -> int:
             raise ValueError("k_cache holds no sequences: expected at least 1")
         return k_cache.shape[1]
     name = "page_table (block_table)"
-    _check_is_tensor(name, table)
+    require_tensor(name, table)
     check_int32_matrix(name, table, "(batch, pages of a sequence)")
-    if table.device != call.q.device:
-        raise ValueError(f"{name} is on {table.device} but q is on {call.q.device}: move it there")
+    require_device(name, table, call.q.device)
     if table.shape[0] != batch and call.cache_batch_idx is None:
         raise ValueError(
             f"{name} has {table.shape[0]} rows but q has {batch} sequences: they must be as many, "
@@ -290,20 +294,23 @@ def _check_new(call: CacheCall, heads: Heads, batch: int, rows: int) -> tuple[in
         raise ValueError(
             "k and v are given without cache_seqlens: it says behind which row to write them"
         )
-    leading: tuple[int, ...] = (batch, k.shape[1])
-    if cu_seqlens is not None:
-        check_int32_vector("cu_seqlens_k_new", cu_seqlens, batch + 1, call.q.device)
-        leading = (k.shape[0],)
-    for name, tensor, count, head_dim in (
-        ("k", k, heads.num_heads_k, heads.head_dim_qk),
-        ("v", v, heads.num_heads_v, heads.head_dim_v),
-    ):
-        if tensor.shape != (*leading, count, head_dim):
-            given = "" if cu_seqlens is None else " because cu_seqlens_k_new is given"
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}: expected {(*leading, count, head_dim)}, "
-                f"the sequences of q and the heads of {name}_cache{given}"
-            )
+    check_int32_vector("cu_seqlens_k_new", cu_seqlens, batch + 1, call.q.device)
+    if k.ndim != (4 if cu_seqlens is None else 3):
+        wanted = (
+            "(batch, seqlen_new, num_heads_k, head_dim_qk); ragged rows need cu_seqlens_k_new"
+            if cu_seqlens is None
+            else "(total_new, num_heads_k, head_dim_qk) because cu_seqlens_k_new is given"
+        )
+        raise ValueError(f"k has shape {tuple(k.shape)}: expected {wanted}")
+    leading: tuple[int, ...] = (batch, k.shape[1]) if cu_seqlens is None else (k.shape[0],)
+    wanted_k = (*leading, heads.num_heads_k, heads.head_dim_qk)
+    wanted_v = (*leading, heads.num_heads_v, heads.head_dim_v)
+    if k.shape != wanted_k or v.shape != wanted_v:
+        given = "" if cu_seqlens is None else " because cu_seqlens_k_new is given"
+        raise ValueError(
+            f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}: expected {wanted_k} and "
+            f"{wanted_v}, the sequences of q and the heads of k_cache and v_cache{given}"
+        )
     if cu_seqlens is not None:
         return min(k.shape[0], rows), k.shape[0]
     if leading[1] > rows:
@@ -337,43 +344,42 @@ def _check_rotary(call: CacheCall, head_dim_qk: int, batch: int, rows: int) -> t
         for name, value in (("rotary_cos", cos), ("rotary_sin", sin)):
             if value is not None:
                 raise ValueError(f"{name} is given alone: rotary_cos and rotary_sin go together")
-        if call.rotary_seqlens is not None:
-            raise ValueError("rotary_seqlens is given without rotary_cos and rotary_sin")
-        return 0, 0
+        return 0, 0  # rotary_seqlens without them is ignored, as in FlashAttention-3
     if call.k is None:
         raise ValueError(
             "rotary_cos and rotary_sin are given without k and v: the cached keys are rotated "
             "already; rotate q with flash_attn.layers.rotary.apply_rotary_emb"
         )
     for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
-        _check_is_tensor(name, table)
+        require_tensor(name, table)
         if table.dtype != call.q.dtype:
             raise TypeError(f"{name} has dtype {table.dtype} but q has {call.q.dtype}")
-        if table.device != call.q.device:
-            raise ValueError(f"{name} is on {table.device} but q is on {call.q.device}")
-        if table.ndim != 2 or table.shape != cos.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(table.shape)}: expected (positions, rotary_dim / 2), "
-                "the same for both tables"
-            )
+        require_device(name, table, call.q.device)
         if not table.is_contiguous():
             raise ValueError(f"{name} has stride {table.stride()}: must be contiguous")
+    if cos.ndim != 2 or cos.shape != sin.shape:
+        raise ValueError(
+            f"rotary_cos has shape {tuple(cos.shape)} and rotary_sin {tuple(sin.shape)}: expected "
+            "(positions, rotary_dim / 2) for both"
+        )
     rotary_dim = 2 * cos.shape[1]
     if rotary_dim > head_dim_qk or rotary_dim % ROTARY_DIM_MULTIPLE:
         raise ValueError(
-            f"rotary_cos has {cos.shape[1]} columns, so rotary_dim is {rotary_dim}: expected a "
-            f"multiple of {ROTARY_DIM_MULTIPLE} up to the head_dim of q, {head_dim_qk}"
+            f"rotary_cos and rotary_sin have {cos.shape[1]} columns, so rotary_dim is {rotary_dim}:"
+            f" expected a multiple of {ROTARY_DIM_MULTIPLE} up to the head_dim of q, {head_dim_qk}"
         )
     if cos.shape[0] < rows:
         raise ValueError(
-            f"rotary_cos has {cos.shape[0]} positions but a sequence has room for {rows} keys: "
-            "expected at least as many"
+            f"rotary_cos and rotary_sin have {cos.shape[0]} positions but a sequence has room for "
+            f"{rows} keys in k_cache by its shape or page_table (block_table): expected at least "
+            "as many"
         )
     check_int32_vector("rotary_seqlens", call.rotary_seqlens, batch, call.q.device)
     return rotary_dim, cos.shape[0]
 
 
-def _check_num_splits(value: Any) -> int:
+def check_num_splits(value: Any) -> int:
+    """0 to choose, or up to 256 parts of the keys."""
     num_splits = check_values.non_negative("num_splits", value)
     if num_splits > MAX_SPLITS:
         raise ValueError(f"num_splits is {num_splits}: at most {MAX_SPLITS}, 0 to choose")

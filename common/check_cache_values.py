@@ -17,11 +17,13 @@ def check_cache_values(call: CacheCall, problem: CacheProblem) -> None:
     """ValueError for the first that is out of range; without it, kernels clamp."""
     forward = problem.forward
     batch, capacity = forward.batch, forward.seqlen_k
-    _check_offsets("q", call.cu_seqlens_q, forward.total_q, forward.seqlen_q)
+    _check_offsets("q", call.cu_seqlens_q, forward.total_q, forward.seqlen_q, "max_seqlen_q")
     new = [problem.seqlen_new] * batch
     if call.cu_seqlens_k_new is not None:
         total_new = 0 if call.k is None else call.k.shape[0]
-        new = _check_offsets("k_new", call.cu_seqlens_k_new, total_new, capacity)
+        new = _check_offsets(
+            "k_new", call.cu_seqlens_k_new, total_new, capacity, "the capacity of k_cache"
+        )
     used = [capacity] * batch
     if call.cache_seqlens is not None:
         given = call.cache_seqlens
@@ -30,7 +32,8 @@ def check_cache_values(call: CacheCall, problem: CacheProblem) -> None:
         if min(lengths) < 0 or max(used) > capacity:
             raise ValueError(
                 f"cache_seqlens is {shorten(lengths)}: expected 0 to {capacity}, the capacity of "
-                f"the cache, with {shorten(new)} new rows"
+                f"k_cache by its shape or page_table (block_table), with {shorten(new)} new rows "
+                "(k)"
             )
     first = [0] * batch
     if call.cache_leftpad is not None:
@@ -39,10 +42,10 @@ def check_cache_values(call: CacheCall, problem: CacheProblem) -> None:
             raise ValueError(
                 f"cache_leftpad is {shorten(first)}: expected 0 to the valid keys, {shorten(used)}"
             )
-    if call.rotary_seqlens is not None and int(call.rotary_seqlens.min()) < 0:
-        raise ValueError(
-            f"rotary_seqlens is {shorten(call.rotary_seqlens.tolist())}: expected positions >= 0"
-        )
+    if call.rotary_seqlens is not None and problem.has_rotary_seqlens:
+        positions = call.rotary_seqlens.tolist()
+        if min(positions) < 0:
+            raise ValueError(f"rotary_seqlens is {shorten(positions)}: expected positions >= 0")
     table = call.page_table
     rows = list(range(batch))
     if call.cache_batch_idx is not None:
@@ -57,8 +60,10 @@ def check_cache_values(call: CacheCall, problem: CacheProblem) -> None:
         _check_pages(table.tolist(), rows, first, used, problem)
 
 
-def _check_offsets(side: str, cu_seqlens: Tensor | None, total: int, longest: int) -> list[int]:
-    """The lengths that they delimit."""
+def _check_offsets(
+    side: str, cu_seqlens: Tensor | None, total: int, longest: int, why: str
+) -> list[int]:
+    """The lengths that they delimit. why: what bounds the longest."""
     if cu_seqlens is None:
         return []
     ends = cu_seqlens.tolist()
@@ -66,12 +71,12 @@ def _check_offsets(side: str, cu_seqlens: Tensor | None, total: int, longest: in
     if ends[0] != 0 or min(lengths) < 0 or ends[-1] > total:
         raise ValueError(
             f"cu_seqlens_{side} is {shorten(ends)}: must start at 0, never decrease and end at "
-            f"most at the {total} rows that there are"
+            f"most at the {total} rows of {side.removesuffix('_new')}"
         )
     if max(lengths) > longest:
         raise ValueError(
             f"cu_seqlens_{side} is {shorten(ends)}: its longest sequence has {max(lengths)} rows, "
-            f"at most {longest} are allowed here"
+            f"at most {longest} are allowed here, by {why}"
         )
     return lengths
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .check_tensors import require_device, require_tensor
+
 if TYPE_CHECKING:
     from .checks import ForwardCall
     from .problem import Problem
@@ -26,8 +28,7 @@ def check_pages(name: str, tensor: Tensor, cu_seqlens_k: Tensor | None) -> None:
 
 def check_page_table(table: Any, k: Tensor, batch: int, name: str = "block_table") -> int:
     """Rows that the pages of one sequence have together. k: (num_pages, page_size, ...)."""
-    if not isinstance(table, Tensor):
-        raise TypeError(f"{name} is {type(table).__name__}: expected an int32 torch.Tensor")
+    require_tensor(name, table, "an int32 torch.Tensor")
     if table.dtype != torch.int32:
         raise TypeError(
             f"{name} has dtype {table.dtype}: expected torch.int32, use .to(torch.int32)"
@@ -37,8 +38,7 @@ def check_page_table(table: Any, k: Tensor, batch: int, name: str = "block_table
             f"{name} has shape {tuple(table.shape)}: expected (batch, max_pages), batch being "
             f"{batch}"
         )
-    if table.device != k.device:
-        raise ValueError(f"{name} is on {table.device} but k is on {k.device}: move it there")
+    require_device(name, table, k.device, "k")
     if table.shape[1] > 1 and table.stride(1) != 1:
         raise ValueError(
             f"{name} has stride {table.stride()}: the last must be 1, use .contiguous()"
@@ -62,8 +62,9 @@ def check_paged_values(call: ForwardCall, problem: Problem) -> None:
         used = [end - start for start, end in zip(ends, ends[1:], strict=False)]
     if max(used) > problem.seqlen_k and problem.page_size:
         raise ValueError(
-            f"a sequence has {max(used)} keys but block_table has room for {problem.seqlen_k}, "
-            f"{problem.seqlen_k // problem.page_size} pages of {problem.page_size}: widen it"
+            f"cu_seqlens_k: a sequence has {max(used)} keys but block_table has room for "
+            f"{problem.seqlen_k}, {problem.seqlen_k // problem.page_size} pages of "
+            f"{problem.page_size}: widen it"
         )
     if call.seqused_k is not None:
         used = [min(limit, n) for limit, n in zip(used, call.seqused_k.tolist(), strict=True)]
@@ -73,7 +74,8 @@ def check_paged_values(call: ForwardCall, problem: Problem) -> None:
         if any(not 0 <= begin <= end for begin, end in zip(first, used, strict=True)):
             raise ValueError(
                 "leftpad_k: each must lie between 0 and the length of its sequence; got "
-                f"{min(first)} to {max(first)} for lengths {min(used)} to {max(used)}"
+                f"{min(first)} to {max(first)} for lengths {min(used)} to {max(used)}, by "
+                "cu_seqlens_k and seqused_k"
             )
     if call.page_table is None:
         return

@@ -10,6 +10,7 @@ import operator
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 # What the public functions take; fewer where no installed backend serves them. A wide v goes with
@@ -21,48 +22,141 @@ MAX_HEAD_DIM_WIDE_V, MAX_HEAD_DIM_QK_OF_WIDE_V = 512, 64
 def window_pair(window_size: Any) -> tuple[int, int]:
     """(left, right), negative = unlimited, of any indexable pair: tuple, list, CPU tensor."""
     try:
-        if len(window_size) != 2:
-            raise ValueError(
-                f"window_size has {len(window_size)} items: expected (left, right), -1 = unlimited"
-            )
-        return operator.index(window_size[0]), operator.index(window_size[1])
-    except (TypeError, KeyError):
+        length = len(window_size)
+        if length == 2:
+            return operator.index(window_size[0]), operator.index(window_size[1])
+    except (TypeError, LookupError, RuntimeError):  # the last from tensors that cannot be read
+        length = None
+    if length is None or isinstance(window_size, str):
         raise TypeError(
-            f"window_size is {window_size!r}: expected two integers (left, right), -1 = unlimited"
-        ) from None
+            f"window_size is {shown(window_size)}: expected two integers (left, right), "
+            "-1 = unlimited"
+        )
+    raise ValueError(f"window_size has {length} items: expected (left, right), -1 = unlimited")
 
 
-def non_negative(name: str, value: Any) -> int:
-    """An integer >= 0; no tensor, since those hide a synchronisation and cannot be memoised."""
+def is_unlimited(window_size: Any) -> bool:
+    """Whether it is (-1, -1) as such, which most calls pass and which needs no check."""
+    try:
+        return type(window_size) is tuple and window_size == (-1, -1)
+    except (RuntimeError, ValueError):  # two tensors or arrays of several numbers
+        return False
+
+
+def window_sides(left: Any, right: Any) -> tuple[int, int]:
+    """window_size_left and window_size_right."""
+    return integer("window_size_left", left), integer("window_size_right", right)
+
+
+def integer(name: str, value: Any) -> int:
+    """No tensor, since those hide a synchronisation and cannot be memoised. One that is symbolic
+    while a compiler traces stays so."""
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value  # type: ignore[return-value]
     try:
         if isinstance(value, Tensor):
             raise TypeError
-        number = operator.index(value)
+        return int(operator.index(value))  # a plain one, of True as well
     except TypeError:
-        raise TypeError(f"{name} is {value!r}: expected an integer >= 0") from None
+        raise TypeError(f"{name} is {shown(value)}: expected an integer") from None
+
+
+def non_negative(name: str, value: Any) -> int:
+    """An integer >= 0."""
+    number = integer(name, value)
     if number < 0:
-        raise ValueError(f"{name} is {number}: expected an integer >= 0")
+        raise ValueError(f"{name} is {shown(number)}: expected an integer >= 0")
     return number
 
 
+_ORDER = (
+    ". By position: flash_attn.flash_attn_func(q, k, v, dropout_p, softmax_scale, causal) as in "
+    "FlashAttention-2, but flash_attn_interface.flash_attn_func(q, k, v, softmax_scale, causal) as "
+    "in FlashAttention-3, which has no dropout_p. Pass options by name"
+)
+
+
 def flag(name: str, value: Any) -> bool:
-    """A truth value; no tensor, for the same reasons."""
-    if isinstance(value, Tensor):
-        raise TypeError(f"{name} is a tensor: expected a bool")
-    return bool(value)
+    """A bool, 0 or 1, or NumPy's bool. Nothing else has a truth value here: "False" would count
+    as true, and so would a softmax_scale that the order of arguments has put in this place."""
+    if isinstance(value, (bool, torch.SymBool)):
+        return bool(value)
+    if isinstance(value, int) and value in (0, 1):
+        return value == 1
+    if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
+        return bool(value)
+    order = _ORDER if isinstance(value, float) else ""
+    raise TypeError(f"{name} is {shown(value)}: expected a bool, True or False{order}")
+
+
+def optional_flag(name: str, value: Any) -> bool | None:
+    """As `flag`, or None, where None leaves the choice to us."""
+    return None if value is None else flag(name, value)
+
+
+def attention_flags(
+    causal: Any, return_lse: Any, return_softmax: Any, deterministic: Any, pack_gqa: Any
+) -> tuple[bool, bool, bool, bool, bool | None]:
+    """The flags of a public function. return_lse, return_softmax: both its return_attn_probs."""
+    return (
+        flag("causal", causal),
+        flag("return_attn_probs", return_lse),
+        flag("return_attn_probs", return_softmax),
+        flag("deterministic", deterministic),
+        optional_flag("pack_gqa", pack_gqa),
+    )
+
+
+def cache_flags(causal: Any, rotary_interleaved: Any, return_lse: Any) -> tuple[bool, bool, bool]:
+    """The flags of flash_attn_with_kvcache."""
+    return (
+        flag("causal", causal),
+        flag("rotary_interleaved", rotary_interleaved),
+        flag("return_softmax_lse", return_lse),
+    )
 
 
 def real(name: str, value: Any) -> float:
     """A finite number."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} is {value!r}: expected a number")
+        raise TypeError(f"{name} is {shown(value)}: expected a number")
     try:
         number = float(value)
-    except OverflowError:  # an int or a fraction beyond float's range
+    except OverflowError:  # an integer of more than 308 digits
         number = math.inf
     if not math.isfinite(number):
-        raise ValueError(f"{name} is {value!r}: expected a finite number")
+        raise ValueError(f"{name} is {shown(value)}: expected a finite number")
     return number
+
+
+def probability(name: str, value: Any) -> float:
+    """A number in [0, 1)."""
+    number = real(name, value)
+    if not 0.0 <= number < 1.0:
+        raise ValueError(f"{name} is {number}: must be in [0, 1); pass 0.0 in evaluation")
+    return number
+
+
+def bounded(name: str, value: Any, limit: int) -> int:
+    """An integer from 0 to the limit."""
+    number = non_negative(name, value)
+    if number > limit:
+        raise ValueError(f"{name} is {number}: at most {limit}")
+    return number
+
+
+def check_factory(device: Any, dtype: Any) -> None:
+    """What modules pass on to the functions that make their tensors."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype is {shown(dtype)}: expected a floating-point torch.dtype or None")
+    if device is None or isinstance(device, torch.device):
+        return
+    if isinstance(device, bool) or not isinstance(device, (str, int)):
+        raise TypeError(f"device is {shown(device)}: expected a torch.device, its name or None")
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # AssertionError, RuntimeError, AcceleratorError: torch's choice
+        raise ValueError(f"device is {device!r}: {error}") from None
 
 
 # Kernels take scale and cap times log2(e) as float32, and divide one by the other: no smaller
@@ -122,9 +216,12 @@ def head_dim(name: str, value: int, wide: bool = False) -> None:
         )
 
 
-def dropout_probability(value: Any) -> float:
-    """A number in [0, 1)."""
-    dropout_p = real("dropout_p", value)
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p is {dropout_p}: must be in [0, 1); pass 0.0 in evaluation")
-    return dropout_p
+def shown(value: Any) -> str:
+    """For messages: a tensor by its type, everything else by its repr, cut short."""
+    if isinstance(value, Tensor):
+        return "a tensor"
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not print integers of more than 4300 digits
+        return f"a long {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."

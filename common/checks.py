@@ -16,13 +16,19 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from . import check_paged, check_values
+from .check_tensors import (
+    DTYPE_NAMES,
+    check_alibi_slopes,
+    check_int32_vector,
+    check_qkv_kind,
+    require_tensor,
+)
+from .check_tensors import last_dim_contiguous as last_dim_contiguous
 from .problem import Problem, Strides, normalise_window
 
-DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 _MAX_INT32 = 2**31 - 1
 _MAX_VECTOR_BYTES = 16
 
@@ -79,11 +85,7 @@ def check_forward(call: ForwardCall) -> Problem:
         seqlen_k = seqlen_bound("k", call.max_seqlen_k, k) if varlen_k else k.shape[1]
     total_q = q.shape[0] if varlen_q else batch * seqlen_q
     total_k = k.shape[0] if varlen_k and not paged else batch * seqlen_k
-    for name, count in (("q", max(total_q, seqlen_q)), ("k", max(total_k, seqlen_k))):
-        if count > _MAX_INT32:
-            raise ValueError(
-                f"{name}: {count} rows; at most {_MAX_INT32} are supported in one call"
-            )
+    check_row_counts({"q": max(total_q, seqlen_q), "k": max(total_k, seqlen_k)})
 
     left, right = check_values.window_pair(call.window_size)
     causal, left, right = normalise_window(
@@ -93,7 +95,7 @@ def check_forward(call: ForwardCall) -> Problem:
         total_q if varlen_q else seqlen_q,  # max_seqlen may claim too little
         total_k if varlen_k else seqlen_k,
     )
-    dropout_p = check_values.dropout_probability(call.dropout_p)
+    dropout_p = check_values.probability("dropout_p", call.dropout_p)
     scale = check_values.softmax_scale(call.softmax_scale, heads.head_dim_qk)
     q_strides, k_strides, v_strides = (
         strides_of(q, varlen_q),
@@ -127,8 +129,8 @@ def check_forward(call: ForwardCall) -> Problem:
         alibi=call.alibi_slopes is not None,
         alibi_strides=alibi_strides,
         dropout_p=dropout_p,
-        return_lse=call.return_lse,
-        return_softmax=call.return_softmax and dropout_p > 0.0,
+        return_lse=check_values.flag("return_attn_probs", call.return_lse),
+        return_softmax=check_values.flag("return_softmax", call.return_softmax) and dropout_p > 0.0,
         q_strides=q_strides,
         k_strides=k_strides,
         v_strides=v_strides,
@@ -137,51 +139,11 @@ def check_forward(call: ForwardCall) -> Problem:
         leftpad_k=call.leftpad_k is not None,
         cache_slots=k.shape[0] if paged else 0,
         sm_margin=check_values.non_negative("sm_margin", call.sm_margin),
-        pack_gqa=None if call.pack_gqa is None else check_values.flag("pack_gqa", call.pack_gqa),
+        pack_gqa=check_values.optional_flag("pack_gqa", call.pack_gqa),
     )
 
 
-def check_tensors(q: Any, k: Any, v: Any) -> None:
-    """That they are tensors at all; cheap, since every call starts with it."""
-    if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
-        return
-    for name, value in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} is {type(value).__name__}: expected a torch.Tensor")
-
-
-def check_qkv_kind(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Tensors, strided, of one supported dtype and one device."""
-    check_tensors(q, k, v)
-    check_kinds({"q": q, "k": k, "v": v})
-
-
-def check_kinds(tensors: Mapping[str, Tensor]) -> None:
-    """Likewise, of tensors by name; the first is q."""
-    for name, tensor in tensors.items():
-        if tensor.layout is not torch.strided:
-            raise TypeError(
-                f"{name} has layout {tensor.layout}: expected a dense tensor; for nested tensors "
-                "pass values() and offsets() to flash_attn_varlen_func"
-            )
-        if tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1:
-            raise NotImplementedError(
-                f"{name} has dtype {tensor.dtype}: the Ampere kernels have no fp8; "
-                "convert q, k and v to torch.bfloat16 (multiplied by their descales)"
-            )
-        if tensor.dtype not in DTYPE_NAMES:
-            raise TypeError(
-                f"{name} has dtype {tensor.dtype}: expected torch.float16 or torch.bfloat16; "
-                "convert with .to(torch.bfloat16) or run under torch.autocast"
-            )
-    q = tensors["q"]
-    for name, tensor in tensors.items():
-        if tensor.dtype != q.dtype:
-            raise TypeError(f"{name} has dtype {tensor.dtype} but q has {q.dtype}: they must agree")
-        if tensor.device != q.device:
-            raise ValueError(
-                f"{name} is on {tensor.device} but q is on {q.device}: move them to one device"
-            )
+_PAGES = " and block_table is not"
 
 
 class Heads(NamedTuple):
@@ -207,13 +169,13 @@ def _check_qkv_shapes(call: ForwardCall) -> Heads:
         elif cu_seqlens is None and tensor.ndim != 4:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}: expected "
-                "(batch, seqlen, num_heads, head_dim); packed sequences go to "
-                "flash_attn_varlen_func with cu_seqlens"
+                "(batch, seqlen, num_heads, head_dim); packed sequences need "
+                f"{cu_name}, an argument of flash_attn_varlen_func"
             )
         elif cu_seqlens is not None and tensor.ndim != 3:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}: expected (total, num_heads, head_dim) "
-                f"because {cu_name} is given"
+                f"because {cu_name} is given{_PAGES if tensor.ndim == 4 and name != 'q' else ''}"
             )
     return check_heads(q, k, v, "k", "v")
 
@@ -223,7 +185,7 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor, name_k: str, name_v: str) -> He
     if v.shape[:-2] != k.shape[:-2]:
         raise ValueError(
             f"{name_v} has shape {tuple(v.shape)} and {name_k} {tuple(k.shape)}: all but the last "
-            "two sizes (num_heads, head_dim) must agree"
+            f"two sizes (num_heads, head_dim) must agree{_layout_hint(q, k, v)}"
         )
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(
@@ -235,12 +197,30 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor, name_k: str, name_v: str) -> He
         if count == 0 or heads.num_heads_q % count:
             raise ValueError(
                 f"{name} has {count} heads and q has {heads.num_heads_q}: "
-                f"the heads of q must be a multiple of those of {name}"
+                f"the heads of q must be a multiple of those of {name}{_layout_hint(q, k, v)}"
             )
     wide_v = heads.head_dim_qk <= check_values.MAX_HEAD_DIM_QK_OF_WIDE_V
     check_values.head_dim(f"q and {name_k}", heads.head_dim_qk)
     check_values.head_dim(name_v, heads.head_dim_v, wide_v)
     return heads
+
+
+def _layout_hint(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """For tensors whose sizes fit once the axes 1 and 2, or those of q alone, are swapped."""
+    if not q.ndim == k.ndim == v.ndim == 4 or 0 in k.shape or 0 in v.shape:
+        return ""
+
+    def fits(heads: int, axis: int) -> bool:
+        lengths_agree = k.shape[3 - axis] == v.shape[3 - axis]
+        return heads % k.shape[axis] == 0 == heads % v.shape[axis] and lengths_agree
+
+    which = "all three" if fits(q.shape[1], 1) else "q" if fits(q.shape[1], 2) else ""
+    if not which:
+        return ""
+    return (
+        ". The layout here is (batch, seqlen, num_heads, head_dim): for tensors laid out (batch, "
+        f"num_heads, seqlen, head_dim), as {which} may be, pass .transpose(1, 2)"
+    )
 
 
 def _check_batch(call: ForwardCall) -> int:
@@ -253,62 +233,20 @@ def _check_batch(call: ForwardCall) -> int:
         if cu_seqlens is None:
             batches.append(tensor.shape[0])
             continue
-        if not isinstance(cu_seqlens, Tensor):
-            raise TypeError(
-                f"cu_seqlens_{name} is {type(cu_seqlens).__name__}: expected an int32 torch.Tensor"
-            )
+        require_tensor(f"cu_seqlens_{name}", cu_seqlens, "an int32 torch.Tensor")
         if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
             raise ValueError(
                 f"cu_seqlens_{name} has shape {tuple(cu_seqlens.shape)}: expected (batch + 1,)"
             )
         batches.append(cu_seqlens.shape[0] - 1)
     if batches[0] != batches[1]:
+        of_q = "q" if call.cu_seqlens_q is None else "cu_seqlens_q"
+        of_k = "k" if call.cu_seqlens_k is None else "cu_seqlens_k"
         raise ValueError(
-            f"q has {batches[0]} sequences but k and v have {batches[1]}: they must agree"
+            f"q has {batches[0]} sequences ({of_q}) but k and v have {batches[1]} ({of_k}): they "
+            "must agree"
         )
     return batches[0]
-
-
-def check_int32_vector(name: str, tensor: Tensor | None, length: int, device: torch.device) -> None:
-    if tensor is None:
-        return
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} is {type(tensor).__name__}: expected an int32 torch.Tensor")
-    if tensor.dtype != torch.int32:
-        raise TypeError(
-            f"{name} has dtype {tensor.dtype}: expected torch.int32, use .to(torch.int32)"
-        )
-    if tensor.shape != (length,):
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: expected ({length},)")
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device} but q is on {device}: move it there")
-    if not tensor.is_contiguous():
-        raise ValueError(
-            f"{name} has stride {tensor.stride()}: must be contiguous, use .contiguous()"
-        )
-
-
-def check_alibi_slopes(
-    slopes: Tensor | None, batch: int, num_heads_q: int, device: torch.device
-) -> tuple[int, int]:
-    """`Problem.alibi_strides`."""
-    if slopes is None:
-        return 0, 0
-    if not isinstance(slopes, Tensor):
-        raise TypeError(f"alibi_slopes is {type(slopes).__name__}: expected a float32 torch.Tensor")
-    if slopes.dtype != torch.float32:
-        raise TypeError(
-            f"alibi_slopes has dtype {slopes.dtype}: expected torch.float32, use .float()"
-        )
-    if slopes.shape not in ((num_heads_q,), (batch, num_heads_q)):
-        raise ValueError(
-            f"alibi_slopes has shape {tuple(slopes.shape)}: expected (num_heads_q,) = "
-            f"({num_heads_q},) or (batch, num_heads_q) = ({batch}, {num_heads_q})"
-        )
-    if slopes.device != device:
-        raise ValueError(f"alibi_slopes is on {slopes.device} but q is on {device}: move it there")
-    batch_stride = slopes.stride(0) if slopes.ndim == 2 and batch > 1 else 0
-    return batch_stride, slopes.stride(-1) if num_heads_q > 1 else 0
 
 
 def check_lengths(call: ForwardCall, problem: Problem) -> None:
@@ -339,33 +277,42 @@ def check_lengths(call: ForwardCall, problem: Problem) -> None:
                 )
         if cu_seqlens is not None and max(used) > longest:
             raise ValueError(
-                f"max_seqlen_{side} is {longest} but the longest sequence has {max(used)} rows: "
+                f"max_seqlen_{side} is {longest} but the longest sequence has {max(used)} rows by "
+                f"cu_seqlens_{side}: "
                 "pass at least that"
             )
 
 
-def last_dim_contiguous(tensor: Tensor) -> Tensor:
-    """`tensor`, copied only if its last dim has gaps, as upstream does."""
-    if tensor.layout is not torch.strided or tensor.stride()[-1:] == (1,):
-        return tensor  # check_forward rejects other layouts
-    return tensor.contiguous()
-
-
 def host_max_seqlen(max_seqlen: Any, packed: Tensor) -> Any:
     """`max_seqlen` as a number: a CPU tensor is read; for one on a device, which only a
-    synchronisation could read,
-    the rows of the packed tensor are an upper bound."""
+    synchronisation could read, the rows of the packed tensor are an upper bound."""
     if not isinstance(max_seqlen, Tensor):
         return max_seqlen
-    return operator.index(max_seqlen) if max_seqlen.device.type == "cpu" else packed.shape[0]
+    if max_seqlen.device.type != "cpu":
+        return packed.shape[0]
+    try:
+        return operator.index(max_seqlen)
+    except (TypeError, RuntimeError, ValueError):  # several numbers, a fraction: `seqlen_bound`
+        return max_seqlen
 
 
 def seqlen_bound(side: str, max_seqlen: Any, packed: Tensor) -> int:
+    """The longest sequence, of the argument max_seqlen_q or max_seqlen_k."""
+    name = f"max_seqlen_{side}"
     if max_seqlen is None:
-        raise ValueError(
-            f"max_seqlen_{side} is None: pass the longest sequence of cu_seqlens_{side}, an int"
-        )
-    return check_values.non_negative(f"max_seqlen_{side}", host_max_seqlen(max_seqlen, packed))
+        raise ValueError(f"{name} is None: pass the longest sequence of cu_seqlens_{side}, an int")
+    bound = check_values.non_negative(name, host_max_seqlen(max_seqlen, packed))
+    check_row_counts({name: bound})
+    return bound
+
+
+def check_row_counts(counts: Mapping[str, int]) -> None:
+    """Rows of tensors, or of a sequence, by argument: kernels count them with 32 bits."""
+    for name, count in counts.items():
+        if count > _MAX_INT32:
+            raise ValueError(
+                f"{name}: {count} rows; at most {_MAX_INT32} are supported in one call"
+            )
 
 
 def strides_of(tensor: Tensor, packed: bool) -> Strides:

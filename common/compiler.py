@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from . import arch as arch_table
 from . import log as package_log
 from . import nvrtc as libraries
 from .nvrtc import Nvrtc
@@ -24,6 +25,7 @@ from .spec import KernelSpec
 
 _SLOW_SECONDS = 1.0
 _FIRST_WITH_CACHE = (12, 9)
+_PTX_VERSION = b".version 8.3"  # of CUDA 12.3
 
 
 class CompileError(RuntimeError):
@@ -51,6 +53,8 @@ class ResourceUsage:
 
 @dataclass(frozen=True)
 class Compiled:
+    """cubin: machine code; of a spec for a virtual architecture, PTX that ends in a zero byte."""
+
     cubin: bytes
     log: str
     seconds: float
@@ -96,12 +100,15 @@ def compile_cubin(spec: KernelSpec, sources: Mapping[str, str], why: str | None 
         log = _fetch(nvrtc, program, "ProgramLog").decode(errors="replace").strip("\0 \n")
         if int(status) != 0:
             raise CompileError(spec, _failure(nvrtc, spec, status), log)
-        cubin = _fetch(nvrtc, program, "CUBIN")
+        if arch_table.is_virtual(spec.arch):
+            code = _for_older_drivers(_fetch(nvrtc, program, "PTX"))
+        else:
+            code = _fetch(nvrtc, program, "CUBIN")
     finally:
         nvrtc.nvrtcDestroyProgram(program)
     version = loaded_version()
     package_log.info("compiled %s with %s in %.2f s", spec.label(), version, seconds)
-    return Compiled(cubin, log, seconds)
+    return Compiled(code, log, seconds)
 
 
 @contextlib.contextmanager
@@ -215,6 +222,18 @@ def _failure(nvrtc: Nvrtc, spec: KernelSpec, status: object) -> str:
         )
     name = getattr(status, "name", status)
     return f"{name} while compiling {spec.label()} with {loaded_version()}"
+
+
+def _for_older_drivers(ptx: bytes) -> bytes:
+    """The same PTX, declared to be of the oldest language version that has all it uses.
+
+    NVRTC declares its own version, which drivers refuse that are older than it; machine code knows
+    no such limit. A driver still checks each instruction against the declared version.
+    """
+    lowered, found = re.subn(rb"(?m)^\.version \d+\.\d+$", _PTX_VERSION, ptx, count=1)
+    if found != 1:
+        raise RuntimeError("NVRTC made PTX without a .version line")
+    return lowered
 
 
 def _checked(nvrtc: Any, function: str, *arguments: object) -> Any:

@@ -1,7 +1,7 @@
 """Entries of an ArtifactStore: folders that hold one artifact each, read, checked and discarded.
 
 An entry is published by a rename and never changed, but for its time of modification, which is when
-it was last used. ``store.py`` writes them; `python -m flash_attn_interface.cache` lists them.
+it was last used. ``store.py`` writes them; `python -m flash_attn_interface cache` lists them.
 """
 
 from __future__ import annotations

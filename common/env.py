@@ -65,6 +65,12 @@ def _backend(text: str) -> str | None:
     return text
 
 
+def _test_arch(text: str) -> str | None:
+    if text not in ("sm_80", "sm_86", "sm_89"):
+        raise ValueError(text)
+    return text
+
+
 def _archs(text: str) -> tuple[str, ...]:
     archs = tuple(text.replace(",", " ").replace(";", " ").split())
     numbers = [arch.removeprefix("sm_").rstrip("af").replace(".", "") for arch in archs]
@@ -152,7 +158,7 @@ PREBUILT_DIR: Variable[Path | None] = Variable(
     "FLASH_ATTN_INTERFACE_PREBUILT_DIR",
     "a folder",
     "none",
-    "A folder that `python -m flash_attn_interface.build --out` filled, maybe on another machine. "
+    "A folder that `python -m flash_attn_interface build --out` filled, maybe on another machine. "
     "Only read, and before the kernels that the installation brings along. Not used where users "
     "other than root, the installation's owner and this one own it or may write to it.",
     lambda: None,
@@ -194,6 +200,16 @@ FORCE_BACKEND: Variable[str | None] = Variable(
     lambda: None,
     _backend,
 )
+TEST_ARCH: Variable[str | None] = Variable(
+    "FLASH_ATTN_INTERFACE_TEST_ARCH",
+    "`sm_80`, `sm_86` or `sm_89`",
+    "the GPU's own",
+    "For tests of this package: serve calls as on an older GPU. The Ampere tree takes the tiles "
+    "and the shared memory of that architecture and compiles its kernels to PTX, which the driver "
+    "translates for the GPU that there is.",
+    lambda: None,
+    _test_arch,
+)
 CHECK_CACHE: Variable[bool] = Variable(
     "FLASH_ATTN_INTERFACE_CHECK_CACHE",
     "0 or 1",
@@ -215,7 +231,7 @@ TUNED_TILES: Variable[Path | None] = Variable(
     "FLASH_ATTN_INTERFACE_TUNED_TILES",
     "a folder or `off`",
     "`tuned` in the cache folder",
-    "Where `python -m flash_attn_interface.tune` keeps this user's tile tables, which come before "
+    "Where `python -m flash_attn_interface tune` keeps this user's tile tables, which come before "
     "those of the package. `off`: no tables at all, not even the package's.",
     lambda: None,
     _tables,
@@ -262,6 +278,7 @@ VARIABLES: tuple[Variable[object], ...] = (
     TRUST_FOLDERS,
     LOGLEVEL,
     FORCE_BACKEND,
+    TEST_ARCH,
     CHECK_CACHE,
     SIM_THREADS,
     TUNED_TILES,

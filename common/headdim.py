@@ -1,6 +1,6 @@
 """headdim.json: which kernels an installation brings along compiled. docs/prebuild.md describes it.
 
-Read by `setup.py`, `hopper/setup.py` and `python -m flash_attn_interface.build`. Needs no torch.
+Read by `setup.py`, `hopper/setup.py` and `python -m flash_attn_interface build`. Needs no torch.
 """
 
 from __future__ import annotations

@@ -210,6 +210,12 @@ class Nvrtc:
     def nvrtcGetCUBIN(self, program: ctypes.c_void_p, buffer: bytearray) -> tuple[Result]:
         return self._fill("nvrtcGetCUBIN", program, buffer)
 
+    def nvrtcGetPTXSize(self, program: ctypes.c_void_p) -> tuple[Result, int]:
+        return self._size("nvrtcGetPTXSize", program)
+
+    def nvrtcGetPTX(self, program: ctypes.c_void_p, buffer: bytearray) -> tuple[Result]:
+        return self._fill("nvrtcGetPTX", program, buffer)
+
     def nvrtcDestroyProgram(self, program: ctypes.c_void_p) -> tuple[Result]:
         return (self._call("nvrtcDestroyProgram", ctypes.byref(program)),)
 

@@ -1,7 +1,7 @@
 """Compiles lists of kernels ahead of time: in parallel through ninja, only what is missing.
 
 Called by `setup.py` and `hopper/setup.py` for `headdim.json`, and by
-`python -m flash_attn_interface.build`. The kernels are those that the JIT would make: their specs
+`python -m flash_attn_interface build`. The kernels are those that the JIT would make: their specs
 come from the same tile tables, and each is compiled by `cache.py`. Needs neither torch nor a GPU.
 """
 
@@ -14,6 +14,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -224,10 +225,10 @@ def _run_ninja(
     }
     (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
     script = Path(__file__).resolve().with_name("build_batch.py")
-    command = shlex.join([sys.executable, str(script), str(work / "job.json")])
+    batch = shlex.join([sys.executable, str(script), str(work / "job.json")])
     lines = [
         "rule kernel",
-        f"  command = {command.replace('$', '$$')} $range && touch $out",
+        f"  command = {batch.replace('$', '$$')} $range && touch $out",
         "  description = $label",
     ]
     size = max(1, min(MAX_BATCH, len(specs) // (count * MIN_BATCHES_PER_JOB)))
@@ -240,8 +241,16 @@ def _run_ninja(
     # setuptools and pip extend sys.path in ways that a child process does not see.
     environment["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
     sys.stdout.flush()
-    status = subprocess.run([*_ninja(), "-j", str(count)], cwd=work, env=environment, check=False)
-    if status.returncode != 0:
+    # In a session of its own: of Ctrl-C, this process alone tells, and ends the others in silence.
+    command = [*_ninja(), "-j", str(count)]
+    process = subprocess.Popen(command, cwd=work, env=environment, start_new_session=True)
+    try:
+        status = process.wait()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+        raise
+    if status != 0:
         raise PrebuildError("kernels could not be compiled, see the compiler's messages above")
 
 

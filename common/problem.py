@@ -67,8 +67,8 @@ class Problem:
     attention_chunk: int = 0  # 0 is off
     softcap: float = 0.0  # 0 is off
     alibi: bool = False
-    # (batch, head) of alibi_slopes, 0 for an axis of size 1; batch is 0 too for (num_heads_q,).
-    alibi_strides: tuple[int, int] = (0, 0)
+    # (batch, head) of alibi_slopes, those of packed (num_heads_q,) where nothing else matters.
+    alibi_strides: tuple[int, int] = (0, 1)
     dropout_p: float = 0.0
     return_lse: bool = True
     return_softmax: bool = False  # S_dmask wanted; only with dropout

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from . import arch as arch_table
@@ -16,7 +16,7 @@ from . import arch as arch_table
 REQUIRED_CONSTANTS = ("min_ctas_per_sm", "num_threads", "smem_bytes")
 
 _SOURCE = re.compile(r"[a-z][a-z0-9_]*(/[a-z0-9_]+)+\.cu")
-_ARCH = re.compile(r"sm_\d{2,3}[af]?")
+_ARCH = re.compile(r"(sm|compute)_\d{2,3}[af]?")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _CONSTANT = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 # Integers that tell kernels apart at a glance; the others are in describe() and spec.json.
@@ -26,8 +26,9 @@ _LABELLED = (("head_dim_qk", "qk"), ("head_dim_v", "v"))
 @dataclass(frozen=True)
 class KernelSpec:
     """source: include name of the .cu file. entry: its extern "C" kernel. params: its parameter
-    struct in common/device/params.cuh. arch: "sm_80", "sm_90a". constants: (name, value) pairs
-    sorted by name; use ``make``. num_threads, min_ctas_per_sm and smem_bytes are always among them.
+    struct in common/device/params.cuh. arch: "sm_80", "sm_90a"; "compute_80" for PTX. constants:
+    (name, value) pairs sorted by name; use ``make``. num_threads, min_ctas_per_sm and smem_bytes
+    are always among them.
     """
 
     source: str
@@ -44,6 +45,10 @@ class KernelSpec:
         spec = cls(source, entry, params, arch, tuple(sorted(constants.items())))
         spec.validate()
         return spec
+
+    def as_ptx(self) -> KernelSpec:
+        """The same kernel as PTX."""
+        return replace(self, arch=arch_table.virtual(self.arch))
 
     def __getitem__(self, name: str) -> bool | int:
         for key, value in self.constants:

@@ -69,6 +69,7 @@ class BackwardPlan:
 
     # What another tree's plan has of its own.
     specs_of: Callable[..., tuple[KernelSpec, ...]] = staticmethod(bwd_tiles.backward_specs)
+    programmatic = False  # a kernel may start before the one ahead of it has ended
     schedule_of: Callable[..., BackwardSchedule] = staticmethod(bwd_schedule.schedule)
 
     def _prepare(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -161,8 +162,10 @@ class BackwardPlan:
         for slot, tensor in zip(self._slots, tensors, strict=True):
             slot.value = 0 if tensor is None else tensor.data_ptr()
         self._point_maps(dout, q, k, v)
+        programmatic = False  # the first waits for all that is ahead on the stream
         for kernel, grid in zip(self._kernels, self.grids, strict=True):
-            kernel.launch(grid, self._block, tensors)
+            kernel.launch(grid, self._block, tensors, programmatic)
+            programmatic = self.programmatic
         return softmax_d
 
     def _main_grid(self) -> int:

@@ -5,8 +5,13 @@
 #include "prelude.cuh"  // generated for this problem: struct Cfg
 
 #include "common/device/bwd_strips.cuh"
+#include "common/ptx/griddepcontrol.cuh"
 
 KERNEL(Cfg::kNumThreads, Cfg::kMinCtasPerSm) flash2_bwd_convert(GRID_CONSTANT BwdParams p) {
+  if constexpr (Cfg::kProgrammatic) {
+    griddepcontrol_launch_dependents();
+    griddepcontrol_wait();
+  }
   const QueryWork work = query_work<Cfg>(p, thread_idx() % 32);
   const SeqlenInfo& seq = work.seq;
   const i32 rows = imin(seq.slot_q - work.first_row, kStatRows);

@@ -9,6 +9,7 @@
 #include "common/device/bwd_work.cuh"
 #include "common/device/row_io.cuh"
 #include "common/device/score.cuh"
+#include "common/ptx/griddepcontrol.cuh"
 #include "common/ptx/shuffle.cuh"
 
 constexpr u32 kPosInfBits = 0x7f800000u;
@@ -56,6 +57,9 @@ DEVICE void zero_accum(const BwdParams& p, const QueryWork& work) {
 }
 
 KERNEL(Cfg::kNumThreads, Cfg::kMinCtasPerSm) flash2_bwd_preprocess(GRID_CONSTANT BwdParams p) {
+  if constexpr (Cfg::kProgrammatic) {
+    griddepcontrol_launch_dependents();
+  }
   const QueryWork work = query_work<Cfg>(p, thread_idx() % 32);
   const SeqlenInfo& seq = work.seq;
   // Packed: nothing reads what lies behind a sequence's last tile. Dense: softmax_d goes to callers

@@ -6,6 +6,7 @@
 #include "prelude.cuh"  // generated for this problem: struct Cfg
 
 #include "common/device/bwd_strips.cuh"
+#include "common/ptx/griddepcontrol.cuh"
 
 // Of one head of K or V.
 struct KeyRows {
@@ -63,6 +64,10 @@ DEVICE void sum_rows(const BwdParams& p, i32 cta, i32 qheads_per_head, f32* accu
 }
 
 KERNEL(Cfg::kNumThreads, Cfg::kMinCtasPerSm) flash2_bwd_sum(GRID_CONSTANT BwdParams p) {
+  if constexpr (Cfg::kProgrammatic) {
+    griddepcontrol_launch_dependents();
+    griddepcontrol_wait();
+  }
   const i32 k_ctas =
       p.dk_accum == nullptr ? 0 : p.k_sum_tiles * (p.num_heads_q / p.qhead_per_khead);
   if (block_idx() < k_ctas) {

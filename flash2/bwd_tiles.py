@@ -260,12 +260,17 @@ def backward_specs(
 
 
 def streaming_specs(
-    problem: BackwardProblem, arch: str, accum_columns: int, v_columns: int
+    problem: BackwardProblem,
+    arch: str,
+    accum_columns: int,
+    v_columns: int,
+    programmatic: bool = False,
 ) -> tuple[KernelSpec, ...]:
     """(preprocess, convert) and, where query heads share K or V heads, sum: what runs before and
     after the main kernel of either tree, limited by memory bandwidth.
 
-    accum_columns, v_columns: of the fp32 accumulators of dQ and dK, and of dV.
+    accum_columns, v_columns: of the fp32 accumulators of dQ and dK, and of dV. programmatic: each
+        kernel may start before the one ahead of it has ended, and waits for it by itself (sm_90+).
     """
     forward = problem.forward
     streaming: dict[str, bool | int] = {
@@ -277,6 +282,7 @@ def streaming_specs(
         "vector_atomics": _vector_atomics(arch),
         "varlen_q": forward.varlen_q,
         "varlen_k": forward.varlen_k,
+        "programmatic": programmatic,
     }
     preprocess = KernelSpec.make(
         "flash2/bwd_preprocess.cu",

@@ -1,4 +1,5 @@
-"""FlashAttention-2's module of this name: re-exports of `flash_attn_interface.padding`."""
+"""FlashAttention-2's module of this name: re-exports of `flash_attn_interface.padding` and
+`flash_attn_interface.rearrange`."""
 
 from flash_attn_interface.padding import (
     IndexFirstAxis,
@@ -11,6 +12,7 @@ from flash_attn_interface.padding import (
     unpad_input,
     unpad_input_for_concatenated_sequences,
 )
+from flash_attn_interface.rearrange import rearrange
 
 __all__ = [
     "IndexFirstAxis",
@@ -20,6 +22,7 @@ __all__ = [
     "index_first_axis_residual",
     "index_put_first_axis",
     "pad_input",
+    "rearrange",
     "unpad_input",
     "unpad_input_for_concatenated_sequences",
 ]

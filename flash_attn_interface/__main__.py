@@ -1,131 +1,88 @@
 """`python -m flash_attn_interface`: show this installation and check that it computes attention.
 
-Prints versions, GPUs, kernel trees and the kernel cache, then runs `selfcheck.py`: on the GPU if
-there is one, else in the simulator. Exit status 0: everything passed; 1: something failed; 2:
-nothing could be checked.
+Prints versions, driver, compiler, GPUs, kernel trees and the kernel cache, says what does not fit
+together and what to do, then runs `selfcheck.py`: on the GPU if there is one, else in the
+simulator. Exit status 0: everything passed; 1: something failed; 2: nothing could be checked, or
+wrong usage. Further commands: `build`, `cache` and `tune`, each with --help.
 """
 
 from __future__ import annotations
 
-import argparse
+import importlib
 import itertools
-import os
-import platform
+import json
+import shlex
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
-from importlib import metadata
+from collections.abc import Sequence
+from dataclasses import asdict
 from types import TracebackType
+from typing import Any
 
 import torch
 
-from . import backends, selfcheck
-from ._common import compiler, driver, env
-from ._common.cache import describe_prebuilt
-from .cache import prebuilt_folders
-from .dispatch import Device, target_for
+from . import command, report, selfcheck
+from ._common import arch as arch_table
+from ._common import env
 from .version import RELEASE, __version__
 
 SIMULATED_ARCH = "sm_80"
+COMMANDS = ("build", "cache", "tune")
 
 
-def main(arguments: list[str] | None = None) -> int:
+@command.guarded
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m flash_attn_interface", description=__doc__)
-    parser.add_argument("--environment", action="store_true", help="only print the environment")
-    parser.add_argument("--simulate", metavar="ARCH", help="check in the simulator, e.g. sm_80")
-    options = parser.parse_args(arguments)
-    for title, text in environment():
-        print(f"{title:<11}{text}", flush=True)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and given[0] in COMMANDS:
+        other = importlib.import_module(f"{__package__}.{given[0]}")
+        if arguments is None:
+            sys.argv = [sys.argv[0], *given[1:]]  # as if the module had been run
+        return int(other.main(None if arguments is None else given[1:]))
+    options = _parser().parse_args(given)
+    if options.simulate is not None:
+        arch_table.limits(options.simulate)
+    shown = report.make()
+    if options.json:
+        record = shown.to_dict()
+        status = 0
+        if not options.environment:
+            status, record["check"] = checked_silently(options.simulate)
+        print(json.dumps(record, indent=2))
+        return status
+    for line in shown.lines():
+        print(line, flush=True)
     return 0 if options.environment else check(options.simulate)
 
 
-def environment() -> Iterator[tuple[str, str]]:
-    """(title, text) lines; a title is empty where the last one goes on."""
-    yield "package", f"flash_attn_interface {RELEASE} (FlashAttention interface {__version__})"
-    yield "python", f"{platform.python_version()} on {platform.platform()}"
-    yield "torch", f"{torch.__version__}, built for CUDA {torch.version.cuda or 'none'}"
-    yield "bindings", f"cuda-bindings {_version_of('cuda-bindings')}, {_nvrtc_version()}"
-    yield from _gpus()
-    yield "trees", "flash2: sm_80 and newer"
-    yield "", f"hopper: {_hopper()}"
-    yield "cache", _cache()
-    for index, folder in enumerate(prebuilt_folders()):
-        yield ("prebuilt" if index == 0 else ""), describe_prebuilt(folder)
-    for variable in env.VARIABLES:
-        if os.environ.get(variable.name):
-            yield "set", f"{variable.name}={os.environ[variable.name]}"
+def _parser() -> command.Parser:
+    parser = command.Parser(prog="python -m flash_attn_interface", description=__doc__)
+    version = f"flash_attn_interface {RELEASE} (FlashAttention interface {__version__})"
+    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("--environment", action="store_true", help="only print the environment")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--simulate", metavar="ARCH", help="check in the simulator, e.g. sm_80")
+    return parser
 
 
-def _version_of(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _nvrtc_version() -> str:
-    try:
-        return compiler.compiler_version()
-    except (ImportError, RuntimeError) as error:
-        return f"NVRTC unusable ({error})"
-
-
-def _gpus() -> Iterator[tuple[str, str]]:
-    if not torch.cuda.is_available():
-        yield "GPU", "none that torch can use"
-        return
-    yield "driver", _driver_version()
-    for index in range(torch.cuda.device_count()):
-        name = torch.cuda.get_device_name(index)
-        try:
-            capability = torch.cuda.get_device_capability(index)
-            text = target_for("flash2", Device(capability, index)).arch
-        except NotImplementedError as error:
-            text = str(error)
-        yield ("GPU" if index == 0 else ""), f"cuda:{index} {name}: {text}"
-
-
-def _driver_version() -> str:
-    try:
-        status, version = driver.load_bindings().cuDriverGetVersion()
-    except ImportError as error:
-        return str(error)
-    return f"CUDA {version // 1000}.{version % 1000 // 10}" if int(status) == 0 else str(status)
-
-
-def _hopper() -> str:
-    try:
-        return "not installed" if backends.hopper() is None else "sm_90a"
-    except ImportError as error:
-        return str(error)
-
-
-def _cache() -> str:
-    folder = env.cache_dir()
-    if folder is None:
-        return "memory only"
-    if not folder.is_dir():
-        return f"{folder} (not created yet)"
-    try:
-        entries = [entry for entry in folder.iterdir() if (entry / "spec.json").is_file()]
-    except OSError as error:
-        return f"{folder} (unreadable: {error})"
-    return f"{folder} ({len(entries)} kernels)"
-
-
-def check(simulated_arch: str | None) -> int:
-    """Run the self-check where that is possible and report; returns the exit status."""
+def where_to_check(simulated_arch: str | None) -> tuple[torch.device, str | None, str | None]:
+    """(device, architecture to simulate, why nothing can be checked)."""
     arch = simulated_arch
     if arch is None and not torch.cuda.is_available():
         arch = SIMULATED_ARCH
     device = torch.device("cpu") if arch else torch.device("cuda", torch.cuda.current_device())
-    if arch and shutil.which(env.CXX.get().split()[0]) is None:
-        print(
-            "\nNothing checked: no GPU, and the simulator needs a C++20 compiler. Install g++ 10 "
-            f"or newer, or name one in {env.CXX.name}."
-        )
+    if arch and shutil.which(shlex.split(env.CXX.get())[0]) is None:
+        why = "no GPU, and the simulator needs a C++20 compiler"
+        return device, arch, f"{why}. Install g++ 11 or newer, or name one in {env.CXX.name}"
+    return device, arch, None
+
+
+def check(simulated_arch: str | None) -> int:
+    """Run the self-check where that is possible and report; returns the exit status."""
+    device, arch, problem = where_to_check(simulated_arch)
+    if problem is not None:
+        print(f"\nNothing checked: {problem}.")
         return 2
     where = f"the simulator of {arch}" if arch else str(device)
     print(f"\nSelf-check on {where}: {len(selfcheck.CASES)} calls against the reference.")
@@ -135,6 +92,20 @@ def check(simulated_arch: str | None) -> int:
     failed = [result for result in results if not result.passed]
     print(f"{len(failed)} of {len(results)} failed." if failed else f"All {len(results)} passed.")
     return 1 if failed else 0
+
+
+def checked_silently(simulated_arch: str | None) -> tuple[int, dict[str, Any]]:
+    """(exit status, for JSON: where it ran, and each call with its error)."""
+    device, arch, problem = where_to_check(simulated_arch)
+    if problem is not None:
+        return 2, {"nothing": problem}
+    results = selfcheck.run_cases(device, arch, lambda result, done, total: None)
+    calls = [
+        {**asdict(result), "case": result.case.name, "passed": result.passed} for result in results
+    ]
+    passed = all(result.passed for result in results)
+    where = f"simulator of {arch}" if arch else str(device)
+    return 0 if passed else 1, {"where": where, "passed": passed, "calls": calls}
 
 
 class Progress:

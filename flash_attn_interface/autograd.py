@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import traced, watched
-from ._common.checks import check_tensors
+from . import autocast, traced, watched
+from ._common.check_tensors import check_tensors
+from ._common.check_values import attention_flags
 from .backends import ForwardResult
 from .dispatch import forward
 from .gradients import gradients, refuse_alibi_gradient
@@ -71,6 +72,16 @@ def attention(
     )
     if not direct:
         check_tensors(*((q, k, v) if packing is None else (q, q, q)))
+    if not (
+        causal.__class__ is return_lse.__class__ is bool
+        and return_softmax.__class__ is deterministic.__class__ is bool
+        and (pack_gqa is None or pack_gqa.__class__ is bool)
+    ):  # in spite of the annotations, which nobody enforces
+        causal, return_lse, return_softmax, deterministic, pack_gqa = (  # type: ignore[unreachable]
+            attention_flags(causal, return_lse, return_softmax, deterministic, pack_gqa)
+        )
+    if torch.is_autocast_enabled() or not q.is_cuda:
+        q, k, v = autocast.cast(q, k, v)
     if alibi_slopes is not None and torch.is_grad_enabled():
         refuse_alibi_gradient(alibi_slopes)
     differentiable = torch.is_grad_enabled() and (

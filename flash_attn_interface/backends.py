@@ -349,6 +349,9 @@ def entry_points(group: str) -> list[metadata.EntryPoint]:
     return [entry for entry in found if entry.group == group]
 
 
+HOPPER_NOT_INSTALLED = "the Hopper tree is not installed: cd hopper && pip install ."
+
+
 @functools.cache
 def hopper() -> Backend | None:
     """The Hopper tree, or None if its distribution is not installed.

@@ -1,4 +1,4 @@
-"""`python -m flash_attn_interface.build`: compile kernels ahead of their first use.
+"""`python -m flash_attn_interface build`: compile kernels ahead of their first use.
 
 Without --out they go to this user's cache. With it, to a folder that can be copied to any machine
 with this release, or mounted there, and named in FLASH_ATTN_INTERFACE_PREBUILT_DIR: neither NVRTC
@@ -10,21 +10,32 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from . import backends
+from . import backends, command
 from ._common import arch as arch_table
 from ._common import cache, env, headdim, prebuild, sources
 from ._common.headdim import HeadDimError, Wanted
 from ._common.prebuild import PrebuildError, Trees
+from ._common.spec import KernelSpec
+from .command import of_bytes, of_seconds
 
 _PACKAGES = ("flash_attn_interface", "flash_attn_interface._common", "flash_attn_interface._flash2")
 
 
+# Of the default list on two CPUs, docs/prebuild.md: 760 kernels in 342 s, about 50 MB on disk.
+SECONDS_PER_KERNEL = 0.9
+BYTES_PER_KERNEL = 66_000
+MANY = 100  # kernels about which a person at a terminal is asked first
+
+
+@command.guarded
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0, or 1 if something could not be compiled, or 2 for a wrong command line."""
+    """Exit status: 0, or 1 if something could not be compiled or the user said no, or 2 for a wrong
+    command line."""
     options = _parser().parse_args(arguments)
     try:
         wanted = _wanted(options)
@@ -36,19 +47,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     out: Path | None = options.out
     if options.list:
-        for spec in specs:
-            state = "built  " if prebuild.is_built(spec, out) else "missing"
-            print(state, cache.prebuilt_entry(spec))
-        print(f"{len(specs)} kernels for {', '.join(archs)}; {wanted.describe()}")
-        return 0
+        return _list(specs, archs, wanted, options)
+    missing = [spec for spec in specs if not prebuild.is_built(spec, out)]
+    if len(missing) > MANY:
+        print(_estimate(missing, options.jobs), flush=True)
+        if not options.yes and sys.stdin.isatty() and not _agreed():
+            return 1
     try:
         prebuild.build(specs, trees, out, options.jobs)
+    except BrokenPipeError:
+        raise
     except (PrebuildError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if out is not None:
         print(f"To use them: {env.PREBUILT_DIR.name}={out.resolve()}")
+        problem = cache.why_not_prebuilt(out.resolve())
+        if problem is not None:
+            print(f"warning: they will be refused there: {problem}", file=sys.stderr)
     return 0
+
+
+def _list(
+    specs: Sequence[KernelSpec],
+    archs: Sequence[str],
+    wanted: Wanted,
+    options: argparse.Namespace,
+) -> int:
+    missing, built = [], 0
+    for spec in specs:
+        is_built = prebuild.is_built(spec, options.out)
+        built += is_built
+        if not is_built:
+            missing.append(spec)
+        print("built  " if is_built else "missing", cache.prebuilt_entry(spec))
+    print(f"{len(specs)} kernels for {', '.join(archs)}; {wanted.describe()}")
+    of_each = Counter(f"{spec.entry} {spec.arch}" for spec in specs)
+    print("; ".join(f"{count} {name}" for name, count in sorted(of_each.items())))
+    print(f"{built} built. {_estimate(missing, options.jobs)}")
+    return 0
+
+
+def _estimate(missing: Sequence[KernelSpec], at_once: int | None) -> str:
+    if not missing:
+        return "None is missing"
+    count = at_once or prebuild.jobs()
+    seconds = len(missing) * SECONDS_PER_KERNEL / min(count, len(missing))
+    size = of_bytes(len(missing) * BYTES_PER_KERNEL)
+    return (
+        f"{len(missing)} kernels to compile: about {of_seconds(seconds)}, {count} at once; {size}"
+    )
+
+
+def _agreed() -> bool:
+    print("Go on? [Y/n] ", end="", flush=True)
+    return sys.stdin.readline().strip().lower() in ("", "y", "yes")
 
 
 def installed_trees() -> Trees:
@@ -63,8 +116,8 @@ def installed_trees() -> Trees:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m flash_attn_interface.build",
+    parser = command.Parser(
+        prog="python -m flash_attn_interface build",
         description="Compile kernels ahead of their first use. No GPU is needed.",
     )
     parser.add_argument(
@@ -92,16 +145,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="a folder instead of the cache")
     parser.add_argument(
-        "--jobs", type=_positive, metavar="N", help=f"compiles at once; else {_JOBS}"
+        "--jobs", type=command.positive, metavar="N", help=f"compiles at once; else {_JOBS}"
     )
-    parser.add_argument("--list", action="store_true", help="only say what there is to build")
+    parser.add_argument(
+        "--list", action="store_true", help="only say what there is to build, and how long it takes"
+    )
+    parser.add_argument("--yes", action="store_true", help="do not ask before many kernels")
     return parser
-
-
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError(text)
-    return int(text)
 
 
 _JOBS = f"{env.MAX_JOBS.name}, or by CPUs and free memory"

@@ -1,4 +1,4 @@
-"""`python -m flash_attn_interface.cache`: what compiled kernels there are; verify or remove them.
+"""`python -m flash_attn_interface cache`: what compiled kernels there are; verify or remove them.
 
 Looks at this user's cache (kernels, and programs of the simulator) and at the prebuilt folders.
 Removes nothing outside the cache, and nothing in it that is not a cache entry.
@@ -8,27 +8,34 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from . import command
 from ._common import cache as kernel_cache
+from ._common import entries as store_entries
 from ._common import env, sources
-from ._common.store import DamagedEntryError, check_entry, discard_entry
+from ._common.entries import DamagedEntryError, check_entry, discard_entry, entries
+from .command import of_bytes
 
 _SECONDS_PER_DAY = 86400.0
 
 
+@command.guarded
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 1 if `verify` found damage or something could not be removed."""
     options = _parser().parse_args(arguments)
     try:
         if options.command == "clear":
             return clear(options.older_than, options.damaged)
+        if options.command == "trim":
+            return trim(options.max_size)
         return verify() if options.command == "verify" else show(options.entries)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -37,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def show(with_entries: bool) -> int:
     """Folders, and how many kernels of which sort they hold."""
     folder = env.cache_dir()
-    print(f"cache     {folder or 'memory only'}")
+    print(f"cache     {folder or 'memory only'}{_limit()}")
     if folder is not None:
         _show_folder(folder, with_entries)
     for folder in prebuilt_folders():
@@ -46,20 +53,33 @@ def show(with_entries: bool) -> int:
     return 0
 
 
+def _limit() -> str:
+    limit = env.CACHE_LIMIT.get()
+    return "" if limit is None else f", at most {of_bytes(limit)}"
+
+
 def _show_folder(folder: Path, with_entries: bool) -> None:
     sorts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
+    used: dict[str, float] = {}
     for entry in entries(folder):
-        size = sum(path.stat().st_size for path in entry.iterdir())
+        size, last = store_entries.size_of(entry), store_entries.last_used(entry)
         sort, compiler = _sort_and_compiler(entry)
         sorts[sort] += 1
         sizes[sort] += size
+        used[sort] = max(used.get(sort, 0.0), last)
         if with_entries:
-            print(f"  {entry.name}  {size / 1024:.0f} KiB  {compiler}")
+            print(f"  {entry.name}  {size / 1024:.0f} KiB  {compiler}  used {_day(last)}")
     for sort, count in sorted(sorts.items()):
-        print(f"  {count:5} {sort}, {sizes[sort] / 2**20:.1f} MiB")
+        print(f"  {count:5} {sort}, {sizes[sort] / 2**20:.1f} MiB, last used {_day(used[sort])}")
+    if len(sorts) > 1:
+        print(f"  {sorts.total():5} in all, {sizes.total() / 2**20:.1f} MiB")
     if not sorts:
         print("  no entries")
+
+
+def _day(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d", time.localtime(seconds))
 
 
 def _sort_and_compiler(entry: Path) -> tuple[str, str]:
@@ -86,13 +106,16 @@ def verify() -> int:
     if damaged:
         print(
             f"{damaged} damaged. Those of the cache are rebuilt at their next use, or now with "
-            "`python -m flash_attn_interface.cache clear --damaged`; for prebuilt ones reinstall"
+            "`python -m flash_attn_interface cache clear --damaged`; for prebuilt ones reinstall"
         )
     return 1 if damaged else 0
 
 
 def clear(older_than_days: float | None, only_damaged: bool) -> int:
-    """Removes entries of this user's cache. Processes that use them are not disturbed."""
+    """Removes entries of this user's cache. Processes that use them are not disturbed.
+
+    older_than_days: only those that no process loaded for so long.
+    """
     folder = env.cache_dir()
     if folder is None:
         print("there is no cache folder")
@@ -100,17 +123,39 @@ def clear(older_than_days: float | None, only_damaged: bool) -> int:
     oldest = None if older_than_days is None else time.time() - older_than_days * _SECONDS_PER_DAY
     removed = size = 0
     for entry in list(entries(folder)):
-        if oldest is not None and entry.stat().st_mtime >= oldest:
+        if oldest is not None and store_entries.last_used(entry) >= oldest:
             continue
         if only_damaged and _is_intact(entry):
             continue
-        size += sum(path.stat().st_size for path in entry.iterdir())
+        size += store_entries.size_of(entry)
         discard_entry(entry)
         removed += 1
     for leftover in folder.glob(".damaged-*"):
-        shutil.rmtree(leftover)
+        store_entries.remove(leftover)
     print(f"{folder}: removed {removed} entries, {size / 2**20:.1f} MiB")
     return 0
+
+
+def trim(max_bytes: int | None) -> int:
+    """Removes what was not used for longest until the rest of the cache fits."""
+    folder, limit = env.cache_dir(), max_bytes
+    if limit is None:
+        limit = env.CACHE_LIMIT.get()
+    if limit is None:
+        raise ValueError(f"trim needs --max-size, or {env.CACHE_LIMIT.name}")
+    if folder is None:
+        print("there is no cache folder")
+        return 0
+    count, size = store_entries.trim(folder, limit)
+    print(f"{folder}: removed {count} entries, {size / 2**20:.1f} MiB")
+    return 0
+
+
+def _size(text: str) -> int:
+    try:
+        return int(env.CACHE_LIMIT.parse(text) or 0)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {env.CACHE_LIMIT.kind}") from None
 
 
 def _is_intact(entry: Path) -> bool:
@@ -119,13 +164,6 @@ def _is_intact(entry: Path) -> bool:
     except DamagedEntryError:
         return False
     return True
-
-
-def entries(folder: Path) -> Iterator[Path]:
-    """Folders that are, or have been, entries of a cache."""
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.is_dir() and not path.name.startswith(".") and (path / "spec.json").is_file():
-            yield path
 
 
 def prebuilt_folders() -> list[Path]:
@@ -144,18 +182,30 @@ def prebuilt_folders() -> list[Path]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m flash_attn_interface.cache",
+    parser = command.Parser(
+        prog="python -m flash_attn_interface cache",
         description="Compiled kernels on this machine: show, verify or remove them.",
     )
     parser.set_defaults(entries=False)
-    commands = parser.add_subparsers(dest="command", metavar="show | verify | clear")
+    commands = parser.add_subparsers(dest="command", metavar="show | verify | clear | trim")
     shown = commands.add_parser("show", help="folders and what they hold (the default)")
     shown.add_argument("--entries", action="store_true", help="a line for each entry")
     commands.add_parser("verify", help="check all entries against their checksums")
     cleared = commands.add_parser("clear", help="remove entries of this user's cache")
-    cleared.add_argument("--older-than", type=float, metavar="DAYS", help="only those")
+    cleared.add_argument(
+        "--older-than",
+        type=command.not_negative,
+        metavar="DAYS",
+        help="only those that were not used for so long",
+    )
     cleared.add_argument("--damaged", action="store_true", help="only those")
+    trimmed = commands.add_parser("trim", help="remove what was not used for longest")
+    trimmed.add_argument(
+        "--max-size",
+        type=_size,
+        metavar="SIZE",
+        help=f"what may stay, such as 2G; default: {env.CACHE_LIMIT.name}",
+    )
     return parser
 
 

@@ -14,10 +14,16 @@ from torch.compiler import is_compiling
 from . import selection
 from ._common import env
 from ._common.check_cache import MAX_SPLITS
-from ._common.checks import last_dim_contiguous
-from .custom_op import custom_op, fake_of
+from ._common.check_overlap import check_outputs
+from ._common.check_tensors import last_dim_contiguous, require_device, require_tensor
+from ._common.check_values import shown
+from .autocast import without_autocast
+from .custom_op import custom_op
+from .out_argument import check_out
 from .plan_table import plans
 from .watchers import refuse_forward_mode, unwatched
+
+_RESULT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def flash_attn_combine(
@@ -41,10 +47,11 @@ def flash_attn_combine(
         for is 0, with -inf.
 
     Raises:
-        TypeError, ValueError: dtypes or shapes are others.
+        TypeError, ValueError: dtypes, shapes or devices are others, or out overlaps itself or an
+            input.
     """
     _check(out_partial, lse_partial)
-    dtype = _result_dtype(out_partial, out, out_dtype)
+    dtype = _result_dtype(out_partial, lse_partial, out, out_dtype)
     if is_compiling() or _is_watched(out_partial, lse_partial, out):
         refuse_forward_mode(out_partial, lse_partial)
         merged, softmax_lse = combine(out_partial, lse_partial, dtype)
@@ -72,7 +79,7 @@ def combine(
     return merged, softmax_lse.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-@fake_of(combine)
+@combine.register_fake
 def _(out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     batch, seqlen, num_heads = lse_partial.shape[1:]
     softmax_lse = lse_partial.new_empty((batch, num_heads, seqlen)).transpose(1, 2)
@@ -136,6 +143,7 @@ def _kernel(
     return softmax_lse
 
 
+@without_autocast
 def _reference(
     out_partial: Tensor, lse_partial: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -152,8 +160,7 @@ def _reference(
 
 def _check(out_partial: Tensor, lse_partial: Tensor) -> None:
     for name, tensor in (("out_partial", out_partial), ("lse_partial", lse_partial)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is {type(tensor).__name__}: expected a torch.Tensor")
+        require_tensor(name, tensor)
         if tensor.dtype != torch.float32:
             raise TypeError(f"{name} has dtype {tensor.dtype}: expected torch.float32")
     if out_partial.ndim != 5:
@@ -170,25 +177,23 @@ def _check(out_partial: Tensor, lse_partial: Tensor) -> None:
             f"lse_partial has shape {tuple(lse_partial.shape)}: expected "
             f"{tuple(out_partial.shape[:-1])}, that of out_partial without the last size"
         )
-    if lse_partial.device != out_partial.device:
-        raise ValueError(
-            f"lse_partial is on {lse_partial.device} but out_partial on {out_partial.device}"
-        )
+    require_device("lse_partial", lse_partial, out_partial.device, "out_partial")
 
 
 def _result_dtype(
-    out_partial: Tensor, out: Tensor | None, out_dtype: torch.dtype | None
+    out_partial: Tensor, lse_partial: Tensor, out: Tensor | None, out_dtype: torch.dtype | None
 ) -> torch.dtype:
     if out is not None:
-        if out.shape != out_partial.shape[1:] or out.device != out_partial.device:
-            raise ValueError(
-                f"out has shape {tuple(out.shape)} on {out.device}: expected "
-                f"{tuple(out_partial.shape[1:])} on {out_partial.device}"
-            )
-        if out_dtype not in (None, out.dtype):
-            raise TypeError(f"out_dtype is {out_dtype} but out has {out.dtype}: they must agree")
-        out_dtype = out.dtype
-    dtype = torch.float32 if out_dtype is None else out_dtype
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise TypeError(f"out_dtype is {dtype}: expected torch.float32, float16 or bfloat16")
+        require_tensor("out", out)
+    dtype = out_dtype
+    if dtype is None:
+        dtype = torch.float32 if out is None else out.dtype
+    if not isinstance(dtype, torch.dtype) or dtype not in _RESULT_DTYPES:
+        name = "out" if out_dtype is None else "out_dtype"
+        raise TypeError(f"{name}: {shown(dtype)}, expected torch.float32, float16 or bfloat16")
+    if out is not None:
+        if out.dtype != dtype:
+            raise TypeError(f"out_dtype is {dtype} but out has {out.dtype}: they must agree")
+        check_out("out", out, out_partial.shape[1:], dtype, out_partial.device, "out_partial")
+        check_outputs({"out": out}, {"out_partial": out_partial, "lse_partial": lse_partial})
     return dtype

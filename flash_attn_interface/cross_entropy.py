@@ -11,6 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from ._common.check_tensors import require_device, require_floating, require_shape, require_tensor
+from ._common.check_values import flag, integer, real, shown
 
 
 def cross_entropy_loss(
@@ -29,7 +33,8 @@ def cross_entropy_loss(
     Args:
         logits: (batch, vocab_size), any floating-point dtype.
         labels: (batch,), integers below vocab_size, or ignore_index.
-        precomputed_lse, inplace_backward: savings of upstream's kernel, accepted and not used.
+        precomputed_lse: float (batch,), a saving of upstream's kernel, accepted and not used.
+        inplace_backward: likewise.
         label_smoothing: as in torch.nn.functional.cross_entropy.
         logit_scale: multiplies the logits.
         lse_square_scale: c adds c * logsumexp(logits) ** 2 to the loss ("z-loss").
@@ -40,14 +45,25 @@ def cross_entropy_loss(
         losses contains, and is not differentiable. Both are 0 where the label is ignore_index.
 
     Raises:
+        TypeError: an argument's type or dtype is wrong.
+        ValueError: shapes or devices disagree, or a number is out of range. The values of labels
+            are checked for CPU tensors.
         NotImplementedError: process_group is given.
     """
+    _check(logits, labels, precomputed_lse)
+    label_smoothing = _smoothing(label_smoothing)
+    logit_scale = real("logit_scale", logit_scale)
+    lse_square_scale = real("lse_square_scale", lse_square_scale)
+    ignore_index = _ignore_index(ignore_index)
+    flag("inplace_backward", inplace_backward)
     if process_group is not None:
         raise NotImplementedError(
             "process_group is not supported: logits whose vocabulary is divided among ranks have "
             "no cross entropy here. Gather them first, or use "
             "torch.distributed.tensor.parallel.loss_parallel."
         )
+    if labels.device.type == "cpu" and not is_compiling():
+        _check_labels(labels, ignore_index, logits.shape[1])
     scaled = logits.float() * logit_scale
     losses = nn.functional.cross_entropy(
         scaled,
@@ -80,23 +96,32 @@ class CrossEntropyLoss(nn.Module):
         """reduction: "mean" over the labels that are not ignored, "sum" or "none".
 
         return_z_loss: forward returns (loss, z_loss). Others as in `cross_entropy_loss`.
+
+        Raises: TypeError, ValueError for wrong arguments; NotImplementedError for another
+        reduction, as upstream's.
         """
         super().__init__()
-        if reduction not in ("mean", "none", "sum"):
-            raise NotImplementedError(f"reduction is {reduction!r}: expected 'mean', 'none', 'sum'")
-        self.ignore_index = ignore_index
+        if not isinstance(reduction, str) or reduction not in ("mean", "none", "sum"):
+            raise NotImplementedError(
+                f"reduction is {shown(reduction)}: expected 'mean', 'none', 'sum'"
+            )
+        self.ignore_index = _ignore_index(ignore_index)
         self.reduction = reduction
-        self.label_smoothing = label_smoothing
-        self.logit_scale = logit_scale
-        self.lse_square_scale = lse_square_scale
-        self.inplace_backward = inplace_backward
+        self.label_smoothing = _smoothing(label_smoothing)
+        self.logit_scale = real("logit_scale", logit_scale)
+        self.lse_square_scale = real("lse_square_scale", lse_square_scale)
+        self.inplace_backward = flag("inplace_backward", inplace_backward)
         self.process_group = process_group
-        self.return_z_loss = return_z_loss
+        self.return_z_loss = flag("return_z_loss", return_z_loss)
 
     def forward(
         self, input: Tensor, target: Tensor, precomputed_lse: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """input: (batch, vocab_size) logits; target: (batch,) labels."""
+        """input: (batch, vocab_size) logits; target: (batch,) labels. Raises as
+        `cross_entropy_loss`."""
+        _check(input, target, precomputed_lse, "input", "target")
+        if target.device.type == "cpu" and not is_compiling():
+            _check_labels(target, self.ignore_index, input.shape[1], "target")
         losses, z_losses = cross_entropy_loss(
             input,
             target,
@@ -116,3 +141,55 @@ class CrossEntropyLoss(nn.Module):
             return losses
         total = losses.sum()
         return total if self.reduction == "sum" else total / (target != self.ignore_index).sum()
+
+
+def _check(
+    logits: Any,
+    labels: Any,
+    precomputed_lse: Any,
+    name_logits: str = "logits",
+    name_labels: str = "labels",
+) -> None:
+    require_floating(name_logits, logits)
+    if logits.ndim != 2:
+        raise ValueError(
+            f"{name_logits} has shape {tuple(logits.shape)}: expected (batch, vocab_size)"
+        )
+    require_tensor(name_labels, labels)
+    if labels.dtype not in _INTEGERS:
+        raise TypeError(f"{name_labels} has dtype {labels.dtype}: expected integers")
+    given = [(name_labels, labels)]
+    if precomputed_lse is not None:
+        require_floating("precomputed_lse", precomputed_lse)
+        given.append(("precomputed_lse", precomputed_lse))
+    for name, tensor in given:
+        require_shape(name, tensor, logits.shape[:1], f"the batch of {name_logits}")
+        require_device(name, tensor, logits.device, name_logits)
+
+
+def _check_labels(labels: Tensor, ignore_index: int, vocab_size: int, name: str = "labels") -> None:
+    """Of labels that can be read without waiting."""
+    labels = labels.long()
+    known = (labels == ignore_index) | ((labels >= 0) & (labels < vocab_size))
+    if not bool(known.all()):
+        raise ValueError(
+            f"{name} has {int(labels[~known][0])}: expected ignore_index ({ignore_index}) or 0 to "
+            f"{vocab_size - 1}, the columns of the logits (input)"
+        )
+
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def _smoothing(value: Any) -> float:
+    number = real("label_smoothing", value)
+    if not 0.0 <= number <= 1.0:
+        raise ValueError(f"label_smoothing is {number}: expected 0 to 1")
+    return number
+
+
+def _ignore_index(value: Any) -> int:
+    index = integer("ignore_index", value)
+    if not -(2**63) <= index < 2**63:
+        raise ValueError(f"ignore_index is {index}: no label has that value")
+    return index

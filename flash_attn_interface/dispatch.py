@@ -17,7 +17,8 @@ from . import backends
 from ._common import checks
 from ._common.backward_problem import BackwardProblem
 from ._common.check_backward import BackwardTensors, check_backward
-from ._common.check_values import flag, window_pair
+from ._common.check_tensors import check_qkv_kind
+from ._common.check_values import flag, is_unlimited, window_pair
 from ._common.checks import ForwardCall
 from ._common.problem import Problem
 from .backends import BackwardPlan, Plan
@@ -84,15 +85,18 @@ def forward(
 
     page_table, leftpad_k: only with cu_seqlens.
     """
-    q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
     try:
+        q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
         gaps = q_strides[-1] != 1 or k_strides[-1] != 1 or v_strides[-1] != 1
-    except IndexError:  # a tensor without dimensions: the checks will name it
+    except IndexError:  # no dimensions, which the checks will name
         gaps = True
+    except (AttributeError, RuntimeError):  # no tensor, or one without strides
+        check_qkv_kind(q, k, v)
+        raise
     if gaps:
         q, k, v = (checks.last_dim_contiguous(tensor) for tensor in (q, k, v))
         q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
-    if type(window_size) is not tuple or window_size != (-1, -1):
+    if not is_unlimited(window_size):
         window_size = window_pair(window_size)
     ragged = None
     if cu_seqlens_q is not None or cu_seqlens_k is not None:
@@ -207,7 +211,7 @@ def backward(
     dout, q, k, v, out = map(checks.last_dim_contiguous, (dout, q, k, v, out))
     results = (dq, dk, dv)
     dq, dk, dv = map(checks.last_dim_contiguous, results)
-    if type(window_size) is not tuple or window_size != (-1, -1):
+    if not is_unlimited(window_size):
         window_size = window_pair(window_size)
     if cu_seqlens_q is not None or cu_seqlens_k is not None:
         max_seqlen_q = checks.host_max_seqlen(max_seqlen_q, q)

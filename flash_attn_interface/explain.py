@@ -18,6 +18,8 @@ from torch import Tensor
 from . import dispatch, selection
 from ._common import checks
 from ._common.backward_problem import BackwardProblem
+from ._common.check_tensors import check_qkv_kind, require_tensor
+from ._common.check_values import flag
 from ._common.checks import ForwardCall
 from ._common.problem import Problem, Target
 from ._common.spec import KernelSpec
@@ -211,6 +213,7 @@ def explain(
         )
     )
     problem = checks.check_forward(call)
+    deterministic = flag("deterministic", deterministic)
     device = _device(call.q, arch)
     try:
         decision = selection.select(problem, device)
@@ -261,21 +264,27 @@ def _stand_in(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
+_NO_TENSORS = ("window_size", "return_lse", "return_softmax")  # not even by mistake
+
+
 def _call_on_one_device(call: ForwardCall) -> ForwardCall:
     """If a shape or meta tensor stands for one tensor, meta tensors stand for all."""
+    for name, value in call._asdict().items():
+        if isinstance(value, Tensor) and name not in _NO_TENSORS:
+            require_tensor(name, value)
     if not any(isinstance(value, Tensor) and value.is_meta for value in call):
         return call._replace(**_contiguous_qkv(call))
     fields: dict[str, Any] = {
         name: value.to("meta")
         for name, value in call._asdict().items()
-        if isinstance(value, Tensor) and name not in ("window_size", "max_seqlen_q", "max_seqlen_k")
+        if isinstance(value, Tensor) and name not in (*_NO_TENSORS, "max_seqlen_q", "max_seqlen_k")
     }
     call = call._replace(**fields)
     return call._replace(**_contiguous_qkv(call))
 
 
 def _contiguous_qkv(call: ForwardCall) -> dict[str, Any]:
-    checks.check_qkv_kind(call.q, call.k, call.v)
+    check_qkv_kind(call.q, call.k, call.v)
     return {name: checks.last_dim_contiguous(getattr(call, name)) for name in ("q", "k", "v")}
 
 

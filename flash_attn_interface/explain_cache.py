@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._common.cache_problem import CacheProblem
-from ._common.check_cache import CacheCall, check_cache
+from ._common.check_cache import CacheCall, check_cache, check_cache_tensors, check_dense
 from .explain import TensorOrShape, _decision_lines, _device, _stand_in
 from .kvcache_dispatch import make_cache_plan
 from .selection import Decision, Device, select_cache
@@ -92,6 +92,8 @@ def explain_with_kvcache(
             for name, value in fields.items()
         }
     call = CacheCall(**fields)
+    check_cache_tensors(call.q, call.k_cache, call.v_cache)
+    check_dense(call)
     problem = check_cache(call)
     device = _device(call.q, arch)
     if arch is not None and not torch.cuda.is_available():  # the splits depend on the SMs

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from ._common.check_tensors import require_tensor
+from ._common.check_values import flag
 from .autograd import attention
 from .fa2_kvcache import flash_attn_with_kvcache as flash_attn_with_kvcache
 from .packing import Packing
@@ -39,7 +42,8 @@ def flash_attn_func(
 
     Args:
         q: (batch, seqlen_q, num_heads_q, head_dim_qk), float16 or bfloat16. Strides are free; a
-            last dim that is not contiguous is copied.
+            last dim that is not contiguous is copied. Under torch.autocast also float32, which is
+            cast to autocast's dtype, q, k and v alike.
         k: (batch, seqlen_k, num_heads_k, head_dim_qk); num_heads_q is a multiple of num_heads_k.
         v: (batch, seqlen_k, num_heads_v, head_dim_v); num_heads_q is a multiple of num_heads_v.
             num_heads_v and head_dim_v need not equal k's. Head dims: any from 1 to 256.
@@ -179,7 +183,7 @@ def flash_attn_varlen_func(
             (num_pages, page_size, num_heads, head_dim) with any page_size >= 1, and key j of
             sequence b is row j % page_size of page block_table[b, j // page_size]. cu_seqlens_k
             gives the lengths by its differences; entries of pages that no key lies in may be
-            anything. Forward only; with return_attn_probs no dropout.
+            anything. There is no backward; with return_attn_probs no dropout.
 
     Returns:
         out, (total_q, num_heads_q, head_dim_v); rows past cu_seqlens_q[-1] are zero. With
@@ -187,12 +191,13 @@ def flash_attn_varlen_func(
         total_q), S_dmask has the sizes max_seqlen_q and max_seqlen_k, rounded up to 128.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as `flash_attn_func`, and NotImplementedError
-            for block_table where gradients are asked for. For CPU tensors the values of cu_seqlens
+        TypeError, ValueError, NotImplementedError: as `flash_attn_func`; the backward through a
+            call with block_table is a NotImplementedError. For CPU tensors the values of cu_seqlens
             and block_table are checked. For CUDA tensors cu_seqlens are trusted; pages out of range
             are clamped, so that nothing outside of k and v is read.
     """
     if block_table is not None:
+        flag("deterministic", deterministic)  # there is no backward that it could change
         return _result(
             *paged_attention(
                 q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale,
@@ -333,8 +338,8 @@ def _varlen(
 
 def _packing(name: str, packed: Tensor, count: int, tokens: int) -> Packing:
     """Of `count` tensors stacked behind the token axis `tokens` (0 ragged, 1 dense)."""
-    if not isinstance(packed, Tensor):
-        raise TypeError(f"{name} is {type(packed).__name__}: expected a torch.Tensor")
+    if not isinstance(packed, Tensor) or packed.layout is not torch.strided or packed.is_nested:
+        require_tensor(name, packed)
     if packed.ndim != tokens + 4 or packed.shape[tokens + 1] != count:
         rows = "total" if tokens == 0 else "batch, seqlen"
         raise ValueError(

@@ -14,9 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._common.check_backward import check_gradients
+from ._common.check_cache import check_cache_tensors
+from ._common.check_overlap import check_outputs
+from ._common.check_tensors import require_tensor
+from ._common.check_values import flag, probability, window_sides
 from .fa2_kvcache import flash_attn_with_kvcache
 from .gradients import empty_gradient
-from .out_argument import write_out
+from .out_argument import check_attention_out
 from .private_ops import (
     _flash_attn_backward,
     _flash_attn_forward,
@@ -56,11 +61,12 @@ def fwd(
         return_softmax: also S_dmask, which needs dropout_p > 0.
         generator: must be None: random numbers come from torch's default generator of the device.
     """
-    _check(q, v, generator, return_softmax, dropout_p)
+    _check(q, k, v, out, generator, return_softmax, dropout_p)
     run = _way(_flash_attn_forward, q, k, v, alibi_slopes)
     result, *others = run(
-        q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap,
-        alibi_slopes, return_softmax,
+        q, k, v, dropout_p, softmax_scale, flag("causal", causal),
+        *window_sides(window_size_left, window_size_right), softcap, alibi_slopes,
+        flag("return_softmax", return_softmax),
     )  # fmt: skip
     return [_returned(out, result), *others]
 
@@ -92,13 +98,14 @@ def varlen_fwd(
     /,
 ) -> Forward:
     """Attention of packed sequences. Arguments as in `fwd` and `_flash_attn_varlen_forward`."""
-    _check(q, v, generator, return_softmax, dropout_p)
+    _check(q, k, v, out, generator, return_softmax, dropout_p)
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table)
     run = _way(_flash_attn_varlen_forward, q, k, v, alibi_slopes, *lengths)
     result, *others = run(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
-        causal, window_size_left, window_size_right, softcap, alibi_slopes, return_softmax,
-        block_table, leftpad_k, seqused_k, zero_tensors, num_splits,
+        flag("causal", causal), window_size_left, window_size_right, softcap, alibi_slopes,
+        flag("return_softmax", return_softmax), block_table, leftpad_k, seqused_k,
+        flag("zero_tensors", zero_tensors), num_splits,
     )  # fmt: skip
     return [_returned(out, result), *others]
 
@@ -163,6 +170,7 @@ def varlen_bwd(
     /,
 ) -> Backward:
     """Gradients of `varlen_fwd`. Rows that belong to no sequence become zero in any case."""
+    flag("zero_tensors", zero_tensors)
     return _backward(
         dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
         max_seqlen_k, alibi_slopes, dropout_p, softmax_scale, causal, window_size_left,
@@ -195,10 +203,18 @@ def fwd_kvcache(
     /,
 ) -> list[Tensor]:
     """[out, softmax_lse] of `flash_attn_with_kvcache`, which see for the arguments."""
+    check_cache_tensors(q, k_cache, v_cache)
+    if out is not None:
+        if 0 in (q.ndim, v_cache.ndim):
+            raise ValueError("q and v_cache: expected 4 dims, of which the last is head_dim")
+        check_attention_out("out", out, q, v_cache)
+        if k is not None:
+            check_outputs({"out": out, "k_cache": k_cache, "v_cache": v_cache}, {})
     result, softmax_lse = flash_attn_with_kvcache(
         q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx,
-        cache_leftpad, block_table, softmax_scale, causal, (window_size_left, window_size_right),
-        softcap, rotary_interleaved, alibi_slopes, num_splits, return_softmax_lse=True,
+        cache_leftpad, block_table, softmax_scale, causal,
+        window_sides(window_size_left, window_size_right), softcap, rotary_interleaved,
+        alibi_slopes, num_splits, return_softmax_lse=True,
     )  # fmt: skip
     return [_returned(out, result), softmax_lse]
 
@@ -228,46 +244,55 @@ def _backward(
     generator: None,
     rng_state: Tensor | None,
 ) -> Backward:
-    _check(q, v, generator)
+    _check(q, k, v, None, generator)
+    causal, deterministic = flag("causal", causal), flag("deterministic", deterministic)
+    dropout_p = probability("dropout_p", dropout_p)
     dq = empty_gradient(q) if dq is None else dq
     dk = empty_gradient(k) if dk is None else dk
     dv = empty_gradient(v) if dv is None else dv
+    check_gradients(q, k, v, dout, out, softmax_lse, dq, dk, dv)
     others = (dout, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, alibi_slopes)
-    if cu_seqlens_q is None:
+    left, right = window_sides(window_size_left, window_size_right)
+    if cu_seqlens_q is None and cu_seqlens_k is None:
         softmax_d = _way(_flash_attn_backward, q, k, v, *others)(
-            dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal,
-            window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state,
+            dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, left,
+            right, softcap, alibi_slopes, deterministic, rng_state,
         )  # fmt: skip
     else:
         softmax_d = _way(_flash_attn_varlen_backward, q, k, v, *others)(
             dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-            max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
-            softcap, alibi_slopes, deterministic, rng_state,
+            max_seqlen_k, dropout_p, softmax_scale, causal, left, right, softcap, alibi_slopes,
+            deterministic, rng_state,
         )  # fmt: skip
     return [dq, dk, dv, softmax_d]
 
 
 def _check(
     q: Tensor,
+    k: Tensor,
     v: Tensor,
+    out: Tensor | None,
     generator: object,
     return_softmax: bool = False,
     dropout_p: float = 0.0,
 ) -> None:
-    """What the original's public functions see to before they call the extension."""
-    for name, tensor in (("q and k", q), ("v", v)):
-        if tensor.shape[-1] % 8:
+    """What the original's public functions see to before they call the extension. out: of a
+    forward, to be written."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        require_tensor(name, tensor)
+        if tensor.ndim == 0 or tensor.shape[-1] % 8:
             raise ValueError(
-                f"{name}: head_dim is {tensor.shape[-1]}, which the functions of flash_attn_2_cuda "
-                "take in multiples of 8 only; flash_attn.flash_attn_func takes any"
+                f"{name} has shape {tuple(tensor.shape)}: the functions of flash_attn_2_cuda take "
+                "head dims, the last, in multiples of 8 only; flash_attn.flash_attn_func takes any"
             )
     if generator is not None:
         raise NotImplementedError(
             "generator must be None: dropout follows the device's default generator "
             "(torch.manual_seed)"
         )
-    if return_softmax and dropout_p <= 0.0:
+    if flag("return_softmax", return_softmax) and probability("dropout_p", dropout_p) == 0.0:
         raise ValueError(f"return_softmax needs dropout: dropout_p is {dropout_p}, expected > 0")
+    check_attention_out("out", out, q, v)
 
 
 def _way(operation: Any, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Any:
@@ -277,4 +302,4 @@ def _way(operation: Any, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Any:
 
 
 def _returned(out: Tensor | None, result: Tensor) -> Tensor:
-    return result if out is None else write_out("out", out, result)
+    return result if out is None else out.copy_(result)

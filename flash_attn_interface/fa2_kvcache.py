@@ -6,8 +6,11 @@ describes the arguments in full; docs/decoding.md is the guide for users.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from . import autocast
+from ._common.check_cache import check_dense
 from .kvcache import WindowSize, attend_function
 
 
@@ -75,13 +78,22 @@ def flash_attn_with_kvcache(
             and tables are checked for CPU tensors; on a GPU they are clamped, or, with
             FLASH_ATTN_INTERFACE_CHECK_CACHE=1, checked as well.
     """
+    if torch.is_autocast_enabled() or not getattr(q, "is_cuda", False):
+        q, k, v, rotary_cos, rotary_sin = autocast.cast(
+            q, k, v, rotary_cos, rotary_sin, like=k_cache
+        )
     run = attend_function(
         q, k_cache, v_cache, k, v, None, alibi_slopes, rotary_cos, rotary_sin, cache_seqlens,
         cache_batch_idx, cache_leftpad, block_table,
     )  # fmt: skip
-    out, softmax_lse = run(
+    arguments = (
         q, k_cache, v_cache, k, v, None, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx,
         cache_leftpad, block_table, None, None, None, None, softmax_scale, causal, window_size, 0,
         softcap, rotary_interleaved, alibi_slopes, num_splits, 0, return_softmax_lse,
     )  # fmt: skip
+    try:
+        out, softmax_lse = run(*arguments)
+    except RuntimeError:
+        check_dense(arguments)
+        raise
     return out if softmax_lse is None else (out, softmax_lse)

@@ -21,17 +21,17 @@ from torch import Tensor
 
 from . import kvcache
 from .combine import flash_attn_combine
-from .custom_op import on_one_device
+from .custom_op import arguments_of, on_one_device
 from .fa3_private_ops import (
     _flash_attn_forward,
     backward,
+    check_forward_out,
     fake_forward,
     fake_softmax_d,
     no_accumulators,
 )
 from .gradients import empty_gradient
 from .ops import Results
-from .out_argument import write_out
 
 NAMESPACE = "flash_attn_3"
 
@@ -105,6 +105,8 @@ def fwd(
     sm_margin: int = 0,
 ) -> Results:
     """`_flash_attn_forward`, except that the first result is the argument out if there is one."""
+    if out is not None:
+        check_forward_out("out", out, q, k, v, k_new)
     with torch.no_grad():
         result, *others = _flash_attn_forward._init_fn(
             q, k, v, k_new, v_new, q_v, None, cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_new,
@@ -113,7 +115,7 @@ def fwd(
             is_causal, window_size_left, window_size_right, attention_chunk, softcap,
             is_rotary_interleaved, scheduler_metadata, num_splits, pack_gqa, sm_margin,
         )  # fmt: skip
-        return (result if out is None else write_out("out", out, result), *others)
+        return (result if out is None else out.copy_(result), *others)
 
 
 def bwd(
@@ -258,9 +260,11 @@ def register() -> None:
             library.define(schema)
         for kernel in (fwd, bwd, fwd_combine, get_scheduler_metadata):
             library.impl(kernel.__name__, kernel, "CompositeExplicitAutograd")
-        for name, fake in (("fwd", _fwd_fake), ("bwd", _bwd_fake)):
-            schema = getattr(getattr(torch.ops, NAMESPACE), name).default._schema
-            checked = on_one_device(fake, [argument.name for argument in schema.arguments])
+        fakes: tuple[Any, ...] = (_fwd_fake, _bwd_fake)
+        for schema, fake in zip(SCHEMAS, fakes, strict=False):
+            names = [argument.name for argument in arguments_of(schema)]
+            name = schema[: schema.index("(")]
+            checked = on_one_device(fake, names)
             torch.library.register_fake(f"{NAMESPACE}::{name}", checked, lib=library)
         _library = library
 

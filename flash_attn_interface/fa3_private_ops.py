@@ -17,12 +17,15 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .custom_op import custom_op, fake_of
+from ._common.check_backward import check_gradients
+from ._common.check_overlap import check_outputs
+from ._common.check_tensors import require_tensor
+from .custom_op import custom_op
 from .functions import _check_hints
 from .gradients import empty_gradient
 from .kvcache import flash_attn_with_kvcache
 from .ops import Results, attention_backward, complete, fake_results
-from .out_argument import write_out
+from .out_argument import check_attention_out
 from .watchers import refuse_forward_mode
 
 
@@ -87,6 +90,8 @@ def _flash_attn_forward(
     `flash_attn_with_kvcache`. Differentiable in q, k and v where there is no cache.
     """
     refuse_forward_mode(q, k, v)
+    if out_ is not None:
+        check_forward_out("out_", out_, q, k, v, k_new)
     window_size = (window_size_left, window_size_right)
     given = _first_cache_argument(
         k_new=k_new, v_new=v_new, cu_seqlens_k_new=cu_seqlens_k_new, page_table=page_table,
@@ -115,12 +120,23 @@ def _flash_attn_forward(
             )
         )  # fmt: skip
     if out_ is not None:
-        write_out("out_", out_, out)
+        out_.copy_(out)
     return out, softmax_lse, *no_accumulators(q)
 
 
 def _first_cache_argument(**arguments: Tensor | None) -> str | None:
     return next((name for name, value in arguments.items() if value is not None), None)
+
+
+def check_forward_out(name: str, destination: Any, q: Any, k: Any, v: Any, k_new: Any) -> None:
+    """That the result can be written there, also beside k and v, which are where k_new is given."""
+    for of, tensor in (("q", q), ("k", k), ("v", v)):
+        require_tensor(of, tensor)
+        if tensor.ndim == 0:
+            raise ValueError(f"{of} is a scalar: expected (..., num_heads, head_dim)")
+    check_attention_out(name, destination, q, v)
+    if k_new is not None:
+        check_outputs({name: destination, "k": k, "v": v}, {})
 
 
 def _check_cache_call(given: str | None, cu_seqlens_k: Any, seqused_q: Any) -> None:
@@ -141,7 +157,7 @@ def no_accumulators(q: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty(0, dtype=torch.float32), q.new_empty(0, dtype=torch.float32)
 
 
-@fake_of(_flash_attn_forward)
+@_flash_attn_forward.register_fake
 def _(
     q: Tensor,
     k: Tensor,
@@ -246,6 +262,9 @@ def backward(
     dq = empty_gradient(q) if dq is None else dq
     dk = empty_gradient(k) if dk is None else dk
     dv = empty_gradient(v) if dv is None else dv
+    check_gradients(q, k, v, dout, out, softmax_lse, dq, dk, dv)
+    if cu_seqlens_q is not None and softmax_lse.ndim == 3 and softmax_lse.shape[0] == 1:
+        softmax_lse = softmax_lse[0]  # xformers keeps it so; FlashAttention-3 takes either
     softmax_d = dispatch.backward(
         dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
         max_seqlen_k, seqused_q, seqused_k, softmax_scale, causal,
@@ -254,7 +273,7 @@ def backward(
     return softmax_d, dq, dk, dv
 
 
-@fake_of(_flash_attn_backward)
+@_flash_attn_backward.register_fake
 def _(
     dout: Tensor,
     q: Tensor,

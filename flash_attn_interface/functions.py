@@ -11,8 +11,10 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ._common.check_tensors import require_tensor
 from ._common.check_values import non_negative
 from .autograd import attention
 from .packing import Packing
@@ -44,7 +46,8 @@ def flash_attn_func(
 
     Args:
         q: (batch, seqlen_q, num_heads_q, head_dim_qk), float16 or bfloat16. Strides are free; a
-            last dim that is not contiguous is copied.
+            last dim that is not contiguous is copied. Under torch.autocast also float32, which is
+            cast to autocast's dtype, q, k and v alike.
         k: (batch, seqlen_k, num_heads_k, head_dim_qk); num_heads_q is a multiple of num_heads_k.
         v: (batch, seqlen_k, num_heads_v, head_dim_v); num_heads_q is a multiple of num_heads_v.
             num_heads_v and head_dim_v need not equal k's. Head dims: any from 1 to 256; with
@@ -194,8 +197,8 @@ def flash_attn_qkvpacked_func(
 
 
 def _qkv_packing(qkv: Tensor, num_heads_q: int | None) -> Packing:
-    if not isinstance(qkv, Tensor):
-        raise TypeError(f"qkv is {type(qkv).__name__}: expected a torch.Tensor")
+    if not isinstance(qkv, Tensor) or qkv.layout is not torch.strided or qkv.is_nested:
+        require_tensor("qkv", qkv)
     if qkv.ndim == 5 and qkv.shape[2] == 3:
         return Packing(2)
     if qkv.ndim != 4:
@@ -207,10 +210,10 @@ def _qkv_packing(qkv: Tensor, num_heads_q: int | None) -> Packing:
         raise ValueError("num_heads_q is None: a 4-dimensional qkv needs it to find k and v")
     heads_q = non_negative("num_heads_q", num_heads_q)
     heads_k, rest = divmod(int(qkv.shape[2]) - heads_q, 2)  # int: of a tensor under jit.trace
-    if heads_k < 1 or rest:
+    if heads_k < 1 or rest or heads_q < 1 or heads_q % heads_k:
         raise ValueError(
-            f"num_heads_q is {heads_q} of {qkv.shape[2]} heads: the rest must be an even number, "
-            "half of it k's and half v's"
+            f"num_heads_q is {heads_q} of {qkv.shape[2]} heads of qkv: the rest must be an even "
+            "number, half of it k's and half v's, and num_heads_q a multiple of those of k"
         )
     return Packing(2, (heads_q, heads_k, heads_k))
 
@@ -222,9 +225,9 @@ def _check_hints(
     """Arguments that only FlashAttention-3 has and that the common path never sees."""
     if qv is not None or q_descale is not None or k_descale is not None or v_descale is not None:
         _refuse_fa3_features(qv, q_descale, k_descale, v_descale)
-    if num_splits != 1:
+    if type(num_splits) is not int or num_splits != 1:
         non_negative("num_splits", num_splits)
-    if sm_margin != 0:
+    if type(sm_margin) is not int or sm_margin != 0:
         non_negative("sm_margin", sm_margin)
     if type(softmax_scale) is float and softmax_scale == 0.0:
         warnings.warn(

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ._common.check_cache import check_cache_tensors
-from ._common.check_values import non_negative
-from ._common.checks import check_int32_vector
+from . import autocast
+from ._common.check_cache import check_cache_tensors, check_dense
+from ._common.check_tensors import check_int32_vector, require_tensor
+from ._common.check_values import flag, non_negative, optional_flag
 from .cache_plans import CacheResult
 from .functions import _refuse_fa3_features
+from .inference_only import inference_only
 from .kvcache_dispatch import attend
 from .kvcache_ops import traced
 from .sharding import on_one_mesh, refuse_to_move_caches
@@ -96,7 +98,8 @@ def flash_attn_with_kvcache(
         cu_seqlens_q: int32 (batch + 1,): q is ragged, and max_seqlen_q its longest sequence.
         cu_seqlens_k_new: int32 (batch + 1,): k and v are ragged.
         max_seqlen_q: needed with cu_seqlens_q.
-        rotary_seqlens: int32 (batch,): positions to rotate from, in place of cache_seqlens.
+        rotary_seqlens: int32 (batch,): positions to rotate from, in place of cache_seqlens. Ignored
+            without rotary_cos.
         q_descale, k_descale, v_descale: must be None, there is no fp8 yet.
         softmax_scale: None means head_dim_qk ** -0.5, with qv (head_dim_qk + head_dim_v) ** -0.5.
         causal, window_size, attention_chunk, softcap: as in `flash_attn_func`, seqlen_k being the
@@ -122,18 +125,29 @@ def flash_attn_with_kvcache(
     """
     if q_descale is not None or k_descale is not None or v_descale is not None:
         _refuse_fa3_features(None, q_descale, k_descale, v_descale)
+    if pack_gqa is not None:
+        optional_flag("pack_gqa", pack_gqa)
     if scheduler_metadata is not None:
         _check_scheduler_metadata(scheduler_metadata, q, cu_seqlens_q)
+    if torch.is_autocast_enabled() or not getattr(q, "is_cuda", False):
+        q, k, v, qv, rotary_cos, rotary_sin = autocast.cast(
+            q, k, v, qv, rotary_cos, rotary_sin, like=k_cache
+        )
     run = attend_function(
         q, k_cache, v_cache, k, v, qv, None, rotary_cos, rotary_sin, cache_seqlens,
         cache_batch_idx, cache_leftpad, page_table, cu_seqlens_q, cu_seqlens_k_new, rotary_seqlens,
     )  # fmt: skip
-    out, softmax_lse = run(
+    arguments = (
         q, k_cache, v_cache, k, v, qv, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx,
         cache_leftpad, page_table, cu_seqlens_q, cu_seqlens_k_new, max_seqlen_q, rotary_seqlens,
         softmax_scale, causal, window_size, attention_chunk, softcap, rotary_interleaved, None,
         num_splits, sm_margin, return_softmax_lse,
     )  # fmt: skip
+    try:
+        out, softmax_lse = run(*arguments)
+    except RuntimeError:
+        check_dense(arguments)
+        raise
     if softmax_lse is None:
         return out
     return out, softmax_lse, softmax_lse.new_empty(0), softmax_lse.new_empty(0)
@@ -203,7 +217,7 @@ def _attend_watched(q: Tensor, k_cache: Tensor, v_cache: Tensor, *arguments: Any
     refuse_to_move_caches(q, k_cache, v_cache, *others[:2])
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         run = partial(_detached, traced, q, k_cache, v_cache, *others)
-        results: CacheResult = _InferenceOnly.apply(run, *tensors)  # type: ignore[no-untyped-call]
+        results: CacheResult = inference_only(run, _NO_BACKWARD, *tensors)
         return results
     return traced(q, k_cache, v_cache, *others)
 
@@ -230,21 +244,10 @@ def _detached(run: Callable[..., CacheResult], *arguments: Any) -> CacheResult:
 
 
 def _attend_without_gradients(*arguments: Any) -> CacheResult:
-    tensors = (x for x in arguments if isinstance(x, Tensor))
-    results: CacheResult = _InferenceOnly.apply(partial(attend, *arguments), *tensors)  # type: ignore[no-untyped-call]
-    return results
-
-
-class _InferenceOnly(torch.autograd.Function):
     """Lets a model run with gradients on, as upstream does, but none pass through unnoticed."""
-
-    @staticmethod
-    def forward(ctx: Any, run: Callable[[], CacheResult], *tensors: Tensor) -> CacheResult:
-        return run()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise NotImplementedError(_NO_BACKWARD)
+    tensors = (x for x in arguments if isinstance(x, Tensor))
+    results: CacheResult = inference_only(partial(attend, *arguments), _NO_BACKWARD, *tensors)
+    return results
 
 
 def get_scheduler_metadata(
@@ -273,8 +276,8 @@ def get_scheduler_metadata(
     """A tensor to pass as scheduler_metadata, for programs written for FlashAttention-3.
 
     Our kernels need none: the number of splits follows from shapes and the GPU alone, and work is
-    divided on the device. So the contents are zeros, nobody reads them, and every argument but
-    batch_size and cache_seqlens is ignored.
+    divided on the device. So the contents are zeros, which no kernel reads, and every argument but
+    batch_size and cache_seqlens is ignored, once flags have been seen to be flags.
 
     Args:
         batch_size: sequences of the calls it is for.
@@ -285,22 +288,25 @@ def get_scheduler_metadata(
         int32 (batch_size + 1,), on the device of cache_seqlens.
 
     Raises:
-        TypeError, ValueError: for batch_size and cache_seqlens.
+        TypeError, ValueError: for batch_size, cache_seqlens and flags.
     """
     batch = non_negative("batch_size", batch_size)
-    if not isinstance(cache_seqlens, Tensor):
-        raise TypeError(
-            f"cache_seqlens is {type(cache_seqlens).__name__}: expected an int32 torch.Tensor"
-        )
-    check_int32_vector("cache_seqlens", cache_seqlens, batch, cache_seqlens.device)
+    for name, given in (("causal", causal), ("has_softcap", has_softcap)):
+        flag(name, given)
+    optional_flag("pack_gqa", pack_gqa)
+    require_tensor("cache_seqlens", cache_seqlens, "an int32 torch.Tensor")
+    check_int32_vector(
+        "cache_seqlens", cache_seqlens, batch, cache_seqlens.device, why=", by batch_size"
+    )
     return torch.zeros(batch + 1, dtype=torch.int32, device=cache_seqlens.device)
 
 
-def _check_scheduler_metadata(metadata: Any, q: Tensor, cu_seqlens_q: Tensor | None) -> None:
-    if not isinstance(metadata, Tensor):
-        raise TypeError(
-            f"scheduler_metadata is {type(metadata).__name__}: expected what "
-            "get_scheduler_metadata returns, or None"
-        )
-    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+def _check_scheduler_metadata(metadata: Any, q: Any, cu_seqlens_q: Any) -> None:
+    require_tensor("scheduler_metadata", metadata, "what get_scheduler_metadata returns")
+    given, name = (q, "q") if cu_seqlens_q is None else (cu_seqlens_q, "cu_seqlens_q")
+    for each in (q, given):
+        require_tensor(name if each is given else "q", each)
+    if given.ndim == 0:
+        raise ValueError(f"{name} is a scalar: expected one row for each sequence")
+    batch = given.shape[0] - (cu_seqlens_q is not None)
     check_int32_vector("scheduler_metadata", metadata, batch + 1, q.device)

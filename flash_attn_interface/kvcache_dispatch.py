@@ -17,7 +17,8 @@ from ._common import env
 from ._common.cache_problem import CacheProblem
 from ._common.check_cache import CacheCall, check_cache, check_cache_length
 from ._common.check_cache_values import check_cache_values
-from ._common.check_values import window_pair
+from ._common.check_overlap import check_outputs
+from ._common.check_values import cache_flags, is_unlimited, window_pair
 from ._common.checks import host_max_seqlen, last_dim_contiguous
 from .cache_plans import CachePlan, CacheResult, EmptyCachePlan
 from .plan_table import Slot, layout_of, plans
@@ -32,6 +33,7 @@ class _Planned(NamedTuple):
     plan: CachePlan
     problem: CacheProblem
     reads_values: bool  # lengths, indices and tables are read and checked in every call
+    apart: set[int]  # hashes of addresses of tensors that were found not to overlap
 
 
 def make_cache_plan(problem: CacheProblem, decision: Decision) -> CachePlan:
@@ -72,13 +74,18 @@ def attend(
     return_lse: bool,
 ) -> CacheResult:
     """Append and attend, without autograd. Arguments as in `CacheCall`; the caches are tensors."""
+    if not (causal.__class__ is rotary_interleaved.__class__ is return_lse.__class__ is bool):
+        causal, rotary_interleaved, return_lse = (  # type: ignore[unreachable]
+            cache_flags(causal, rotary_interleaved, return_lse)
+        )
     q_layout = q.is_contiguous() or q.stride()  # reading strides takes longer
     if q_layout is not True and q_layout[-1] != 1:
         q = last_dim_contiguous(q)
         q_layout = q.stride()
-    if type(window_size) is not tuple or window_size != (-1, -1):
+    if not is_unlimited(window_size):
         window_size = window_pair(window_size)
     new: Hashable = None
+    k_address = v_address = qv_address = 0
     rotary: Hashable = None
     ragged = second_query = None
     if k is None and v is None:  # to ask for its type takes longer
@@ -92,9 +99,10 @@ def attend(
         if v_layout is not True and v_layout[-1] != 1:
             v = last_dim_contiguous(v)
             v_layout = v.stride()
+        k_address, v_address = k.data_ptr(), v.data_ptr()
         new = (
             k.shape, v.shape, k_layout, v_layout, k.dtype, v.dtype, k.get_device(),
-            v.get_device(), (k.data_ptr() | v.data_ptr()) & _ADDRESS_BITS,
+            v.get_device(), (k_address | v_address) & _ADDRESS_BITS,
             None if cu_seqlens_k_new is None else layout_of(cu_seqlens_k_new),
         )  # fmt: skip
     else:  # an error, which the checks will name
@@ -102,8 +110,8 @@ def attend(
     if cu_seqlens_q is not None:
         max_seqlen_q = host_max_seqlen(max_seqlen_q, q)
         ragged = (max_seqlen_q, layout_of(cu_seqlens_q))
-    if rotary_cos is None and rotary_sin is None and rotary_seqlens is None:
-        pass
+    if rotary_cos is None and rotary_sin is None:
+        rotary_seqlens = None  # without tables nobody reads it
     elif isinstance(rotary_cos, Tensor) and isinstance(rotary_sin, Tensor):
         rotary = (
             rotary_interleaved, rotary_cos.shape, rotary_sin.shape, rotary_cos.dtype,
@@ -112,22 +120,25 @@ def attend(
             None if rotary_seqlens is None else layout_of(rotary_seqlens),
         )  # fmt: skip
     else:
-        rotary = (layout_of(rotary_cos), layout_of(rotary_sin), layout_of(rotary_seqlens))
+        rotary = (layout_of(rotary_cos), layout_of(rotary_sin))
     if qv is not None:
         qv = last_dim_contiguous(qv) if isinstance(qv, Tensor) else qv
-        address = qv.data_ptr() & _ADDRESS_BITS if isinstance(qv, Tensor) else 0
-        second_query = (layout_of(qv), address)
+        qv_address = qv.data_ptr() if isinstance(qv, Tensor) else 0
+        second_query = (layout_of(qv), qv_address & _ADDRESS_BITS)
 
     key = planned = slot = None
+    addresses = 0
     device = q.get_device()
     if device >= 0:
+        q_address, k_cache_address = q.data_ptr(), k_cache.data_ptr()
+        v_cache_address = v_cache.data_ptr()
         key = (
             "cache", q.shape, k_cache.shape, v_cache.shape, q_layout,
             k_cache.is_contiguous() or k_cache.stride(),
             v_cache.is_contiguous() or v_cache.stride(),
             q.dtype, k_cache.dtype, v_cache.dtype, device, k_cache.get_device(),
             v_cache.get_device(),
-            (q.data_ptr() | k_cache.data_ptr() | v_cache.data_ptr()) & _ADDRESS_BITS,
+            (q_address | k_cache_address | v_cache_address) & _ADDRESS_BITS,
             softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, sm_margin,
             return_lse, new, ragged, rotary, second_query,
             None if cache_seqlens is None else layout_of(cache_seqlens),
@@ -136,6 +147,10 @@ def attend(
             None if cache_leftpad is None else layout_of(cache_leftpad),
             None if alibi_slopes is None else layout_of(alibi_slopes),
         )  # fmt: skip
+        if k_address:
+            addresses = hash(
+                (q_address, k_cache_address, v_cache_address, k_address, v_address, qv_address)
+            )
         try:
             slot = plans.find(key)
         except TypeError:  # an unhashable argument, a list say: the checks will name it
@@ -160,6 +175,8 @@ def attend(
     try:
         if call is not None and planned.reads_values:
             check_cache_values(call, planned.problem)
+        if new is not None and addresses not in planned.apart and planned.problem.appends:
+            _check_apart(planned, addresses, q, k_cache, v_cache, k, v, qv)
         if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
             room = planned.problem.forward.seqlen_k - planned.problem.seqlen_new
             cache_seqlens = check_cache_length(cache_seqlens, room)
@@ -185,6 +202,32 @@ def _plan_for(call: CacheCall, key: Hashable | None) -> tuple[Slot, _Planned]:
 
     def make() -> _Planned:
         plan = make_cache_plan(problem, decision)
-        return _Planned(plan, problem, on_host or env.CHECK_CACHE.get())
+        return _Planned(plan, problem, on_host or env.CHECK_CACHE.get(), set())
 
     return plans.take(key, make)
+
+
+_MAX_APART = 128
+
+
+def _check_apart(
+    planned: _Planned,
+    addresses: int,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    qv: Tensor | None,
+) -> None:
+    """That the caches, which are written, overlap neither each other nor what is read.
+
+    addresses: hash of those of these tensors, whose layouts belong to the plan, so that a warm call
+        is answered by a look-up; 0 on the CPU, where strides may differ between calls of one plan.
+    """
+    check_outputs({"k_cache": k_cache, "v_cache": v_cache}, {"q": q, "k": k, "v": v, "qv": qv})
+    if not addresses:
+        return
+    if len(planned.apart) >= _MAX_APART:
+        planned.apart.clear()
+    planned.apart.add(addresses)

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._common.check_values import window_pair
+from ._common.check_cache import check_cache_length
+from ._common.check_values import cache_flags, non_negative, window_pair
 from ._common.out_layout import new_out
 from .cache_plans import CacheResult
-from .custom_op import custom_op, fake_of
+from .custom_op import custom_op
 from .kvcache_dispatch import attend
 
 _REST = (
@@ -72,7 +73,7 @@ def append_and_attend(
     )  # fmt: skip
 
 
-@fake_of(append_and_attend)
+@append_and_attend.register_fake
 def _(
     q: Tensor,
     k_cache: Tensor,
@@ -118,7 +119,7 @@ def attend_over_cache(
     )  # fmt: skip
 
 
-@fake_of(attend_over_cache)
+@attend_over_cache.register_fake
 def _(
     q: Tensor,
     k_cache: Tensor,
@@ -158,8 +159,12 @@ def traced(
 ) -> CacheResult:
     """`kvcache_dispatch.attend` while a compiler traces: nothing here looks at data or plans."""
     left, right = window_pair(window_size)
+    causal, rotary_interleaved, return_lse = cache_flags(causal, rotary_interleaved, return_lse)
     if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
         batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+        room = _room(k_cache, k, page_table)
+        if not 0 <= non_negative("cache_seqlens", cache_seqlens) <= room:
+            check_cache_length(int(cache_seqlens), int(room))  # the error, of plain numbers
         cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
     if max_seqlen_q is None or cu_seqlens_q is None:
         longest = 0  # not ragged, nobody reads it; or an error that the operation raises
@@ -182,6 +187,12 @@ def traced(
             raise ValueError("rotary_cos and rotary_sin are given without k and v")
         out, softmax_lse = attend_over_cache(q, k_cache, v_cache, qv, *common)
     return out, softmax_lse if return_lse else None
+
+
+def _room(k_cache: Tensor, k: Tensor | None, page_table: Tensor | None) -> int:
+    """Rows of a sequence's cache beside the new ones, as far as shapes tell."""
+    rows = k_cache.shape[1] * (1 if page_table is None else page_table.shape[-1])
+    return rows - (k.shape[1] if k is not None and k.ndim == 4 else 0)
 
 
 def _complete(result: CacheResult) -> tuple[Tensor, Tensor]:

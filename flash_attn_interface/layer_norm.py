@@ -11,8 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
-from .out_argument import write_out
+from ._common.check_overlap import check_outputs
+from ._common.check_tensors import require_device, require_floating, require_shape
+from ._common.check_values import bounded, check_factory, flag, probability, real, shown
+from .out_argument import check_out
 
 
 def layer_norm_fn(
@@ -48,20 +52,35 @@ def layer_norm_fn(
         is_rms_norm: divide by the root mean square, without subtracting the mean.
         return_dropout_mask: also return which values were kept.
         out_dtype: of the results; None: that of x.
-        out, residual_out: where to put the first result and the sum.
+        out, residual_out: where to put the first result and the sum; any strides, no overlap.
 
     Returns:
         result, or a tuple (result, result1 if weight1 is given, sum if prenorm, and with
         return_dropout_mask the masks of x and x1, None where there is no dropout).
 
     Raises:
-        ValueError: rowscale and x1 are given, or shapes disagree.
+        TypeError: an argument's type or dtype is wrong.
+        ValueError: rowscale and x1 are given, shapes or devices disagree, or out and residual_out
+            overlap.
     """
-    if rowscale is not None and x1 is not None:
-        raise ValueError("rowscale is given together with x1: expected one of them at most")
-    for name, other in (("residual", residual), ("x1", x1)):
-        if other is not None and other.shape != x.shape:
-            raise ValueError(f"{name} has shape {tuple(other.shape)}: expected {tuple(x.shape)}")
+    _check(
+        x, {"residual": residual, "x1": x1},
+        {"weight": weight, "bias": bias, "weight1": weight1, "bias1": bias1}, rowscale,
+    )  # fmt: skip
+    eps, dropout_p = real("eps", eps), probability("dropout_p", dropout_p)
+    prenorm, is_rms_norm = flag("prenorm", prenorm), flag("is_rms_norm", is_rms_norm)
+    residual_in_fp32 = flag("residual_in_fp32", residual_in_fp32)
+    zero_centered_weight = flag("zero_centered_weight", zero_centered_weight)
+    return_dropout_mask = flag("return_dropout_mask", return_dropout_mask)
+    dtype = x.dtype if out_dtype is None else out_dtype
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"out_dtype is {shown(out_dtype)}: expected a floating-point torch.dtype")
+    kept_dtype = _residual_dtype(x, residual, residual_in_fp32)
+    check_out("out", out, x.shape, dtype, x.device, "x and out_dtype")
+    check_out("residual_out", residual_out, x.shape, kept_dtype, x.device, "x and residual")
+    if out is not None and residual_out is not None and not is_compiling():
+        check_outputs({"out": out, "residual_out": residual_out}, {})
+
     total = x.float()
     if rowscale is not None:
         total = total * rowscale.float().unsqueeze(-1)
@@ -73,16 +92,13 @@ def layer_norm_fn(
     if residual is not None:
         total = total + residual.float()
     normalised = _normalise(total, eps, is_rms_norm)
-    dtype = x.dtype if out_dtype is None else out_dtype
     first = _scaled(normalised, weight, bias, zero_centered_weight).to(dtype)
-    results = [first if out is None else write_out("out", out, first)]
+    results = [first if out is None else out.copy_(first)]
     if weight1 is not None:
         results.append(_scaled(normalised, weight1, bias1, zero_centered_weight).to(dtype))
     if prenorm:
-        kept = total.to(_residual_dtype(x, residual, residual_in_fp32))
-        results.append(
-            kept if residual_out is None else write_out("residual_out", residual_out, kept)
-        )
+        kept = total.to(kept_dtype)
+        results.append(kept if residual_out is None else residual_out.copy_(kept))
     if return_dropout_mask:
         return (*results, mask, mask1)
     return results[0] if len(results) == 1 else tuple(results)
@@ -127,10 +143,14 @@ class RMSNorm(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        """Arguments as in `rms_norm_fn`; TypeError and ValueError for wrong ones."""
         super().__init__()
-        self.eps = eps
+        hidden_size = bounded("hidden_size", hidden_size, 2**31 - 1)
+        self.eps = real("eps", eps)
+        dropout_p = probability("dropout_p", dropout_p)
         self.drop = nn.Dropout(dropout_p) if dropout_p > 0.0 else None
-        self.zero_centered_weight = zero_centered_weight
+        self.zero_centered_weight = flag("zero_centered_weight", zero_centered_weight)
+        check_factory(device, dtype)
         self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
         self.register_parameter("bias", None)
         self.reset_parameters()
@@ -158,6 +178,23 @@ class RMSNorm(nn.Module):
             residual_in_fp32=residual_in_fp32,
             zero_centered_weight=self.zero_centered_weight,
         )
+
+
+def _check(x: Any, same_shape: dict[str, Any], per_channel: dict[str, Any], rowscale: Any) -> None:
+    """same_shape: like x, or None. per_channel: (hidden_size,), or None, but for the weight."""
+    require_floating("x", x)
+    if x.ndim == 0:
+        raise ValueError("x is a scalar: expected (..., hidden_size)")
+    if rowscale is not None and same_shape["x1"] is not None:
+        raise ValueError("rowscale is given together with x1: expected one of them at most")
+    shapes = dict.fromkeys(same_shape, (x.shape, "the shape of x"))
+    shapes |= dict.fromkeys(per_channel, (x.shape[-1:], "the last size of x"))
+    shapes["rowscale"] = (x.shape[:-1], "the shape of x without its last size")
+    for name, tensor in (same_shape | per_channel | {"rowscale": rowscale}).items():
+        if tensor is not None or name == "weight":
+            require_floating(name, tensor)
+            require_device(name, tensor, x.device, "x")
+            require_shape(name, tensor, *shapes[name])
 
 
 def _dropout(x: Tensor, dropout_p: float) -> tuple[Tensor, Tensor | None]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import dispatch
 from ._common.out_layout import new_out
-from .custom_op import custom_op, fake_of
+from .custom_op import custom_op
 from .gradients import empty_gradient, gradients
 from .packing import Packing
 from .watchers import refuse_forward_mode
@@ -62,7 +62,7 @@ def attention_forward(
     )  # fmt: skip
 
 
-@fake_of(attention_forward)
+@attention_forward.register_fake
 def _(
     q: Tensor,
     k: Tensor,
@@ -138,7 +138,7 @@ def attention_backward(
     return dq, dq.new_empty(0) if dk is None else dk, dq.new_empty(0) if dv is None else dv
 
 
-@fake_of(attention_backward)
+@attention_backward.register_fake
 def _(
     dout: Tensor,
     dlse: Tensor | None,

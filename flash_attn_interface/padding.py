@@ -13,6 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
+
+from ._common.check_tensors import require_device, require_tensor
+from ._common.check_values import non_negative
 
 # ---- rows of a tensor ---------------------------------------------------------------------------
 
@@ -40,6 +44,9 @@ class IndexPutFirstAxis(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
         ctx.save_for_backward(indices)
         zeros = values.new_zeros(first_axis_dim, *values.shape[1:])
+        if values.dtype.is_floating_point and values.dtype.itemsize == 1:  # torch cannot copy fp8
+            bits = zeros.view(torch.uint8).index_copy_(0, indices, values.view(torch.uint8))
+            return bits.view(values.dtype)
         return zeros.index_copy_(0, indices, values)
 
     @staticmethod
@@ -74,11 +81,12 @@ def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
 
     Returns: (nnz, ...), dtype of input.
 
-    Raises: TypeError for indices that are no integers; ValueError for wrong shapes or devices.
+    Raises: TypeError for indices that are no integers; ValueError for wrong shapes or devices, and
+        for indices in CPU memory that are out of range.
     """
     _check_rows("input", input)
     gathered: Tensor = IndexFirstAxis.apply(  # type: ignore[no-untyped-call]
-        input, _row_indices(indices, input)
+        input, _row_indices(indices, input, "input")
     )
     return gathered
 
@@ -93,15 +101,24 @@ def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -
 
     Returns: (first_axis_dim, ...), dtype of values.
 
-    Raises: TypeError for indices that are no integers; ValueError for wrong shapes or devices.
+    Raises: as `index_first_axis`.
     """
-    _check_rows("values", values)
-    indices = _row_indices(indices, values)
+    return _put_rows("values", values, indices, non_negative("first_axis_dim", first_axis_dim),
+                     "first_axis_dim")  # fmt: skip
+
+
+def _put_rows(name: str, values: Any, indices: Any, first_axis_dim: int, of: str) -> Tensor:
+    """`index_put_first_axis` of the argument `name`; of: what gives the number of rows."""
+    _check_rows(name, values)
+    indices = _row_indices(indices, values, name, first_axis_dim, of)
     if values.shape[0] != indices.shape[0]:
         raise ValueError(
-            f"values has {values.shape[0]} rows, but indices has {indices.shape[0]} entries: "
+            f"{name} has {values.shape[0]} rows, but indices has {indices.shape[0]} entries: "
             "expected one index per row"
         )
+    size = first_axis_dim * max(values.shape[1:].numel() * values.element_size(), 1)
+    if size > _MAX_BYTES:
+        raise ValueError(f"{of}: the result would take {size} bytes")
     scattered: Tensor = IndexPutFirstAxis.apply(  # type: ignore[no-untyped-call]
         values, indices, first_axis_dim
     )
@@ -119,11 +136,11 @@ def index_first_axis_residual(input: Tensor, indices: Tensor) -> tuple[Tensor, T
 
     Returns: the gathered (nnz, ...), and `input` itself: same memory, part of the same graph node.
 
-    Raises: TypeError for indices that are no integers; ValueError for wrong shapes or devices.
+    Raises: as `index_first_axis`.
     """
     _check_rows("input", input)
     both: tuple[Tensor, Tensor] = IndexFirstAxisResidual.apply(  # type: ignore[no-untyped-call]
-        input, _row_indices(indices, input)
+        input, _row_indices(indices, input, "input")
     )
     return both
 
@@ -184,7 +201,7 @@ def unpad_input_for_concatenated_sequences(
         (num_samples + 1,) int32, one entry per sample. `pad_input` undoes it.
 
     Raises: TypeError for lengths that are no integers; ValueError for shapes or devices that
-        disagree, and for a row whose lengths exceed seqlen.
+        disagree, for a row whose lengths exceed seqlen, and for negative lengths.
     """
     _check_rows_of_batch(hidden_states, attention_mask_in_length, "attention_mask_in_length")
     if attention_mask_in_length.dtype not in _INTEGERS:
@@ -197,9 +214,11 @@ def unpad_input_for_concatenated_sequences(
     row_totals = lengths.sum(-1)
     is_sample = lengths != 0
     numbers = (F.pad(lengths.flatten(), (1, 0)), F.pad(row_totals, (1, 0)))
-    max_seqlen, longest_row, total, num_samples = torch.stack(
-        (numbers[0].max(), numbers[1].max(), numbers[1].sum(), is_sample.sum())
+    max_seqlen, longest_row, total, num_samples, least = torch.stack(
+        (numbers[0].max(), numbers[1].max(), numbers[1].sum(), is_sample.sum(), numbers[0].min())
     ).tolist()
+    if least < 0:
+        raise ValueError(f"attention_mask_in_length has {least}: expected lengths >= 0")
     if longest_row > seqlen:
         raise ValueError(
             f"attention_mask_in_length has a row whose lengths add up to {longest_row}, but "
@@ -223,14 +242,16 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
 
     Returns: (batch, seqlen, ...), dtype of hidden_states.
 
-    Raises: TypeError for indices that are no integers; ValueError for wrong shapes or devices.
+    Raises: as `index_first_axis`.
     """
-    padded = index_put_first_axis(hidden_states, indices, batch * seqlen)
+    rows = non_negative("batch", batch) * non_negative("seqlen", seqlen)
+    padded = _put_rows("hidden_states", hidden_states, indices, rows, "batch and seqlen")
     return padded.view(batch, seqlen, *hidden_states.shape[1:])
 
 
 # ---- helpers ------------------------------------------------------------------------------------
 
+_MAX_BYTES = 2**47  # no machine has an address for more
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -244,31 +265,40 @@ def _true_positions(mask: Tensor, count: int) -> Tensor:
 
 
 def _check_rows(name: str, tensor: Any) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} is {type(tensor).__name__}: expected a torch.Tensor")
+    require_tensor(name, tensor)
     if tensor.ndim == 0:
         raise ValueError(f"{name} is a scalar: expected at least one dim, the rows")
 
 
-def _row_indices(indices: Any, rows: Tensor) -> Tensor:
-    """`indices` as int64."""
-    if not isinstance(indices, Tensor) or indices.dtype not in (torch.int64, torch.int32):
-        kind = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
-        raise TypeError(f"indices is {kind}: expected an int64 tensor")
+def _row_indices(
+    indices: Any, rows: Tensor, name: str, count: int | None = None, of: str | None = None
+) -> Tensor:
+    """`indices` as int64, each of which must be below `count`; those of a device are trusted.
+
+    name: the argument whose rows they are. count, of: a number and where it is from; else the rows.
+    """
+    require_tensor("indices", indices, "an int64 torch.Tensor")
+    if indices.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"indices has dtype {indices.dtype}: expected torch.int64")
     if indices.ndim != 1:
         raise ValueError(f"indices has shape {tuple(indices.shape)}: expected one dim")
-    if indices.device != rows.device:
-        raise ValueError(
-            f"indices is on {indices.device}, the rows are on {rows.device}: expected one device"
-        )
-    return indices.long()
+    require_device("indices", indices, rows.device, name)
+    count = rows.shape[0] if count is None else count
+    if indices.device.type == "cpu" and not is_compiling() and indices.numel():
+        least, greatest = (int(x) for x in indices.aminmax())
+        if least < 0 or greatest >= count:
+            raise ValueError(
+                f"indices has {least if least < 0 else greatest}: expected 0 to {count - 1}, the "
+                f"rows that {of or name} gives"
+            )
+    index: Tensor = indices.long()
+    return index
 
 
 def _check_rows_of_batch(hidden_states: Any, mask: Any, name: str) -> None:
     """mask: (batch, any) beside hidden_states (batch, seqlen, ...)."""
     for argument, tensor in (("hidden_states", hidden_states), (name, mask)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{argument} is {type(tensor).__name__}: expected a torch.Tensor")
+        require_tensor(argument, tensor)
     if hidden_states.ndim < 2:
         raise ValueError(
             f"hidden_states has shape {tuple(hidden_states.shape)}: expected (batch, seqlen, ...)"
@@ -278,11 +308,11 @@ def _check_rows_of_batch(hidden_states: Any, mask: Any, name: str) -> None:
             f"{name} has shape {tuple(mask.shape)}: expected 2 dims and the batch of "
             f"hidden_states, {hidden_states.shape[0]}"
         )
-    if mask.device != hidden_states.device:
-        raise ValueError(
-            f"{name} is on {mask.device}, hidden_states on {hidden_states.device}: "
-            "expected one device"
-        )
+    require_device(name, mask, hidden_states.device, "hidden_states")
+    if mask.is_meta:
+        raise ValueError(f"{name} is a meta tensor: packing has to know how many tokens there are")
+    if mask.dtype.is_floating_point and mask.dtype.itemsize == 1 or mask.dtype.is_complex:
+        raise TypeError(f"{name} has dtype {mask.dtype}: expected bool or numbers")
 
 
 def _check_mask(hidden_states: Any, mask: Any, name: str) -> None:

@@ -1,21 +1,23 @@
 """Attention of packed queries over paged keys, `flash_attn_varlen_func(block_table=...)`.
 
-Inference only: called by `fa2.py` in place of `autograd.attention`.
+Has no backward: called by `fa2.py` in place of `autograd.attention`.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import dispatch
-from ._common.check_values import window_pair
-from ._common.checks import check_tensors
+from . import autocast, dispatch
+from ._common.check_tensors import check_tensors
+from ._common.check_values import flag, window_pair
 from .backends import ForwardResult
 from .gradients import refuse_alibi_gradient
+from .inference_only import inference_only
 from .sharding import on_one_mesh
 from .watchers import all_plain, refuse_forward_mode, unwatched
 
@@ -39,21 +41,24 @@ def paged_attention(
 ) -> ForwardResult:
     """(out, softmax_lse, s_dmask). Arguments as in `flash_attn_varlen_func`."""
     check_tensors(q, k, v)
+    causal, return_attn_probs = flag("causal", causal), flag("return_attn_probs", return_attn_probs)
     for name, given in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if given is None:
             raise TypeError(f"{name} is None: expected an int32 tensor of shape (batch + 1,)")
     if torch.is_grad_enabled():
         refuse_alibi_gradient(alibi_slopes)
-        if q.requires_grad or k.requires_grad or v.requires_grad:
-            refuse_gradients(block_table)
-    if not is_compiling() and _direct(
-        q, k, v, (cu_seqlens_q, cu_seqlens_k, block_table, alibi_slopes)
-    ):
-        out, softmax_lse, s_dmask, _ = dispatch.forward(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, None,
-            softmax_scale, causal, window_size, 0, softcap, alibi_slopes, dropout_p,
+    q, k, v = autocast.cast(q, k, v)
+    tables = (cu_seqlens_q, cu_seqlens_k, block_table, alibi_slopes)
+    if not is_compiling() and _direct(q, k, v, tables):
+        run = partial(
+            dispatch.forward, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None,
+            None, softmax_scale, causal, window_size, 0, softcap, alibi_slopes, dropout_p,
             return_attn_probs, return_attn_probs, page_table=block_table,
         )  # fmt: skip
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            out, softmax_lse, s_dmask, _ = inference_only(run, no_backward(block_table), q, k, v)
+        else:
+            out, softmax_lse, s_dmask, _ = run()
         return out, softmax_lse, s_dmask
     from .private_ops import _flash_attn_varlen_forward
 
@@ -81,15 +86,16 @@ def _direct(q: Tensor, k: Tensor, v: Tensor, others: tuple[Any, ...]) -> bool:
     return unwatched(q, k, v) and all_plain(*others) and (q.is_cuda or not q.is_meta)
 
 
-def refuse_gradients(block_table: Tensor | None, leftpad_k: Tensor | None = None) -> None:
-    """NotImplementedError if either is given, for calls that autograd would have to record."""
+def no_backward(block_table: Tensor | None, leftpad_k: Tensor | None = None) -> str:
+    """Why there is no backward if either is given; empty if there is one."""
     for name, given, what in (
         ("block_table", block_table, "pages"),
         ("leftpad_k", leftpad_k, "keys behind left padding"),
     ):
         if given is not None:
-            raise NotImplementedError(
-                f"{name} with q, k or v that require gradients: the backward reads contiguous keys "
-                f"only. Call it under torch.no_grad(), or gather the {what} into packed k and v "
-                "with index_select, which is differentiable."
+            return (
+                f"{name} with q, k or v that require gradients has no backward, which would read "
+                f"contiguous keys only. Call it under torch.no_grad(), or gather the {what} into "
+                "packed k and v with index_select, which is differentiable."
             )
+    return ""

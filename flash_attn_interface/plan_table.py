@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-MAX_PLANS = 1024
-"""A plan takes 10 to 25 KiB, so that all take less than 32 MiB. Kernels stay loaded without one."""
+MAX_PLANS = 768
+"""A plan takes 10 to 38 KiB, so that all take less than 32 MiB. Kernels stay loaded without one."""
 
 _EVICTED_AT_ONCE = 8  # one in so many, since finding the oldest takes a look at all
 
@@ -98,6 +98,10 @@ def layout_of(tensor: Any) -> Hashable:
     """
     if not isinstance(tensor, Tensor):
         return type(tensor).__name__
-    return (
-        tensor.shape, tensor.is_contiguous() or tensor.stride(), tensor.dtype, tensor.get_device(),
-    )  # fmt: skip
+    try:
+        return (
+            tensor.shape, tensor.is_contiguous() or tensor.stride(), tensor.dtype,
+            tensor.get_device(),
+        )  # fmt: skip
+    except RuntimeError:  # a nested or sparse tensor, which the checks will name
+        return tensor.layout

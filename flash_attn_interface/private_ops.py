@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .custom_op import custom_op, fake_of
+from ._common.check_backward import check_gradients
+from ._common.check_cache import check_num_splits
+from .custom_op import custom_op
 from .gradients import empty_gradient, refuse_alibi_gradient
 from .ops import attention_backward, complete, fake_results
-from .paged import refuse_gradients
+from .paged import no_backward
 from .watchers import refuse_forward_mode
 
 
@@ -59,7 +61,7 @@ def _flash_attn_forward(
     )  # fmt: skip
 
 
-@fake_of(_flash_attn_forward)
+@_flash_attn_forward.register_fake
 def _(
     q: Tensor,
     k: Tensor,
@@ -112,9 +114,15 @@ def _flash_attn_varlen_forward(
 
     seqused_k: int32 (batch,), keys of each sequence that take part. leftpad_k: int32 (batch,),
     first key of each sequence; masks count from there. zero_tensors: rows that belong to no
-    sequence are zero (softmax_lse: -inf) in any case. num_splits: a hint without influence.
+    sequence are zero (softmax_lse: -inf) in any case. num_splits: a hint without influence; with
+    block_table at most 1, as in FlashAttention-2.
     """
     refuse_forward_mode(q, k, v)
+    if check_num_splits(num_splits) > 1 and block_table is not None:
+        raise NotImplementedError(
+            f"num_splits is {num_splits}, which this operation does not take together with "
+            "block_table: pass 0 or 1, or call flash_attn_with_kvcache, which splits paged keys"
+        )
     return complete(
         dispatch.forward(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, seqused_k,
@@ -124,7 +132,7 @@ def _flash_attn_varlen_forward(
     )  # fmt: skip
 
 
-@fake_of(_flash_attn_varlen_forward)
+@_flash_attn_varlen_forward.register_fake
 def _(
     q: Tensor,
     k: Tensor,
@@ -193,7 +201,7 @@ def _flash_attn_backward(
     )  # fmt: skip
 
 
-@fake_of(_flash_attn_backward)
+@_flash_attn_backward.register_fake
 def _(
     dout: Tensor,
     q: Tensor,
@@ -249,7 +257,7 @@ def _flash_attn_varlen_backward(
     )  # fmt: skip
 
 
-@fake_of(_flash_attn_varlen_backward)
+@_flash_attn_varlen_backward.register_fake
 def _(
     dout: Tensor,
     q: Tensor,
@@ -292,12 +300,14 @@ def _backward(
     deterministic: bool,
     rng_state: Tensor | None,
 ) -> Tensor:
+    dq = empty_gradient(q) if dq is None else dq
+    dk = empty_gradient(k) if dk is None else dk
+    dv = empty_gradient(v) if dv is None else dv
+    check_gradients(q, k, v, dout, out, softmax_lse, dq, dk, dv)
     return dispatch.backward(
-        dout, q, k, v, out, softmax_lse, empty_gradient(q) if dq is None else dq,
-        empty_gradient(k) if dk is None else dk, empty_gradient(v) if dv is None else dv,
-        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, None, softmax_scale, causal,
-        (window_size_left, window_size_right), 0, softcap, alibi_slopes, dropout_p,
-        rng_state if dropout_p > 0.0 else None, deterministic,
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+        max_seqlen_k, None, None, softmax_scale, causal, (window_size_left, window_size_right), 0,
+        softcap, alibi_slopes, dropout_p, rng_state if dropout_p > 0.0 else None, deterministic,
     )  # fmt: skip
 
 
@@ -308,12 +318,13 @@ def _save_dense(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     q, k, v, *shared, _ = inputs
     _save(ctx, (q, k, v, None, None, None), (0, 0), shared, output)
     ctx.num_inputs = len(inputs)
+    ctx.no_backward = ""
 
 
 def _save_varlen(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *others = inputs
     shared, (_, block_table, leftpad_k, seqused_k, *_) = others[:7], others[7:]
-    refuse_gradients(block_table, leftpad_k)
+    ctx.no_backward = no_backward(block_table, leftpad_k)
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k)
     _save(ctx, tensors, (max_seqlen_q, max_seqlen_k), shared, output)
     ctx.num_inputs = len(inputs)
@@ -339,6 +350,8 @@ def _save(
 def _differentiate(
     ctx: Any, dout: Tensor | None, dlse: Tensor | None, *unused: object
 ) -> tuple[Tensor | None, ...]:
+    if ctx.no_backward:
+        raise NotImplementedError(ctx.no_backward)
     q, k, v, cu_q, cu_k, seqused_k, alibi_slopes, out, softmax_lse, rng_state = ctx.saved_tensors
     max_seqlens, dropout_p, softmax_scale, causal, left, right, softcap = ctx.options
     dq, dk, dv = attention_backward(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ._common.out_layout import laid_out
 from ._common.philox import keep_mask
+from .autocast import without_autocast
 
 # Dense batches are handled in groups whose score matrices hold at most this many elements (256 MiB
 # in float32).
@@ -25,6 +26,7 @@ _MAX_SCORES_AT_ONCE = 1 << 26
 _NEG_INF = float("-inf")
 
 
+@without_autocast
 def attention_reference(
     q: Tensor,
     k: Tensor,

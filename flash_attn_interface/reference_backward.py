@@ -15,11 +15,13 @@ from torch import Tensor
 
 from ._common.philox import keep_mask
 from ._common.problem import Problem
+from .autocast import without_autocast
 from .reference import _alibi_rows, _Options, _Slots, _visible
 
 STAT_ROWS = 128  # FlashAttention-2's padding of softmax_d
 
 
+@without_autocast
 def reference_backward(
     problem: Problem,
     dout: Tensor,
@@ -115,10 +117,12 @@ def _one_sequence(
     ds = (p * (dp - softmax_d.unsqueeze(-1))).masked_fill(~exists, 0.0) * dscores_factor
     dk = torch.einsum("hij,ihd->jhd", ds, q)
     dv = torch.einsum("hij,ihd->jhd", p_kept, dout)
+    groups_k = (problem.num_heads_k, problem.qhead_per_khead)
+    groups_v = (problem.num_heads_v, problem.qhead_per_vhead)
     return (
         torch.einsum("hij,jhd->ihd", ds, k_of_q),
-        dk.reshape(seqlen_k, problem.num_heads_k, problem.qhead_per_khead, k.shape[-1]).sum(2),
-        dv.reshape(seqlen_k, problem.num_heads_v, problem.qhead_per_vhead, v.shape[-1]).sum(2),
+        dk.reshape(seqlen_k, *groups_k, q.shape[-1]).sum(2),
+        dv.reshape(seqlen_k, *groups_v, v.shape[-1]).sum(2),
     )
 
 

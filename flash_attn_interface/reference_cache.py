@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from ._common.out_layout import laid_out
+from .autocast import without_autocast
 from .reference import attention_reference
 
 
+@without_autocast
 def cache_reference(
     q: Tensor,
     k_cache: Tensor,

@@ -19,24 +19,27 @@ the in-place functions be differentiable.
 
 from __future__ import annotations
 
-import operator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ._common.check_overlap import check_outputs
+from ._common.check_tensors import require_floating, require_tensor
+from ._common.check_values import flag, non_negative
 from .rotary_positions import (
-    check_floating,
     check_layout,
     check_tables,
     compute_dtype,
     rows_for_tokens,
 )
 
-_DENSE = ("batch", "seqlen", "num_heads", "head_dim")
-_PACKED = ("total", "num_heads", "head_dim")
-_QKV = ("batch", "seqlen", 3, "num_heads", "head_dim")
-_KV = ("batch", "seqlen", 2, "num_heads_k", "head_dim")
+DENSE = ("batch", "seqlen", "num_heads", "head_dim")
+PACKED = ("total", "num_heads", "head_dim")
+QKV = ("batch", "seqlen", 3, "num_heads", "head_dim")
+KV = ("batch", "seqlen", 2, "num_heads_k", "head_dim")
+
+_TABLES = ("cos", "sin", "cos_k", "sin_k")
 
 # ---- public functions ---------------------------------------------------------------------------
 
@@ -62,10 +65,33 @@ def apply_rotary(
 
     Raises: as `apply_rotary_emb`.
     """
-    check_layout("x", x, _DENSE if cu_seqlens is None else _PACKED)
-    tables = rows_for_tokens(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen)
-    plan = _Plan(axis=x.ndim - 2, sizes=(x.shape[-2],), interleaved=interleaved)
-    return _rotate(x, plan._replace(conjugate=conjugate), inplace, tables)
+    return rotate_tokens(
+        "x", x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, interleaved, inplace, conjugate
+    )
+
+
+def rotate_tokens(
+    name: str,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    seqlen_offsets: int | Tensor,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | Tensor | None,
+    interleaved: bool,
+    inplace: bool,
+    conjugate: bool = False,
+) -> Tensor:
+    """`apply_rotary` of the argument `name`."""
+    if cu_seqlens is None:
+        check_layout(name, x, DENSE, why="; packed tokens need cu_seqlens")
+    else:
+        require_tensor("cu_seqlens", cu_seqlens, "an int32 torch.Tensor")
+        check_layout(name, x, PACKED, why=" because cu_seqlens is given")
+    tables = rows_for_tokens(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, of=name)
+    inplace, conjugate = flag("inplace", inplace), flag("conjugate", conjugate)
+    plan = _Plan(x.ndim - 2, (x.shape[-2],), flag("interleaved", interleaved), conjugate)
+    return _rotate(x, plan, inplace, tables, name)
 
 
 def apply_rotary_emb(
@@ -86,7 +112,8 @@ def apply_rotary_emb(
         cos, sin: (seqlen_ro, rotary_dim / 2), any floating dtype, rotary_dim <= head_dim. They get
             no gradient; `apply_rotary_emb_torch` gives them one.
         interleaved: which lanes make a pair, see the top of this file.
-        inplace: write the result into x and return x.
+        inplace: write the result into x and return x. A leaf that requires a gradient is written
+            to as well, as in FlashAttention-2; what is returned then shares its memory.
         seqlen_offsets: position of the first token: an int, or int32 or int64 (batch,). With an
             int, the tables must reach to the last token. With a tensor, which is not read here,
             tokens that lie beyond the tables stay unrotated.
@@ -98,7 +125,8 @@ def apply_rotary_emb(
     Returns: the shape and dtype of x; x itself if inplace.
 
     Raises: TypeError for wrong types and dtypes; ValueError for shapes, devices and lengths that
-        disagree; NotImplementedError for tables that require a gradient.
+        disagree, and with inplace for an x that overlaps itself or the tables; NotImplementedError
+        for tables that require a gradient.
     """
     return apply_rotary(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, interleaved, inplace)
 
@@ -121,8 +149,7 @@ def apply_rotary_emb_qkv_(
     Args:
         qkv: (batch, seqlen, 3, num_heads, head_dim), or (batch, seqlen, num_heads_q + 2 *
             num_heads_k, head_dim) with the heads of Q first, then K's, then V's; dtypes as x of
-            `apply_rotary_emb`. Differentiable; as with any in-place operation, no leaf that
-            requires a gradient.
+            `apply_rotary_emb`. Differentiable; leaves that require a gradient as there.
         cos, sin: (seqlen_ro, rotary_dim / 2).
         cos_k, sin_k: tables for K where they differ from Q's, as XPos needs; both or neither.
         interleaved, seqlen_offsets: as in `apply_rotary_emb`.
@@ -132,17 +159,18 @@ def apply_rotary_emb_qkv_(
 
     Raises: as `apply_rotary_emb`.
     """
-    check_layout("qkv", qkv, _QKV, _DENSE)
+    check_layout("qkv", qkv, QKV, DENSE)
     num_q, num_k = (1, 1) if qkv.ndim == 5 else _head_counts(qkv.shape[2], num_heads_q)
-    tables: tuple[Tensor, ...] = rows_for_tokens(qkv, cos, sin, seqlen_offsets)
+    interleaved = flag("interleaved", interleaved)
+    tables: tuple[Tensor, ...] = rows_for_tokens(qkv, cos, sin, seqlen_offsets, of="qkv")
     if cos_k is None and sin_k is None:
         plan = _Plan(axis=2, sizes=(num_q + num_k,), interleaved=interleaved)
     elif cos_k is None or sin_k is None:
         raise ValueError("cos_k and sin_k: expected both or neither")
     else:
         plan = _Plan(axis=2, sizes=(num_q, num_k), interleaved=interleaved)
-        tables += rows_for_tokens(qkv, cos_k, sin_k, seqlen_offsets, suffix="_k")
-    return _rotate(qkv, plan, True, tables)
+        tables += rows_for_tokens(qkv, cos_k, sin_k, seqlen_offsets, suffix="_k", of="qkv")
+    return _rotate(qkv, plan, True, tables, "qkv")
 
 
 def apply_rotary_emb_kv_(
@@ -163,9 +191,10 @@ def apply_rotary_emb_kv_(
 
     Raises: as `apply_rotary_emb`.
     """
-    check_layout("kv", kv, _KV)
-    tables = rows_for_tokens(kv, cos, sin, seqlen_offsets)
-    return _rotate(kv, _Plan(axis=2, sizes=(1,), interleaved=interleaved), True, tables)
+    check_layout("kv", kv, KV)
+    tables = rows_for_tokens(kv, cos, sin, seqlen_offsets, of="kv")
+    plan = _Plan(axis=2, sizes=(1,), interleaved=flag("interleaved", interleaved))
+    return _rotate(kv, plan, True, tables, "kv")
 
 
 def apply_rotary_emb_torch(
@@ -183,7 +212,8 @@ def apply_rotary_emb_torch(
 
     Raises: TypeError for wrong types and dtypes; ValueError for shapes and devices that disagree.
     """
-    check_floating("x", x)
+    require_floating("x", x)
+    interleaved = flag("interleaved", interleaved)
     if x.ndim < 2:
         raise ValueError(f"x has shape {tuple(x.shape)}: expected (..., num_heads, head_dim)")
     check_tables(x, cos, sin)
@@ -220,7 +250,7 @@ class _Rotation(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, plan: _Plan, inplace: bool, *tables: Tensor) -> Tensor:
         ctx.plan = plan
         ctx.save_for_backward(*tables)
-        if inplace:
+        if inplace and not x.is_leaf:  # a leaf that requires a gradient autograd would refuse
             ctx.mark_dirty(x)
         return _rotated(x, plan, inplace, tables)
 
@@ -229,11 +259,19 @@ class _Rotation(torch.autograd.Function):
         # Not in place: the gradient may belong to others, too.
         tables = ctx.saved_tensors
         plan = ctx.plan._replace(conjugate=not ctx.plan.conjugate)
-        return (_rotate(grad_output, plan, False, tables), None, None, *([None] * len(tables)))
+        return (
+            _rotate(grad_output, plan, False, tables, "grad"),
+            None,
+            None,
+            *([None] * len(tables)),
+        )
 
 
-def _rotate(x: Tensor, plan: _Plan, inplace: bool, tables: tuple[Tensor, ...]) -> Tensor:
-    """x rotated as planned by tables = (cos, sin, ...) from `rows_for_tokens`."""
+def _rotate(x: Tensor, plan: _Plan, inplace: bool, tables: tuple[Tensor, ...], name: str) -> Tensor:
+    """x, the argument `name`, rotated as planned by tables = (cos, sin, ...) from
+    `rows_for_tokens`."""
+    if inplace and not torch.compiler.is_compiling():
+        check_outputs({name: x}, dict(zip(_TABLES, tables, strict=False)))
     # A compiler derives the same backward itself, and fuses what it can look into.
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
         return _rotated(x, plan, inplace, tables)
@@ -277,8 +315,10 @@ def _turned(x0: Tensor, x1: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, T
 def _head_counts(num_heads: int, num_heads_q: int | None) -> tuple[int, int]:
     """(num_heads_q, num_heads_k) of a qkv with num_heads heads in all."""
     if num_heads_q is None:
-        raise ValueError("num_heads_q is None: qkv of 4 dims needs it")
-    num_heads_q = operator.index(num_heads_q)
+        raise ValueError(
+            "num_heads_q is None: a qkv of 4 dims needs it, unless it is Q alone beside kv"
+        )
+    num_heads_q = non_negative("num_heads_q", num_heads_q)
     num_heads_kv = num_heads - num_heads_q
     if num_heads_q < 1 or num_heads_kv < 2 or num_heads_kv % 2:
         raise ValueError(

@@ -8,10 +8,24 @@ the names with an underscore below are upstream's and stay: `_update_cos_sin_cac
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .rotary import apply_rotary_emb, apply_rotary_emb_kv_, apply_rotary_emb_qkv_
+from ._common.check_values import bounded, check_factory, flag, non_negative, real
+from .rotary import DENSE, KV, QKV, apply_rotary_emb_kv_, apply_rotary_emb_qkv_, rotate_tokens
+from .rotary_positions import check_layout
+
+_MAX_DIM = 2**16
+_MAX_POSITIONS = 2**31 - 1
+
+
+def _positive(name: str, value: Any) -> float:
+    number = real(name, value)
+    if number <= 0.0:
+        raise ValueError(f"{name} is {number}: expected a number > 0")
+    return number
 
 
 class RotaryEmbedding(torch.nn.Module):
@@ -34,7 +48,8 @@ class RotaryEmbedding(torch.nn.Module):
         scale_base: None, or > 0 for XPos (its paper uses 512).
         device: of the buffers.
 
-    Raises: ValueError for a dim that is odd or < 2, or a scale_base that is not positive.
+    Raises: TypeError for wrong types; ValueError for a dim that is odd or < 2, or a base or
+        scale_base that is not positive.
     """
 
     inv_freq: Tensor
@@ -49,14 +64,13 @@ class RotaryEmbedding(torch.nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if dim < 2 or dim % 2:
+        self.dim = bounded("dim", dim, _MAX_DIM)
+        if self.dim < 2 or self.dim % 2:
             raise ValueError(f"dim is {dim}: expected an even number >= 2")
-        if scale_base is not None and scale_base <= 0:
-            raise ValueError(f"scale_base is {scale_base}: expected None or a number > 0")
-        self.dim = dim
-        self.base = float(base)
-        self.interleaved = interleaved
-        self.scale_base = scale_base
+        self.base = _positive("base", base)
+        self.interleaved = flag("interleaved", interleaved)
+        self.scale_base = None if scale_base is None else _positive("scale_base", scale_base)
+        check_factory(device, None)
         self.register_buffer("inv_freq", self._compute_inv_freq(device), persistent=False)
         scale = None if scale_base is None else self._compute_scale(device)
         self.register_buffer("scale", scale, persistent=False)
@@ -87,10 +101,22 @@ class RotaryEmbedding(torch.nn.Module):
 
         Returns: qkv; with kv, (q, kv). The tensors that were given.
 
-        Raises: ValueError for a tensor offset without tables; otherwise as `apply_rotary_emb`.
+        Raises: ValueError for a tensor offset without tables, and a max_seqlen that is too small;
+            otherwise as `apply_rotary_emb`.
         """
+        if kv is None:
+            check_layout("qkv", qkv, QKV, DENSE)
+        else:
+            check_layout("qkv", qkv, DENSE, why=", Q alone, because kv is given")
+            check_layout("kv", kv, KV)
+        if not isinstance(seqlen_offset, Tensor):
+            seqlen_offset = non_negative("seqlen_offset", seqlen_offset)
+        seqlen = qkv.shape[1] if kv is None else max(qkv.shape[1], kv.shape[1])
         if max_seqlen is not None:
-            length = max_seqlen
+            length = bounded("max_seqlen", max_seqlen, _MAX_POSITIONS)
+            least = seqlen if isinstance(seqlen_offset, Tensor) else seqlen + seqlen_offset
+            if max(length, self._seq_len_cached) < least:
+                raise ValueError(f"max_seqlen is {length}: the last token has position {least - 1}")
         elif isinstance(seqlen_offset, Tensor):
             if self._cos_cached is None:
                 raise ValueError(
@@ -98,8 +124,7 @@ class RotaryEmbedding(torch.nn.Module):
                 )
             length = self._seq_len_cached
         else:
-            seqlen = qkv.shape[1] if kv is None else max(qkv.shape[1], kv.shape[1])
-            length = seqlen + seqlen_offset
+            length = bounded("seqlen_offset", seqlen + seqlen_offset, _MAX_POSITIONS)
         self._update_cos_sin_cache(length, device=qkv.device, dtype=qkv.dtype)
         cos, sin = self._cos_cached, self._sin_cached
         cos_k, sin_k = self._cos_k_cached, self._sin_k_cached
@@ -108,8 +133,8 @@ class RotaryEmbedding(torch.nn.Module):
             return apply_rotary_emb_qkv_(
                 qkv, cos, sin, cos_k, sin_k, self.interleaved, seqlen_offset, num_heads_q
             )
-        q = apply_rotary_emb(
-            qkv, cos, sin, self.interleaved, inplace=True, seqlen_offsets=seqlen_offset
+        q = rotate_tokens(
+            "qkv", qkv, cos, sin, seqlen_offset, None, None, self.interleaved, inplace=True
         )
         if cos_k is not None and sin_k is not None:
             cos, sin = cos_k, sin_k

@@ -7,14 +7,14 @@ the identity, cos = 1 and sin = 0.
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from ._common.check_tensors import require_device, require_floating, require_tensor
+from ._common.check_values import non_negative
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -31,17 +31,18 @@ def rows_for_tokens(
     max_seqlen: int | Tensor | None = None,
     *,
     suffix: str = "",
+    of: str = "x",
 ) -> tuple[Tensor, Tensor]:
     """The rows of cos and sin for the tokens of x, in `compute_dtype`, broadcasting over heads.
 
     Args:
         x: (batch, seqlen, ..., head_dim), or (total, num_heads, head_dim) with cu_seqlens.
         cos, sin, seqlen_offsets, cu_seqlens, max_seqlen: as in `rotary.apply_rotary_emb`.
-        suffix: of the tables' names in messages.
+        suffix: of the tables' names in messages. of: the name of x in messages.
 
     Returns: (seqlen or total, 1, ..., rotary_dim / 2), or with a dim for the batch in front, twice.
     """
-    check_tables(x, cos, sin, suffix)
+    check_tables(x, cos, sin, suffix, of)
     if cos.ndim != 2:
         raise ValueError(
             f"cos{suffix} has shape {tuple(cos.shape)}: expected (seqlen_ro, rotary_dim / 2); "
@@ -56,14 +57,15 @@ def rows_for_tokens(
     if cu_seqlens is not None:
         batch = _check_cu_seqlens(cu_seqlens, x)
         seqlen = _checked_max_seqlen(max_seqlen)
-    offsets = _checked_offsets(seqlen_offsets, batch, x)
+    offsets = _checked_offsets(seqlen_offsets, batch, x, of if cu_seqlens is None else "cu_seqlens")
 
     seqlen_ro = cos.shape[0]
     first = 0 if isinstance(offsets, Tensor) else offsets
     if first + seqlen > seqlen_ro:
         raise ValueError(
             f"cos{suffix} and sin{suffix} have {seqlen_ro} rows, too few for {seqlen} tokens per "
-            f"sequence from position {first} on"
+            f"sequence ({of if cu_seqlens is None else 'max_seqlen'}) from position {first} "
+            "(seqlen_offsets) on"
         )
     if cu_seqlens is None and not isinstance(offsets, Tensor):
         rows_cos, rows_sin = (table[offsets : offsets + seqlen] for table in (cos, sin))
@@ -97,16 +99,10 @@ def _positions(x: Tensor, offsets: int | Tensor, cu_seqlens: Tensor | None) -> T
 # ---- checks -------------------------------------------------------------------------------------
 
 
-def check_floating(name: str, tensor: Any) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} is {type(tensor).__name__}: expected a torch.Tensor")
-    if tensor.dtype not in _FLOATS:
-        raise TypeError(f"{name} is {tensor.dtype}: expected float16, bfloat16, float32 or float64")
-
-
-def check_layout(name: str, x: Any, *layouts: tuple[str | int, ...]) -> None:
-    """A floating tensor in one of the layouts, which give a dim's size or, if it is free, name."""
-    check_floating(name, x)
+def check_layout(name: str, x: Any, *layouts: tuple[str | int, ...], why: str = "") -> None:
+    """A floating tensor in one of the layouts, which give a dim's size or, if it is free, name.
+    why: ends the message."""
+    require_floating(name, x)
     for layout in layouts:
         if x.ndim == len(layout) and all(
             isinstance(expected, str) or expected == size
@@ -114,14 +110,15 @@ def check_layout(name: str, x: Any, *layouts: tuple[str | int, ...]) -> None:
         ):
             return
     shown = " or ".join("(" + ", ".join(map(str, layout)) + ")" for layout in layouts)
-    raise ValueError(f"{name} has shape {tuple(x.shape)}: expected {shown}")
+    raise ValueError(f"{name} has shape {tuple(x.shape)}: expected {shown}{why}")
 
 
-def check_tables(x: Tensor, cos: Any, sin: Any, suffix: str = "") -> None:
-    """Two floating tensors of one shape (..., rotary_dim / 2), on the device of x."""
+def check_tables(x: Tensor, cos: Any, sin: Any, suffix: str = "", of: str = "x") -> None:
+    """Two floating tensors of one shape (..., rotary_dim / 2), on the device of x, the argument
+    `of`."""
     for name, table in ((f"cos{suffix}", cos), (f"sin{suffix}", sin)):
-        check_floating(name, table)
-        _check_tensor(name, table, x)
+        require_floating(name, table)
+        require_device(name, table, x.device, of)
     if cos.shape != sin.shape or cos.ndim == 0:
         raise ValueError(
             f"cos{suffix} has shape {tuple(cos.shape)}, sin{suffix} {tuple(sin.shape)}: "
@@ -129,25 +126,17 @@ def check_tables(x: Tensor, cos: Any, sin: Any, suffix: str = "") -> None:
         )
     if 2 * cos.shape[-1] > x.shape[-1]:
         raise ValueError(
-            f"cos{suffix} has {cos.shape[-1]} columns, so rotary_dim is {2 * cos.shape[-1]}: "
-            f"expected at most head_dim, {x.shape[-1]}"
-        )
-
-
-def _check_tensor(name: str, tensor: Any, x: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} is {type(tensor).__name__}: expected a torch.Tensor")
-    if tensor.device != x.device:
-        raise ValueError(
-            f"{name} is on {tensor.device}, the tokens are on {x.device}: expected one device"
+            f"cos{suffix} and sin{suffix} have {cos.shape[-1]} columns, so rotary_dim is "
+            f"{2 * cos.shape[-1]}: expected at most the head_dim of {of}, {x.shape[-1]}"
         )
 
 
 def _check_cu_seqlens(cu_seqlens: Any, x: Tensor) -> int:
     """The number of sequences."""
-    _check_tensor("cu_seqlens", cu_seqlens, x)
+    require_tensor("cu_seqlens", cu_seqlens, "an int32 torch.Tensor")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"cu_seqlens is {cu_seqlens.dtype}: expected int32")
+        raise TypeError(f"cu_seqlens has dtype {cu_seqlens.dtype}: expected int32")
+    require_device("cu_seqlens", cu_seqlens, x.device, "x")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}: expected (batch + 1,)")
     return len(cu_seqlens) - 1
@@ -157,30 +146,19 @@ def _checked_max_seqlen(max_seqlen: Any) -> int:
     """0 for a tensor, which is not read."""
     if max_seqlen is None:
         raise ValueError("max_seqlen is None: cu_seqlens needs it")
-    return 0 if isinstance(max_seqlen, Tensor) else _index("max_seqlen", max_seqlen)
+    return 0 if isinstance(max_seqlen, Tensor) else non_negative("max_seqlen", max_seqlen)
 
 
-def _checked_offsets(offsets: Any, batch: int, x: Tensor) -> int | Tensor:
+def _checked_offsets(offsets: Any, batch: int, x: Tensor, of: str) -> int | Tensor:
     if not isinstance(offsets, Tensor):
-        return _index("seqlen_offsets", offsets)
-    _check_tensor("seqlen_offsets", offsets, x)
+        return non_negative("seqlen_offsets", offsets)
+    require_tensor("seqlen_offsets", offsets)
     if offsets.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"seqlen_offsets is {offsets.dtype}: expected int32 or int64")
+        raise TypeError(f"seqlen_offsets has dtype {offsets.dtype}: expected int32 or int64")
+    require_device("seqlen_offsets", offsets, x.device, of)
     if offsets.shape != (batch,):
         raise ValueError(
-            f"seqlen_offsets has shape {tuple(offsets.shape)}: expected (batch,), ({batch},)"
+            f"seqlen_offsets has shape {tuple(offsets.shape)}: expected (batch,), ({batch},) by "
+            f"the sequences of {of}"
         )
     return offsets
-
-
-def _index(name: str, value: Any) -> int:
-    """An integer >= 0; one that is symbolic while a compiler traces stays so."""
-    if not isinstance(value, (int, torch.SymInt)):
-        try:
-            value = operator.index(value)
-        except TypeError:
-            raise TypeError(f"{name} is {value!r}: expected an integer or a tensor") from None
-    if value < 0:
-        raise ValueError(f"{name} is {value}: expected >= 0")
-    number: int = value
-    return number

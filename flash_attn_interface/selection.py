@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from ._common import env
+from ._common import env, log
 from ._common.arch import arch_of
 from ._common.backward_problem import BackwardProblem
 from ._common.cache_problem import CacheProblem
@@ -98,6 +98,7 @@ def decide_cache(
         device,
         installed,
         forced,
+        served_by_hopper=False,
     )
 
 
@@ -108,6 +109,7 @@ def _decide(
     device: Device,
     installed: Iterable[Backend],
     forced: str | None,
+    served_by_hopper: bool = True,
 ) -> Decision:
     if forced == "reference" or (device.capability is None and forced is None):
         refusal = reference_refuses()
@@ -131,16 +133,37 @@ def _decide(
         else:
             refusal = refuses(backend, target)
         if refusal is None:
+            advice = hopper_advice(device.capability, (backend.name, *dict(refused)))
+            if advice is not None and forced is None and served_by_hopper:
+                refused.append(("hopper", advice))
             reason = f"first of the installed kernel trees that serves {target.arch}"
             return Decision(backend, target, _forced(forced) if forced else reason, tuple(refused))
         refused.append((backend.name, refusal))
     if forced is not None and forced not in dict(refused):
-        refused.append((forced, "it is not installed; cd hopper && python setup.py install"))
+        refused.append((forced, backends.HOPPER_NOT_INSTALLED))
+    elif served_by_hopper and hopper_advice(device.capability, dict(refused)) is not None:
+        refused.append(("hopper", backends.HOPPER_NOT_INSTALLED))
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refused)
+    stop = "" if reasons.endswith(" .") else "."  # "pip install ." has one of its own
     raise NotImplementedError(
-        f"No kernel serves {asked}. {reasons}. Way out: "
+        f"No kernel serves {asked}. {reasons}{stop} Way out: "
         f"{env.FORCE_BACKEND.name}=reference computes it with PyTorch operations, slowly."
     )
+
+
+def hopper_advice(capability: tuple[int, int] | None, asked: Iterable[str]) -> str | None:
+    """What to tell whoever has a Hopper GPU, but none of its kernels; else None.
+
+    asked: the kernel trees that are installed, or those that a call asked.
+    """
+    missing = capability == _HOPPER_CAPABILITY and "hopper" not in asked
+    return backends.HOPPER_NOT_INSTALLED if missing else None
+
+
+def _logged(asked: str, decision: Decision) -> Decision:
+    others = "".join(f"; not {name}: {reason}" for name, reason in decision.refused)
+    log.info("%s serves %s: %s%s", decision.backend.name, asked, decision.reason, others)
+    return decision
 
 
 def _forced(name: str | None) -> str:
@@ -164,6 +187,9 @@ def device_of(tensor: Tensor) -> Device:
             raise NotImplementedError(
                 "AMD GPUs are not supported: the kernels are NVIDIA machine code"
             )
+        test_arch = env.TEST_ARCH.get()
+        if test_arch is not None:
+            return Device(capability_of(test_arch), tensor.get_device())
         capability = torch.cuda.get_device_capability(tensor.device)
         name = torch.cuda.get_device_name(tensor.device)
         return Device(capability, tensor.get_device(), gpu=name)
@@ -195,7 +221,8 @@ def _in_order(device: Device, forced: str | None) -> Iterator[Backend]:
 def select(problem: Problem, device: Device) -> Decision:
     """`decide` with what is installed and the environment."""
     forced = env.FORCE_BACKEND.get()
-    return decide(problem, device, _in_order(device, forced), forced)
+    decision = decide(problem, device, _in_order(device, forced), forced)
+    return _logged(problem.describe(), decision)
 
 
 def select_backward(
@@ -205,10 +232,12 @@ def select_backward(
     forced = env.FORCE_BACKEND.get()
     if backend is not None and device.capability is not None and forced != "reference":
         forced = backend
-    return decide_backward(problem, device, _in_order(device, forced), forced)
+    decision = decide_backward(problem, device, _in_order(device, forced), forced)
+    return _logged(problem.describe(), decision)
 
 
 def select_cache(problem: CacheProblem, device: Device) -> Decision:
     """`decide_cache` with what is installed and the environment."""
     forced = env.FORCE_BACKEND.get()
-    return decide_cache(problem, device, _in_order(device, forced), forced)
+    decision = decide_cache(problem, device, _in_order(device, forced), forced)
+    return _logged(problem.describe(), decision)

@@ -1,4 +1,4 @@
-"""`python -m flash_attn_interface.tune`: find better tiles for head dims on the present GPU.
+"""`python -m flash_attn_interface tune`: find better tiles for head dims on the present GPU.
 
 For each kernel tree, direction, dtype and mask it compiles candidate tiles in parallel, leaves out
 those that spill registers or compute something wrong, times the rest beside the tile in use, and
@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from . import tune_compile, tune_report, tune_tables
-from ._common import compiler, driver, prebuild, tuned_tiles
+from . import command, tune_compile, tune_report, tune_tables
+from ._common import compiler, driver, prebuild, trust, tuned_tiles
 from ._common.problem import Problem, Target
 from ._common.spec import KernelSpec
 from ._common.tuning import Tunable
@@ -63,7 +63,8 @@ class Subject:
         return self.tunable.key(self.problem)
 
 
-def main(arguments: list[str] | None = None) -> int:
+@command.guarded
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status: 0 done, 1 some keys failed, 2 wrong usage."""
     options = parser().parse_args(arguments)
     has_gpu = torch.cuda.is_available() and options.arch is None
@@ -91,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
         return tune(options, device, found, journal, compile_all)
     except KeyboardInterrupt:
         print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
-        return 130
+        return command.INTERRUPTED
     except DeviceLostError as error:
         print(f"{error}\nThe GPU cannot be used after that in this process.", file=sys.stderr)
         if arguments is not None or journal.path is None:
@@ -181,33 +182,52 @@ def derive_only(
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        prog="python -m flash_attn_interface.tune",
+    p = command.Parser(
+        prog="python -m flash_attn_interface tune",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = p.add_argument
-    add("--dims", nargs=2, type=int, action="append", required=True, metavar=("QK", "V"),
-        help="head dims; repeat for more pairs")  # fmt: skip
+    add(
+        "--dims",
+        nargs=2,
+        type=command.positive,
+        action="append",
+        required=True,
+        metavar=("QK", "V"),
+        help="head dims; repeat for more pairs",
+    )
     add("--direction", nargs="+", choices=("fwd", "bwd", "decode"), help="default: all there are")
     add("--tree", nargs="+", choices=("flash2", "hopper"), help="default: all that serve this GPU")
     add("--dtype", nargs="+", choices=tuple(DTYPES), default=["bf16"])
     add("--causal", choices=("both", "yes", "no"), default="both")
     add("--features", nargs="+", choices=FEATURES, default=[],
         help="tune the kernels with these switched on, instead of plain attention")  # fmt: skip
-    add("--seqlen", nargs="+", type=int, default=[1024, 4096, 16384],
+    add("--seqlen", nargs="+", type=command.positive, default=[1024, 4096, 16384],
         help="lengths to time; the winner is nowhere slower than the tile in use")  # fmt: skip
-    add("--tokens", type=int, default=16384, help="batch is so many / seqlen")
-    add("--max-candidates", type=int, default=48, metavar="N", help="tiles of the first wave")
-    add("--max-neighbours", type=int, default=16, metavar="N", help="of the second and third")
+    add("--tokens", type=command.positive, default=16384, help="batch is so many / seqlen")
+    add(
+        "--max-candidates",
+        type=command.positive,
+        default=48,
+        metavar="N",
+        help="tiles of the first wave",
+    )
+    add(
+        "--max-neighbours",
+        type=command.positive,
+        default=16,
+        metavar="N",
+        help="of the second and third",
+    )
     add(
         "--seconds",
-        type=float,
+        type=command.not_negative,
         default=inf,
         metavar="S",
         help="be done by about then: no further wave after half of it, no finals after it",
     )
-    add("--jobs", type=int, default=prebuild.jobs(), help="kernels compiled at once")
+    add("--jobs", type=command.positive, default=prebuild.jobs(), help="kernels compiled at once")
     add("--device", type=int, help="CUDA ordinal; default: the current one")
     add("--compile-only", action="store_true", help="compile, report registers, run nothing")
     add("--arch", help="compile for this architecture, GPU or not, and run nothing")
@@ -313,6 +333,12 @@ def _table_folder(options: argparse.Namespace) -> Path | None:
     folder = tuned_tiles.user_folder()
     if folder is None:
         print("There is no folder for this user's tables; name one with --output.", file=sys.stderr)
+        return None
+    if not folder.is_dir():
+        trust.make_private(folder)
+    problem = tuned_tiles.why_not_used(folder)
+    if problem is not None:
+        raise ValueError(f"tables in {folder} would not be used: {problem}")
     return folder
 
 

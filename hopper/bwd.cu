@@ -9,21 +9,24 @@
 //   dP^T = V dO^T    dS^T = P^T * (dP^T - D)         dK += dS^T Q      dQ += dS K
 // Roles meet at mbarriers only, so one's exponentials run beside another's products.
 // docs/hopper_backward_schedule.md shows who does what when.
-// Change here: roles, registers. Change elsewhere: what a role does -> bwd_roles.cuh, elementwise
-// part -> bwd_scores.cuh, loads -> bwd_producer.cuh, stores of dK and dV -> bwd_epilogue.cuh,
-// memory map and walk over the queries -> bwd_layout.cuh, order of the CTAs -> bwd_work.cuh, tile
-// sizes -> bwd_tiles.py.
+// Change here: roles, registers. Change elsewhere: what a role does -> bwd_roles.cuh,
+// bwd_split_roles.cuh, bwd_dq.cuh, elementwise part -> bwd_scores.cuh, loads -> bwd_producer.cuh,
+// stores of dK and dV -> bwd_epilogue.cuh, memory map and walk over the queries -> bwd_layout.cuh,
+// order of the CTAs -> bwd_work.cuh, tile sizes -> bwd_tiles.py.
 #include "prelude.cuh"  // generated for this problem: struct Cfg
 
 #include "common/device/params.cuh"
 #include "common/ptx/barrier.cuh"
 #include "common/ptx/cluster.cuh"
+#include "common/ptx/griddepcontrol.cuh"
 #include "common/ptx/setmaxnreg.cuh"
 #include "common/ptx/shuffle.cuh"
 #include "common/ptx/tma.cuh"
+#include "hopper/bwd_dq.cuh"
 #include "hopper/bwd_layout.cuh"
 #include "hopper/bwd_producer.cuh"
 #include "hopper/bwd_roles.cuh"
+#include "hopper/bwd_split_roles.cuh"
 
 DEVICE void init_barriers(u32 smem) {
   mbarrier_init(smem + Smem::kBarKFull, 1);
@@ -86,7 +89,9 @@ hopper_bwd(GRID_CONSTANT HopperBwdParams p) {
   }
   init_aux(smem);
   cta_sync();
+  griddepcontrol_launch_dependents();
   if (KeyTile(smem).empty()) {
+    griddepcontrol_wait();  // what follows relies on this launch to end after the one ahead
     return;
   }
   cluster_sync();
@@ -96,7 +101,9 @@ hopper_bwd(GRID_CONSTANT HopperBwdParams p) {
     if (warp_idx == 0 && thread_idx() % 32 == 0) {
       run_role<Producer>(p, smem);
     } else if (warp_idx == 1) {
-      run_role<StatWriter>(p, smem);
+      run_role<StatWriter<true>>(p, smem);
+    } else if (warp_idx == 2) {
+      run_role<StatWriter<false>>(p, smem);
     }
   } else if (wg_idx == 1) {
     take_registers<Cfg::kDqRegisters>();

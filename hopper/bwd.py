@@ -47,14 +47,22 @@ def schedule(
         heads = max(n for n in range(1, common + 1) if common % n == 0 and n <= heads)
     chosen = bwd_schedule.schedule(problem, clusters, slots, heads)
     if p.causal and not p.varlen_k:
-        # Longest first among as many heads as fill the GPU twice, or as L2 holds.
         tiles, units = chosen.k_tiles_per_unit, chosen.k_units
-        row_bytes = 2 * (p.head_dim_qk + p.head_dim_v) + 4 * int(kernel["accum_columns"])
-        fit = L2_BUDGET_BYTES // max(1, p.seqlen_q * row_bytes * heads)
-        together = min(units, max(fit, -(-2 * slots // tiles), 1))
-        turns = -(-units // together)
+        turns = -(-units // min(units, units_together(problem, kernel, slots, tiles, heads)))
         chosen = replace(chosen, k_tiles_per_phase=tiles, k_units_per_turn=-(-units // turns))
     return chosen
+
+
+def units_together(
+    problem: BackwardProblem, kernel: KernelSpec, slots: int, tiles: int, heads: int
+) -> int:
+    """Units whose key tiles take turns when causal, the longest first: as many as fill the GPU
+    twice, or as L2 holds.
+    """
+    p = problem.forward
+    row_bytes = 2 * (p.head_dim_qk + p.head_dim_v) + 4 * int(kernel["accum_columns"])
+    fit = L2_BUDGET_BYTES // max(1, p.seqlen_q * row_bytes * heads)
+    return max(fit, -(-2 * slots // tiles), 1)
 
 
 class BackwardPlan(StreamedBackwardPlan):
@@ -62,6 +70,7 @@ class BackwardPlan(StreamedBackwardPlan):
 
     specs_of = staticmethod(bwd_tiles.backward_specs)
     schedule_of = staticmethod(schedule)
+    programmatic = True
 
     def _prepare(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
         super()._prepare(dout, q, k, v)
@@ -108,6 +117,8 @@ def refuses(problem: BackwardProblem) -> str | None:
     reason = bwd_tiles.refuses_head_dims(p.head_dim_qk, p.head_dim_v)
     if reason is not None:
         return reason
+    if p.softmax_scale == 0.0:
+        return "its masks are applied before the scale, which must not be 0"
     if problem.deterministic:
         return "its sums of dQ are not in a fixed order"
     return tensor_maps.refuses_backward_layout(problem)

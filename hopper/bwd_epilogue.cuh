@@ -1,31 +1,24 @@
 // dK and dV of 64 keys, from a warpgroup's registers to memory. Included by bwd.cu only.
 #pragma once
 #include "common/device/row_io.cuh"
+#include "common/ptx/griddepcontrol.cuh"
 #include "common/ptx/shuffle.cuh"
 #include "hopper/bwd_layout.cuh"
 
 // A quad of lanes holds four words each of a row, two columns a word: lane c has those at
 // 8 j + 2 c. Afterwards it has the four words of columns 8 c .. 8 c + 7.
 DEVICE void transpose_in_quad(u32 (&words)[4], i32 lane_idx) {
-  const i32 c = lane_idx % 4;
-  u32 mine[4];
 #pragma unroll
-  for (i32 distance = 0; distance < 4; ++distance) {
-    const i32 wanted_by_other = c ^ distance;  // its number in the quad
-    u32 word = words[0];
-#pragma unroll
-    for (i32 j = 1; j < 4; ++j) {
-      word = wanted_by_other == j ? words[j] : word;
-    }
-    const u32 got = distance == 0 ? word : shfl_xor_u32(word, distance);
+  for (i32 distance = 1; distance <= 2; distance *= 2) {
+    const bool upper = (lane_idx & distance) != 0;
 #pragma unroll
     for (i32 j = 0; j < 4; ++j) {
-      mine[j] = wanted_by_other == j ? got : mine[j];
+      if ((j & distance) == 0) {  // words j and j + distance trade places with the other lane's
+        const u32 got = shfl_xor_u32(upper ? words[j] : words[j + distance], distance);
+        words[j] = upper ? got : words[j];
+        words[j + distance] = upper ? words[j + distance] : got;
+      }
     }
-  }
-#pragma unroll
-  for (i32 j = 0; j < 4; ++j) {
-    words[j] = mine[j];
   }
 }
 
@@ -102,6 +95,7 @@ DEVICE void store_gradient(const f32 (&rD)[kParts][kRegs], const BwdParams& p, c
 // first_row: as above.
 DEVICE void store_dk(const DkSum& rDk, const BwdParams& p, const KeyTile& tile, i32 first_row,
                      i32 lane_idx) {
+  griddepcontrol_wait();  // nothing is written before the launch ahead has ended
   const i32 head = tile.get(KeyTile::kFirstHead) / p.qhead_per_khead;
   const GradientPlace to{p.dk, p.dk_batch_stride, p.dk_head_stride, p.dk_row_stride, p.dk_accum,
                          head, p.qhead_per_khead, p.dqk_scale};
@@ -109,6 +103,7 @@ DEVICE void store_dk(const DkSum& rDk, const BwdParams& p, const KeyTile& tile, 
 }
 DEVICE void store_dv(const DvSum& rDv, const BwdParams& p, const KeyTile& tile, i32 first_row,
                      i32 lane_idx) {
+  griddepcontrol_wait();  // nothing is written before the launch ahead has ended
   const i32 head = tile.get(KeyTile::kFirstHead) / p.qhead_per_vhead;
   const GradientPlace to{p.dv, p.dv_batch_stride, p.dv_head_stride, p.dv_row_stride, p.dv_accum,
                          head, p.qhead_per_vhead, p.dv_scale};

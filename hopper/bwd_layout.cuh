@@ -191,6 +191,12 @@ struct KeyTile {
   }
 };
 
+// To the next query tile in the order of walk().
+DEVICE void advance(const KeyTile& tile, i32& head, i32& m_block) {
+  m_block = m_block + 1 == tile.get(KeyTile::kEnd) ? tile.get(KeyTile::kBegin) : m_block + 1;
+  head += m_block == tile.get(KeyTile::kStart) ? 1 : 0;
+}
+
 // role.step(head, m_block) for all query tiles of all heads of the CTA, in order. Each role walks
 // so. CTAs begin at different query tiles and wrap around, so that they add to different parts of
 // dQ. One loop for all steps: sums that several loops share make ptxas spill.
@@ -200,7 +206,6 @@ DEVICE void walk(Role& role, const KeyTile& tile) {
 #pragma unroll 1
   for (i32 left = tile.num_steps(); left > 0; --left) {
     role.step(head, m_block);
-    m_block = m_block + 1 == tile.get(KeyTile::kEnd) ? tile.get(KeyTile::kBegin) : m_block + 1;
-    head += m_block == tile.get(KeyTile::kStart) ? 1 : 0;
+    advance(tile, head, m_block);
   }
 }

@@ -3,6 +3,7 @@
 #pragma once
 #include "common/device/row_io.cuh"
 #include "common/ptx/barrier.cuh"
+#include "common/ptx/griddepcontrol.cuh"
 #include "common/ptx/tma.cuh"
 #include "hopper/bwd_layout.cuh"
 
@@ -93,44 +94,57 @@ struct Parts {
   }
 };
 
-// One warp: lse of each Q tile and D of each dO tile, from memory to shared memory.
+// One warp: lse of each Q tile (kOfLse) or D of each dO tile, from memory to shared memory. Values
+// of the next step are on their way while this warp waits for the stage to be free: else their
+// latency would come on top.
+template <bool kOfLse>
 struct StatWriter {
+  using Ring = Select<kOfLse, QRing, DoRing>;
+  static constexpr bool kAux = kOfLse ? Cfg::kAuxLse : Cfg::kAuxD;
   static constexpr i32 kRows = kM / 32;  // of a lane
   const HopperBwdParams& p;
   const KeyTile& tile;
-  QRing q;
-  DoRing dos;
-  f32 lse_factor, lse_of_nothing;
-  i32 lane_idx;
+  Ring ring;
+  f32 next[kRows];
+  bool first;
 
   DEVICE StatWriter(const HopperBwdParams& p, const KeyTile& tile, u32 smem)
-      : p(p), tile(tile), q(smem), dos(smem), lane_idx(thread_idx() % 32) {
-    // S^T is multiplied by the scale after lse has been added.
-    lse_factor = -1.0f / p.softmax_scale_log2;
-    lse_of_nothing = p.softmax_scale_log2 > 0.0f ? -kFar : kFar;
+      : p(p), tile(tile), ring(smem), first(true) {
+    griddepcontrol_wait();  // bwd_preprocess.cu writes lse and D
   }
 
   DEVICE void step(i32 head, i32 m_block) {
-    const i32 batch_idx = tile.get(KeyTile::kBatchIdx);
-    const i64 row = batch_idx * p.stat_batch_stride + head * p.stat_head_stride +
-                    stat_row<Cfg>(tile.seq(), batch_idx) + m_block * kM;
-    f32 stats[kRows];  // asked for before the stage is free
-    load(stats, p.lse_log2 + row);
-    q.wait_empty();
+    if (first) {
+      load(head, m_block);
+      first = false;
+    }
+    f32 now[kRows];
 #pragma unroll
     for (i32 i = 0; i < kRows; ++i) {
-      const bool nothing = stats[i] == bits_as_f32(0x7f800000u);  // no key, or no row
-      const f32 value = nothing ? lse_of_nothing : stats[i] * lse_factor;
-      write<Cfg::kAuxLse>(lse_stage(q), i * 32 + lane_idx, Cfg::kAuxLse ? value : stats[i]);
+      now[i] = value(next[i]);
     }
-    publish(q);
-    load(stats, p.softmax_d + row);
-    dos.wait_empty();
+    advance(tile, head, m_block);
+    if (head < tile.get(KeyTile::kEndHead)) {
+      load(head, m_block);
+    }
+    ring.wait_empty();
+    const u32 stage =
+        ring.smem + (kOfLse ? Smem::kLse : Smem::kD) + ring.stage * (kOfLse ? kLseBytes : kDBytes);
 #pragma unroll
     for (i32 i = 0; i < kRows; ++i) {
-      write<Cfg::kAuxD>(d_stage(dos), i * 32 + lane_idx, Cfg::kAuxD ? -stats[i] : stats[i]);
+      const i32 query = i * 32 + lane_idx();
+      if constexpr (kAux) {  // the other half of the row has been zero since init_aux
+        st_shared_v4(Aux::unit_address(stage, query, 0), Parts(now[i]).words);
+      } else {
+        st_shared_f32(stage + stat_offset(query), now[i]);
+      }
     }
-    publish(dos);
+    fence_proxy_async_shared();
+    warp_sync();
+    if (lane_idx() == 0) {
+      mbarrier_arrive(ring.full());
+    }
+    ring.advance();
   }
 
   DEVICE void finish() {}
@@ -139,28 +153,28 @@ struct StatWriter {
   // Far enough for exp2 to give 0, near enough for Parts.
   static constexpr f32 kFar = Cfg::kBf16 ? 1e30f : 2e9f;
 
-  DEVICE void load(f32 (&stats)[kRows], const f32* rows) const {
+  DEVICE static i32 lane_idx() { return thread_idx() % 32; }
+  DEVICE void load(i32 head, i32 m_block) {
+    const i32 batch_idx = tile.get(KeyTile::kBatchIdx);
+    const f32* rows = (kOfLse ? p.lse_log2 : p.softmax_d) + batch_idx * p.stat_batch_stride +
+                      head * p.stat_head_stride + stat_row<Cfg>(tile.seq(), batch_idx) +
+                      m_block * kM;
 #pragma unroll
     for (i32 i = 0; i < kRows; ++i) {
-      stats[i] = ld_global_f32(rows + i * 32 + lane_idx);
+      next[i] = ld_global_f32(rows + i * 32 + lane_idx());
     }
   }
-  template <bool kAux>
-  DEVICE static void write(u32 stage, i32 query, f32 value) {
-    if constexpr (kAux) {  // the other half of the row has been zero since init_aux
-      st_shared_v4(Aux::unit_address(stage, query, 0), Parts(value).words);
+  // What is added to the products: minus lse, before the scale, or minus D.
+  DEVICE f32 value(f32 stat) const {
+    if constexpr (!kAux) {
+      return stat;
+    } else if constexpr (kOfLse) {
+      const bool nothing = stat == bits_as_f32(0x7f800000u);  // no key, or no row
+      const f32 far = p.softmax_scale_log2 > 0.0f ? -kFar : kFar;
+      return nothing ? far : stat / -p.softmax_scale_log2;
     } else {
-      st_shared_f32(stage + stat_offset(query), value);
+      return -stat;
     }
-  }
-  template <class Ring>
-  DEVICE void publish(Ring& ring) const {
-    fence_proxy_async_shared();
-    warp_sync();
-    if (lane_idx == 0) {
-      mbarrier_arrive(ring.full());
-    }
-    ring.advance();
   }
 };
 

@@ -91,11 +91,35 @@ struct ScoreTile {
                             u32 lse) const {
     if constexpr (Cfg::kCausal || Cfg::kLocal || Cfg::kChunk) {
       if (tile.masked(m_block)) {
-        finish<true>(rS, rP, rX, head, m_block, lse);
-        return;
+        if constexpr (Cfg::kSoftcap) {  // which makes any score finite
+          finish<true>(rS, rP, rX, head, m_block, lse);
+          return;
+        }
+        hide(rS, m_block);
       }
     }
     finish<false>(rS, rP, rX, head, m_block, lse);
+  }
+
+  // Scores that a mask hides become what the scale turns into minus infinity. Apart from the rest,
+  // which needs no second version then: with two, steps without a mask were 13 % slower.
+  DEVICE void hide(f32 (&rS)[kRegsS], i32 m_block) const {
+    const SeqlenInfo seq = tile.seq();
+    const i32 first_row = tile.get(KeyTile::kFirstKey) + row + lane_idx / 4;
+    const i32 query = m_block * kM + 2 * (lane_idx % 4);
+    const f32 hidden = bits_as_f32(p.softmax_scale_log2 > 0.0f ? 0xff800000u : 0x7f800000u);
+#pragma unroll
+    for (i32 r = 0; r < 2; ++r) {
+      const QueryRange range = key_queries<Cfg>(p, seq, first_row + 8 * r);
+      const i32 begin = range.begin - query, end = range.end - query;
+#pragma unroll
+      for (i32 i = 2 * r; i < kRegsS; i += 4) {
+#pragma unroll
+        for (i32 j = i; j < i + 2; ++j) {
+          rS[j] = col_of(j) >= begin && col_of(j) < end ? rS[j] : hidden;
+        }
+      }
+    }
   }
 
   template <bool kMasked>

@@ -27,7 +27,7 @@ PRODUCER_REGISTERS = 24
 OTHER_REGISTERS = 40  # of a dQ warp, beside its part of dQ
 # ptxas refuses wider products in 512 threads: C7602, "insufficient registers (128)".
 MAX_GRADIENT_N = 192
-BARRIER_BYTES = 256
+BARRIER_BYTES = 384  # barriers and the work of a CTA
 # softmax_lse / softmax_scale goes through the tensor cores in 16-bit parts, which reach to 2^31 in
 # fp16 (StatWriter in bwd_producer.cuh): beyond these scales it is read as floats.
 AUX_SCALES = (1e-4, 1e4)
@@ -45,6 +45,7 @@ class BackwardTile:
     stages_ds: int = 2  # dS tiles between their warpgroups and dQ's
     add_stages: int = 0  # dQ goes to memory by bulk additions of so many stages; 0: from registers
     dq_columns: int = 64  # of dQ computed at a time
+    dq_buffers: int = 1  # 2: a part is added while the next one's product is on its way
     gradient_n: int = MAX_GRADIENT_N  # most columns of dK or dV in one product
     cluster_size: int = 1  # 2: CTAs with neighbouring key tiles share dQ
     aux: bool = True  # lse and D go through the tensor cores, where they can
@@ -81,7 +82,8 @@ class BackwardTile:
 
     def registers(self, problem: Problem) -> tuple[int, int, int]:
         """Of a thread with scores (or S^T, P^T and dV), with dP^T, dS^T and dK, and with dQ."""
-        dq = max(72, _round_up(self.dq_part(problem) // 2 + OTHER_REGISTERS, 8))
+        sums = self.dq_buffers * self.dq_part(problem) // 2
+        dq = max(72, _round_up(sums + OTHER_REGISTERS, 8))
         rest = 4 * LAUNCH_REGISTERS - PRODUCER_REGISTERS - dq
         if not self.split_roles:
             return rest // 16 * 8, rest // 16 * 8, dq
@@ -118,20 +120,33 @@ def _candidates(problem: Problem) -> Iterator[BackwardTile]:
 
     dK and dV of a CTA stay in registers: that bounds block_n. Up to 256 columns of both, a
     warpgroup can have all of 64 keys. Softcap and dropout need a second copy of P^T, so they split
-    roles sooner.
+    roles sooner. Beyond that dQ's additions are the limit, 64 keys at a time: pairs of CTAs add half
+    as often, and a part of dQ is added beside the next one's product. Measured on an H200:
+    docs/performance/.
     """
     qk, v = (_round_up(d, 16) for d in _dims(problem))
     plain = problem.softcap == 0.0 and not problem.dropout
     if plain and qk + v <= 128:
-        yield BackwardTile(128, 128, add_stages=2)
+        yield BackwardTile(128, 128, stages_q=3, stages_ds=1)
     if plain and qk + v <= 256:
-        yield BackwardTile(64, 128)
+        # Bulk additions are faster where they are short.
+        joint = BackwardTile(64, 128, add_stages=2 if qk <= 64 else 0)
+        if not problem.causal and problem.seqlen_q >= 2048:
+            yield replace(joint, stages_ds=3)
+        yield joint
     if max(qk, v) <= 64:
         yield BackwardTile(64, 128, split_roles=True)
     split = BackwardTile(64, 64, split_roles=True)
+    if plain and qk <= 96:
+        yield replace(split, add_stages=2, dq_columns=96, stages_ds=2 if problem.causal else 3)
+    pair = replace(split, cluster_size=2, dq_buffers=2 if qk % 64 == 0 else 1)
+    if plain and qk > 96 and not (problem.causal and min(qk, v) > 192):
+        yield replace(pair, stages_ds=2 if qk > v else 1)
+        yield replace(pair, stages_ds=1)
+        yield replace(pair, stages_q=1, stages_do=1, stages_ds=1)
+    one = replace(split, dq_buffers=pair.dq_buffers if plain else 1)
     for q, do, ds in ((2, 2, 2), (2, 1, 2), (1, 1, 2), (1, 1, 1)):
-        for adds in (2, 1, 0):
-            yield replace(split, stages_q=q, stages_do=do, stages_ds=ds, add_stages=adds)
+        yield replace(one, stages_q=q, stages_do=do, stages_ds=ds)
 
 
 def backward_tile(problem: Problem, arch: str) -> BackwardTile:
@@ -159,6 +174,10 @@ def refuses_tile(tile: BackwardTile, problem: Problem, arch: str) -> str | None:
         return f"add_stages={tile.add_stages}: 0 to 4"
     if tile.dq_columns < _round_up(problem.head_dim_qk, 16) and tile.dq_columns % CHUNK_COLUMNS:
         return f"dq_columns={tile.dq_columns} cuts a chunk of {CHUNK_COLUMNS} columns"
+    if tile.dq_buffers not in (1, 2):
+        return f"dq_buffers={tile.dq_buffers}: 1 or 2"
+    if tile.dq_buffers == 2 and _round_up(problem.head_dim_qk, 16) % tile.dq_part(problem):
+        return "dq_buffers=2 needs equal parts of dQ"
     if not 64 <= tile.gradient_n <= MAX_GRADIENT_N or tile.gradient_n % CHUNK_COLUMNS:
         return f"gradient_n={tile.gradient_n} is not a multiple of 64 up to {MAX_GRADIENT_N}"
     smem, available = tile.smem_bytes(problem), arch_table.limits(arch).max_smem_per_cta
@@ -189,7 +208,9 @@ def backward_specs(
     forward = problem.forward
     tile = tile or tuned_tile(forward, arch, gpu) or backward_tile(forward, arch)
     accum_columns, v_columns = (_round_up(d, 16) for d in _dims(forward))
-    preprocess, *others = streaming_specs(problem, arch, accum_columns, v_columns)
+    preprocess, *others = streaming_specs(
+        problem, arch, accum_columns, v_columns, programmatic=True
+    )
     return preprocess, _main_spec(problem, arch, tile, accum_columns, v_columns), *others
 
 
@@ -220,6 +241,7 @@ def _main_spec(
         wgmma_scores_n=tile.block_m,
         wgmma_dk_n=gradient_n(p.head_dim_qk, tile.gradient_n),
         wgmma_dv_n=gradient_n(p.head_dim_v, tile.gradient_n),
+        dq_buffers=tile.dq_buffers,
         wgmma_dq_n=dq_part,
         wgmma_dq_last_n=accum_columns % dq_part or dq_part,
         num_threads=THREADS,

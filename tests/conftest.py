@@ -8,18 +8,22 @@ pytest --seed N          the random inputs of an earlier run; every failure prin
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import inputs
 import pytest
 import torch
 from ranks import Ranks
+
+if TYPE_CHECKING:  # markers and options need no package
+    from flash_attn_interface._common.problem import Target
 
 # setuptools, which torch's inductor imports, insists on replacing distutils and fails where a test
 # has got hold of it first; so it comes first.
@@ -80,6 +84,8 @@ def _no_hopper() -> str | None:
         return reason
     if torch.cuda.get_device_capability() != (9, 0):
         return "not a compute capability 9.0 device"
+    if os.environ.get("FLASH_ATTN_INTERFACE_TEST_ARCH"):
+        return "FLASH_ATTN_INTERFACE_TEST_ARCH makes it an older device"
     try:
         import flash_attn_3  # noqa: F401
     except ImportError as error:
@@ -108,6 +114,15 @@ class Runner:
     name: str
     device: torch.device
     arch: str = "sm_80"  # what `sim` simulates
+
+    def target(self, tree: str = "flash2") -> Target:
+        """What this tree's kernels are compiled for here."""
+        from flash_attn_interface import selection
+        from flash_attn_interface._common.problem import Target
+
+        if self.name == "sim":
+            return Target(self.arch, 0, simulated=True)
+        return selection.target_for(tree, selection.device_of(torch.empty(0, device=self.device)))
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Calls a public function with kernels on this machine and NaN in all fresh memory."""

@@ -75,6 +75,7 @@ CASES = {
     "packed-whole-documents": Case(lengths=(7, 6, 8, 7, 7, 6, 8, 7), min_tokens=256),
     "packed-one-token": Case(lengths=(1,)),
     "packed-empty-documents": Case(lengths=(0, 0, 9, 0)),
+    "packed-no-token": Case(lengths=(0, 0)),
     "packed-window": Case(lengths=LONG_TAILED, window=(4, 0), **GQA),
     "packed-window-both": Case(lengths=LONG_TAILED, window=(6, 2), causal=False, sinks=True),
     "packed-window-contiguous": Case(lengths=LONG_TAILED, window=(9, 0), scheme="contiguous"),
@@ -254,3 +255,33 @@ def check_positions(group: dist.ProcessGroup, case: Case) -> None:
     assert torch.equal(layout.positions(), layout.shard(everywhere))
     assert torch.equal(layout.indices(), layout.shard(torch.arange(case.total)))
     assert layout.tokens == len(layout.positions()) and layout.total == case.total
+
+
+def compare_rounded_in_two_parts(
+    group: dist.ProcessGroup, case: Case, seed: int, device: str
+) -> None:
+    before, ring.SPLIT_FROM = ring.SPLIT_FROM, 1
+    try:
+        compare_rounded(group, case, seed, device)
+    finally:
+        ring.SPLIT_FROM = before
+
+
+def repeat_bits(group: dist.ProcessGroup, case: Case, seed: int, times: int) -> None:
+    """Calls on another stream, each followed by one of another layout; all results are kept and
+    compared at the end."""
+    device = torch.device("cuda", dist.get_rank(group))
+    x = draw(case, seed, device, torch.bfloat16)
+    layout = case.layout(group)
+    other = Case(777, method="ring")
+    other_x, other_layout = draw(other, seed, device, torch.bfloat16), other.layout(group)
+    torch.cuda.synchronize()
+    found = []
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(times):
+            found.append(divided(case, x, layout))
+            divided(other, other_x, other_layout)
+    torch.cuda.synchronize()
+    for again in found[1:]:
+        for name, value in again.items():
+            assert torch.equal(value, found[0][name]), f"{name} differs between calls"

@@ -35,17 +35,27 @@ def raised(function: Any) -> str:
     return ""
 
 
-def tensors(layout: Layout, heads: tuple[int, int, int] = (4, 2, 2)) -> list[Tensor]:
+def tensors(
+    layout: Layout, heads: tuple[int, int, int] = (4, 2, 2), **options: Any
+) -> list[Tensor]:
     rows = (1, layout.tokens) if layout.dense else (layout.tokens,)
-    return [torch.randn(*rows, h, 8) for h in heads]
+    return [torch.randn(*rows, h, 8, **options) for h in heads]
 
 
-def disagree(group: dist.ProcessGroup, odd: int, name: str, value: Any) -> tuple[str, str]:
+def disagree_on_gpus(group: dist.ProcessGroup, odd: int, name: str, value: Any) -> tuple[str, str]:
+    device = torch.device("cuda", dist.get_rank(group))
+    return disagree(group, odd, name, value, dtype=torch.bfloat16, device=device)
+
+
+def disagree(
+    group: dist.ProcessGroup, odd: int, name: str, value: Any, **of_tensors: Any
+) -> tuple[str, str]:
     """Rank `odd` passes another value; (what is raised, and then by a call that is right)."""
     options = {name: value} if dist.get_rank(group) == odd else {}
     layout = Layout(group, seqlen=24)
-    q, k, v = tensors(layout)
-    attention(q, k, v, layout, causal=True)  # agreed on earlier
+    q, k, v = tensors(layout, **of_tensors)
+    if q.device.type == "cpu":  # compared in every call, on a GPU when they are first used
+        attention(q, k, v, layout, causal=True)
     error = raised(lambda: attention(q, k, v, layout, **{"causal": True, **options}))
     return error, raised(lambda: attention(q, k, v, layout, causal=True))
 
@@ -146,9 +156,8 @@ def methods_chosen(group: dist.ProcessGroup, calls: list[tuple[int, tuple[int, .
         layout = Layout(group, seqlen=seqlen)
         rows = (1, layout.tokens)
         q, k, v = (torch.empty(*rows, h, 128, dtype=torch.bfloat16) for h in heads)
-        call = function._checked(
-            q, k, v, layout, True, window, None, 0.0, None, False, "auto", False
-        )
+        asked = function._Arguments(True, window, None, 0.0, False, "auto", False)
+        call = function._checked(q, k, v, layout, None, asked)
         chosen.append(call.method)
     return chosen
 
@@ -247,3 +256,24 @@ def checkpointing(group: dist.ProcessGroup, reentrant: bool) -> None:
     Twice(layout, reentrant)(*again).sum().backward()
     for a, b in zip(plain, again, strict=True):
         assert torch.equal(a.grad, b.grad)
+
+
+def compiled(group: dist.ProcessGroup) -> str:
+    """The same under torch.compile, forward and backward; what fullgraph=True raises."""
+    layout = Layout(group, seqlen=22)
+    x = [torch.randn(1, layout.tokens, h, 8, dtype=torch.float64) for h in (4, 2, 2)]
+
+    def twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = attention(q * 2, k, v, layout, causal=True, method="ring")
+        assert isinstance(out, Tensor)
+        return out * 3
+
+    results = []
+    for call in (twice, torch.compile(twice, backend="eager")):
+        inputs = [t.clone().requires_grad_() for t in x]
+        out = call(*inputs)
+        out.sum().backward()
+        results.append([out, *(t.grad for t in inputs)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    return raised(lambda: torch.compile(twice, backend="eager", fullgraph=True)(*x))

@@ -32,7 +32,9 @@ from pathlib import Path
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 # By processes that share a group's calls under a tool.
-GROUPS = {"forward": 2, "backward": 4, "decode": 2, "append": 1, "combine": 1, "hopper": 2}
+GROUPS = {
+    "forward": 2, "backward": 4, "decode": 2, "append": 1, "combine": 1, "merge": 1, "hopper": 2,
+}  # fmt: skip
 PLANTED = "mistakes"  # the group of mistakes that a tool must find
 ROOT = Path(__file__).resolve().parent.parent
 FORCE_BACKEND = "FLASH_ATTN_INTERFACE_FORCE_BACKEND"

@@ -23,6 +23,7 @@ from torch import Tensor
 import flash_attn
 import flash_attn_interface
 from flash_attn_interface._common.arch import arch_of
+from flash_attn_interface.context_parallel.kernels import merge as merge_results
 
 Run = Callable[[torch.device], None]
 Cases = Sequence[tuple[str, Run]]
@@ -111,6 +112,21 @@ def combine(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     partial_lse[0] = float("-inf")
     partial_out = torch.randn(shape, device=device)
     flash_attn_interface.flash_attn_combine(partial_out, partial_lse, out_dtype=dtype)
+
+
+def merge(
+    shape: tuple[int, ...], out_dtype: torch.dtype, indexed: bool, device: torch.device
+) -> None:
+    """shape: (seqlen, num_heads, head_dim_v) of the part; the result has two rows more."""
+    seqlen, heads, head_dim_v = shape
+    out = torch.randn(seqlen + 2, heads, head_dim_v, device=device).to(out_dtype)
+    part = torch.randn(shape, device=device).bfloat16()
+    lse, lse_part = (torch.randn(heads, rows, device=device) for rows in (seqlen + 2, seqlen))
+    lse_part[0] = float("-inf")
+    rows = torch.arange(1, seqlen + 1, device=device) if indexed else None
+    if rows is None:
+        out, lse = out[2:], lse[:, 2:]
+    assert merge_results(out, lse, part, lse_part, rows)
 
 
 def mistake(which: int, device: torch.device) -> None:
@@ -264,6 +280,13 @@ _COMBINES = {
     "odd": ((5, 3, 7, 1, 59), torch.float32),
 }
 
+_MERGES = {
+    "rows": ((37, 3, 128), torch.bfloat16, False),
+    "indexed": ((37, 3, 128), torch.float32, True),
+    "odd": ((5, 1, 59), torch.bfloat16, True),
+    "wide": ((130, 2, 512), torch.float32, False),
+}
+
 GROUPS: dict[str, Group] = {
     "forward": Group("flash2", _FLASH2, _attends(FORWARD, backward=False)),
     "backward": Group("flash2", _BACKWARD_ENTRIES, _attends(BACKWARD, backward=True)),
@@ -274,5 +297,6 @@ GROUPS: dict[str, Group] = {
         "flash2", ("flash2_append", "flash2_decode"), [(c.id, partial(decode, c)) for c in APPEND]
     ),
     "combine": Group("flash2", ("flash2_combine",), _named(combine, **_COMBINES)),
+    "merge": Group("flash2", ("flash2_merge",), _named(merge, **_MERGES)),
     "hopper": Group("hopper", ("hopper_fwd",), _attends(HOPPER, backward=False)),
 }

@@ -21,10 +21,9 @@ from inputs import Inputs, make_inputs
 from torch import Tensor
 
 from flash_attn_interface._common import checks
-from flash_attn_interface._common.arch import arch_of
 from flash_attn_interface._common.backward_problem import BackwardProblem
 from flash_attn_interface._common.checks import ForwardCall
-from flash_attn_interface._common.problem import Problem, Target
+from flash_attn_interface._common.problem import Problem
 from flash_attn_interface._flash2 import BACKEND, bwd_tiles
 from flash_attn_interface._flash2.bwd import BackwardPlan
 from flash_attn_interface._flash2.bwd_tiles import BackwardTile
@@ -34,12 +33,6 @@ NAN, INF = float("nan"), float("inf")
 RNG_STATE = (0x0123_4567_89AB_CDEF, 0x0FED_CBA9_8765_4321)
 
 Grads = tuple[Tensor, Tensor, Tensor]
-
-
-def target_of(runner: Runner) -> Target:
-    if runner.name == "sim":
-        return Target(runner.arch, 0, simulated=True)
-    return Target(arch_of(torch.cuda.get_device_capability()), torch.cuda.current_device())
 
 
 def problem_of(case: Case, inputs: Inputs) -> Problem:
@@ -119,9 +112,7 @@ class Call:
         problem = BackwardProblem.of(
             self.problem, self.dout, *self._qkv(), self.out, *grads, deterministic=deterministic
         )
-        target = target_of(runner)
-        if backend.name == "hopper":
-            target = replace(target, arch=runner.arch)
+        target = runner.target(backend.name)
         assert backend.refuses_backward(problem, target) is None
         plan = backend.plan_backward(problem, target)
         if tile is not None or heads_per_cta:

@@ -12,10 +12,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import cold_start
+import context_parallel_rows
 import features
 import harness
+import simulate_context_parallel
 from features import Inputs, Oracle, Problem
 from harness import Contestant, Timing
+from simulate_context_parallel import Machine
 
 SMALL = Problem(16, 24, (4, 2, 2), (50, 50))
 VARIANTS = {
@@ -110,3 +113,49 @@ def test_stages_of_a_cold_start_count_their_own_time(monkeypatch: pytest.MonkeyP
     fetch = stages.timed("fetch", lambda: takes(3.0, load))
     stages.timed("other", lambda: takes(10.0, fetch, load))()
     assert stages.seconds == {"load": 4.0, "fetch": 3.0, "other": 10.0}
+
+
+def test_the_simulation_recovers_what_was_measured() -> None:
+    machine = Machine(forward_flops=6e14, forward_half=300.0, link_bytes_per_second=2e11)
+    rates = [
+        {
+            "seqlen": float(n),
+            "forward_tflops": machine.forward_flops * n / 2 / (n / 2 + machine.forward_half) / 1e12,
+            "backward_tflops": machine.backward_flops / (1 + 2 * machine.backward_half / n) / 1e12,
+        }
+        for n in (2048, 8192, 32768)
+    ]
+    links = [{"bytes": float(n), "seconds": machine.transfer(n, False)} for n in (1 << 20, 1 << 26)]
+    found = Machine.measured({"one_gpu": rates, "link": links})
+    for name, value in vars(machine).items():
+        assert getattr(found, name) == pytest.approx(value, rel=1e-6), name
+
+
+@pytest.mark.parametrize("world", [2, 8])
+def test_the_simulation_predicts_every_row_of_the_benchmark(world: int) -> None:
+    """Efficiencies are below 1, longer sequences and zigzag are better; without costs it is 1."""
+    free = Machine(
+        forward_half=0.0, backward_half=0.0, launch_seconds=0.0, memory_bytes_per_second=1e30,
+        link_bytes_per_second=1e30, link_seconds=0.0,
+    )  # fmt: skip
+    efficiency = simulate_context_parallel.efficiency
+    for row in context_parallel_rows.rows_for(world):
+        zigzag = efficiency(Machine(), row, world, "zigzag")
+        contiguous = efficiency(Machine(), row, world, "contiguous")
+        assert zigzag is not None and contiguous is not None
+        assert 0.5 < zigzag <= 1.001 and contiguous <= zigzag + 1e-9, row.name
+        ideal = efficiency(free, row, world, "zigzag")
+        assert ideal == pytest.approx(1.0, abs=0.1 if row.packed else 1e-3), row.name
+    short, long = (
+        efficiency(
+            Machine(), context_parallel_rows.Row("", (n,), (16, 16), (128, 128)), 8, "zigzag"
+        )
+        for n in (1 << 16, 1 << 18)
+    )
+    assert short is not None and long is not None and short < long
+
+
+def test_documents_of_the_context_parallel_benchmark_are_long_tailed() -> None:
+    lengths = context_parallel_rows.long_tailed(1 << 18)
+    assert sum(lengths) == 1 << 18 and all(n % 128 == 0 for n in lengths)
+    assert min(lengths) < 512 and max(lengths) > 16384

@@ -23,6 +23,7 @@ from flash_attn.bert_padding import (
     index_first_axis_residual,
     index_put_first_axis,
     pad_input,
+    rearrange,
     unpad_input,
     unpad_input_for_concatenated_sequences,
 )
@@ -73,8 +74,8 @@ def test_signatures_are_upstreams(name: str):
 
 
 def test_module_re_exports_the_package():
-    assert set(flash_attn.bert_padding.__all__) == {*SIGNATURES, *CLASSES}
-    for name in flash_attn.bert_padding.__all__:
+    assert set(flash_attn.bert_padding.__all__) == {*SIGNATURES, *CLASSES, "rearrange"}
+    for name in (*SIGNATURES, *CLASSES):
         assert getattr(flash_attn.bert_padding, name) is getattr(padding, name)
 
 
@@ -307,7 +308,11 @@ X, I = torch.zeros(3, 4, 2), torch.tensor([1, 0])
         (lambda: unpad_input(X, MASK[:2]), ValueError, r"attention_mask has shape \(2, 4\)"),
         (lambda: unpad_input(X, MASK[:, :3]), ValueError, r"attention_mask has shape \(3, 3\)"),
         (lambda: unpad_input(X, MASK, MASK[:, :3]), ValueError, r"unused_mask has shape \(3, 3\)"),
-        (lambda: unpad_input(X, MASK.to("meta")), ValueError, "on meta, hidden_states on cpu"),
+        (
+            lambda: unpad_input(X, MASK.to("meta")),
+            ValueError,
+            "on meta but hidden_states is on cpu",
+        ),
         (
             lambda: unpad_input_for_concatenated_sequences(X, MASK.bool()),
             TypeError,
@@ -319,14 +324,66 @@ X, I = torch.zeros(3, 4, 2), torch.tensor([1, 0])
             "add up to 12, but hidden_states has 4",
         ),
         (lambda: index_first_axis(X, [0]), TypeError, "indices is list"),
-        (lambda: index_first_axis(X, I.bool()), TypeError, "indices is torch.bool"),
+        (lambda: index_first_axis(X, I.bool()), TypeError, "indices has dtype torch.bool"),
         (lambda: index_first_axis(X, I.view(1, 2)), ValueError, "expected one dim"),
         (lambda: index_first_axis(X, I.to("meta")), ValueError, "indices is on meta"),
         (lambda: index_first_axis(X.sum(), I), ValueError, "input is a scalar"),
         (lambda: index_put_first_axis(X, I, 9), ValueError, "3 rows, but indices has 2"),
-        (lambda: pad_input(None, I, 1, 2), TypeError, "values is NoneType"),
+        (lambda: pad_input(None, I, 1, 2), TypeError, "hidden_states is NoneType"),
     ],
 )
 def test_errors_name_the_argument(call: Callable[[], Any], error: type, message: str):
+    with pytest.raises(error, match=message):
+        call()
+
+
+# ---- rearrange, which clients import from here ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected", "lengths"),
+    [
+        ("b s ... -> (b s) ...", lambda x: x.flatten(0, 1), {}),
+        ("b s h d -> b h s d", lambda x: x.transpose(1, 2), {}),
+        ("b s h d -> b s (h d)", lambda x: x.flatten(2), {}),
+        ("b s (two h) d -> two b s h d", lambda x: torch.stack(x.chunk(2, 2)), {"two": 2}),
+        ("... d -> (...) d", lambda x: x.flatten(0, 2), {}),
+        ("b s h d -> (d h) () (b s)", lambda x: x.permute(3, 2, 0, 1).reshape(20, 1, 6), {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_rearrange(pattern: str, expected: Callable[[Tensor], Tensor], lengths: dict[str, int]):
+    x = torch.randn(2, 3, 4, 5)
+    assert torch.equal(rearrange(x, pattern, **lengths), expected(x))
+
+
+MATRIX = torch.zeros(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: rearrange([1], "a -> a"), TypeError, "tensor is list"),
+        (lambda: rearrange(MATRIX, 3), TypeError, "pattern is 3"),
+        (lambda: rearrange(MATRIX, "a b"), ValueError, "pattern is 'a b': expected left -> right"),
+        (lambda: rearrange(MATRIX, "a b -> a"), ValueError, "the same axes on both sides"),
+        (lambda: rearrange(MATRIX, "a b -> a b b"), ValueError, "the same axes on both sides"),
+        (
+            lambda: rearrange(MATRIX, "a -> a"),
+            ValueError,
+            "left side of pattern 'a -> a' has 1 axes",
+        ),
+        (lambda: rearrange(MATRIX, "a ((b)) -> a b"), ValueError, "parentheses that do not nest"),
+        (
+            lambda: rearrange(MATRIX, "(a c) b -> a c b", c=7),
+            ValueError,
+            r"an axis of 3 is not \(a c\)",
+        ),
+        (lambda: rearrange(MATRIX, "(a c) b -> a c b"), ValueError, r"an axis of 3 is not \(a c\)"),
+        (lambda: rearrange(MATRIX, "a b -> b a", z=1), ValueError, r"not all of \['z'\] are axes"),
+        (lambda: rearrange(MATRIX, "(a c) b -> a c b", c=1.5), TypeError, "c is 1.5"),
+    ],
+)
+def test_rearrange_names_what_is_wrong(call: Callable[[], Any], error: type, message: str):
     with pytest.raises(error, match=message):
         call()

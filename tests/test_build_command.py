@@ -1,4 +1,4 @@
-"""`python -m flash_attn_interface.build` and `... .cache`, on kernels that compile in no time."""
+"""`python -m flash_attn_interface build` and `... .cache`, on kernels that compile in no time."""
 
 from __future__ import annotations
 

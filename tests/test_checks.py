@@ -287,3 +287,34 @@ def test_normalised_windows_mean_the_same():
 
 def test_one_query_is_not_causal():
     assert not problem_of(**dense(q=tensor(2, 1, 4, 16), causal=True)).causal
+
+
+# ---- (batch, num_heads, seqlen, head_dim), as scaled_dot_product_attention takes it --------------
+
+
+@pytest.mark.parametrize("module", [flash_attn, flash_attn_interface], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("seqlens", [(5, 7), (1, 7), (3, 20)])
+@pytest.mark.parametrize("heads", [(8, 8, 8), (8, 2, 2), (8, 4, 2)])
+def test_heads_before_tokens_are_told_where_they_can_be(module, seqlens, heads):
+    """Where sizes fit in this order only. Else nobody can tell."""
+    q, k, v = (tensor(2, h, s, 16) for h, s in zip(heads, (*seqlens, seqlens[1]), strict=True))
+    with pytest.raises(
+        ValueError, match=r"num_heads, seqlen, head_dim\), as all three may be"
+    ) as e:
+        module.flash_attn_func(q, k, v)
+    assert "(batch, seqlen, num_heads, head_dim)" in str(e.value)
+    assert "transpose(1, 2)" in str(e.value)
+    module.flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)))
+
+
+def test_a_query_with_heads_before_tokens_is_told_beside_a_cache():
+    cache = tensor(2, 20, 2, 16)
+    with pytest.raises(ValueError, match=r"num_heads, seqlen, head_dim\), as q may be"):
+        flash_attn.flash_attn_with_kvcache(tensor(2, 8, 1, 16), cache, cache, cache_seqlens=4)
+
+
+def test_other_errors_of_shape_say_nothing_of_another_layout():
+    for k in (tensor(2, 7, 3, 16), tensor(2, 6, 2, 16), tensor(2, 0, 3, 16)):
+        with pytest.raises(ValueError) as caught:
+            flash_attn.flash_attn_func(tensor(2, 5, 4, 16), k, tensor(2, 7, 2, 16))
+        assert "transpose" not in str(caught.value)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from cases import on_both
 from conftest import Runner
-from test_decode import target_of
 
 from flash_attn_interface._common.problem import Target
 from flash_attn_interface._flash2.combine import CombinePlan, CombineProblem
@@ -56,7 +55,7 @@ def test_combine(runner: Runner, case: Merge):
     lse[:, 0, 0, 0] = -INF
     partial[lse == -INF] = NAN
     out = torch.full((b, s, h, d), NAN, dtype=case.dtype, device=runner.device)
-    plan = CombinePlan(CombineProblem.of(partial, lse, out), target_of(runner))
+    plan = CombinePlan(CombineProblem.of(partial, lse, out), runner.target())
     with runner.active():
         got_lse = plan.run(partial, lse, out)
 
@@ -82,7 +81,7 @@ def test_combine_strided_views(runner: Runner):
     assert not problem.wide_loads
     assert not problem.wide_stores
     with runner.active():
-        CombinePlan(problem, target_of(runner)).run(partial, lse, out)
+        CombinePlan(problem, runner.target()).run(partial, lse, out)
     weights = torch.softmax(lse.double(), 0).unsqueeze(-1)
     want = (weights * partial.double()).sum(0)
     torch.testing.assert_close(out.double(), want, rtol=2e-6, atol=2e-6)

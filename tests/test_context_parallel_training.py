@@ -112,16 +112,17 @@ def test_second_derivatives_are_refused(ranks: Ranks) -> None:
         assert error.startswith("RuntimeError"), error
 
 
-def test_auto_takes_all_to_all_where_the_ring_cannot_hide_its_transfers(ranks: Ranks) -> None:
+def test_auto_takes_the_cheaper_method(ranks: Ranks) -> None:
     calls = [
-        (1 << 17, (16, 16, 16), (-1, -1)),  # much to compute
-        (1 << 12, (16, 16, 16), (-1, -1)),  # little
-        (1 << 12, (32, 4, 4), (-1, -1)),  # little, of which little has to travel
-        (1 << 12, (15, 15, 15), (-1, -1)),  # little, but heads cannot be dealt out
-        (1 << 12, (16, 16, 16), (128, 0)),  # a window: few keys travel
+        (1 << 16, (16, 16, 16), (-1, -1)),  # few ranks, much to compute
+        (1 << 10, (16, 16, 16), (-1, -1)),  # too little to hide transfers
+        (1 << 10, (32, 4, 4), (-1, -1)),  # of which little has to travel
+        (1 << 10, (15, 15, 15), (-1, -1)),  # heads cannot be dealt out
+        (1 << 10, (16, 16, 16), (128, 0)),  # a window: few keys travel
     ]
     for chosen in ranks.run(2, jobs.methods_chosen, calls):
         assert chosen == ["ring", "all_to_all", "ring", "ring", "ring"]
+    assert ranks.run(4, jobs.methods_chosen, [(1 << 14, (16, 1, 1), (-1, -1))])[0] == ["all_to_all"]
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2", "fsdp2-checkpoint"])
@@ -137,3 +138,8 @@ def test_heads_divided_along_another_dimension_of_the_mesh(ranks: Ranks) -> None
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing_gives_the_same_bits(ranks: Ranks, reentrant: bool) -> None:
     ranks.run(3, jobs.checkpointing, reentrant)
+
+
+def test_torch_compile_breaks_the_graph(ranks: Ranks) -> None:
+    for error in ranks.run(2, jobs.compiled):
+        assert error.startswith("Unsupported"), error

@@ -16,7 +16,6 @@ from cases import on_both
 from conftest import Runner
 from torch import Tensor
 
-from flash_attn_interface._common.arch import arch_of
 from flash_attn_interface._common.cache_problem import CacheProblem
 from flash_attn_interface._common.check_cache import CacheCall, check_cache
 from flash_attn_interface._common.problem import Target
@@ -27,12 +26,6 @@ from flash_attn_interface._flash2.decode import DecodePlan
 from flash_attn_interface._flash2.decode_tiles import DecodeTile
 
 NAN = float("nan")
-
-
-def target_of(runner: Runner) -> Target:
-    if runner.name == "sim":
-        return Target(runner.arch, 0, simulated=True)
-    return Target(arch_of(torch.cuda.get_device_capability()), torch.cuda.current_device())
 
 
 def problem_of(case: CacheCase, tensors: CacheTensors) -> CacheProblem:
@@ -57,7 +50,7 @@ def run(
     tensors: CacheTensors,
     tile: DecodeTile | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    return run_plan(runner, DecodePlan(problem, target_of(runner), tile), tensors)
+    return run_plan(runner, DecodePlan(problem, runner.target(), tile), tensors)
 
 
 def run_plan(
@@ -250,7 +243,7 @@ def test_refilling_first_changes_no_bit(
     results = []
     for num_sms, refills_first in ((1, 0), (10_000, 1)):
         monkeypatch.setattr(decode, "num_sms", lambda _target, num_sms=num_sms: num_sms)
-        plan = DecodePlan(problem, target_of(runner))
+        plan = DecodePlan(problem, runner.target())
         assert plan._values()["refill_first"] == refills_first
         results.append(run_plan(runner, plan, tensors))
         oracle.check(expected, *results[-1])
@@ -281,7 +274,7 @@ def test_last_cta_and_combine_agree(
     plans = []
     for limit in (decode_merge.MAX_BYTES_TO_MERGE, 0):
         monkeypatch.setattr(decode_merge, "MAX_BYTES_TO_MERGE", limit)
-        plans.append(DecodePlan(problem, target_of(runner)))
+        plans.append(DecodePlan(problem, runner.target()))
     assert [plan.merges_in_place for plan in plans] == [True, False]
     assert ["flash2_combine" in plan.describe() for plan in plans] == [False, True]
     for plan in plans:
@@ -308,7 +301,7 @@ def test_any_number_of_ctas_may_merge(
         monkeypatch.setattr(
             decode_merge, "num_mergers", lambda _p, _t, splits, _s, most=most: min(most, splits)
         )
-        plan = DecodePlan(problem, target_of(runner))
+        plan = DecodePlan(problem, runner.target())
         assert plan.merges_in_place
         results += [run_plan(runner, plan, tensors) for _ in range(3)]
     oracle.check(expected, *results[0])
@@ -341,7 +334,7 @@ def test_merges_on_several_streams_and_in_graphs():
     calls = []
     for _ in range(4):
         tensors = make_cache(case, runner.device)
-        plan = DecodePlan(problem_of(case, tensors), target_of(runner))
+        plan = DecodePlan(problem_of(case, tensors), runner.target())
         calls.append((plan, tensors, run_plan(runner, plan, tensors)[0].clone()))
     streams = [torch.cuda.Stream() for _ in calls]
 

@@ -114,7 +114,10 @@ def test_a_forced_backend_serves_or_the_call_fails(problem):
     assert decide(problem, Device((7, 5)), [], "reference").backend is backends.REFERENCE
     with pytest.raises(NotImplementedError, match="hopper: it serves sm_90a"):
         decide(problem, Device((8, 0)), installed, forced="hopper")
-    with pytest.raises(NotImplementedError, match="hopper: it is not installed"):
+    with pytest.raises(
+        NotImplementedError,
+        match=r"hopper: the Hopper tree is not installed: cd hopper && pip install \. Way out",
+    ):
         decide(problem, Device((9, 0)), installed[1:], forced="hopper")
     with pytest.raises(NotImplementedError, match="flash2: too long"):
         decide(problem, GPU, [FakeBackend(refusal="too long")], forced="flash2")

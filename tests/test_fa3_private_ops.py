@@ -397,3 +397,42 @@ def test_qv_has_no_gradient_and_says_so(machine):
         with pytest.raises(NotImplementedError, match="no gradient with qv.*concatenate"):
             out.sum().backward()
         leaf.requires_grad_(False)
+def test_a_packed_lse_may_have_a_batch_of_one(machine, library):
+    """xformers passes (1, num_heads_q, total_q) to bwd."""
+    q, k, v, cu_q, cu_k, *longest = ragged(machine).values()
+    out, lse, *_ = call(
+        machine, library.fwd, q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k,
+        max_seqlen_q=longest[0], max_seqlen_k=longest[1],
+    )  # fmt: skip
+    dout = draw(machine, *out.shape)
+    results = [
+        call(
+            machine,
+            library.bwd,
+            dout,
+            q,
+            k,
+            v,
+            out,
+            given,
+            cu_seqlens_q=cu_q,
+            cu_seqlens_k=cu_k,
+            max_seqlen_q=longest[0],
+            max_seqlen_k=longest[1],
+            deterministic=True,
+        )  # fmt: skip
+        for given in (lse, lse[None])
+    ]
+    for one, other in zip(*(each[:3] for each in results), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(ValueError, match="softmax_lse has shape"):
+        call(
+            machine, library.bwd, dout, q, k, v, out, torch.stack((lse, lse)), cu_seqlens_q=cu_q,
+            cu_seqlens_k=cu_k, max_seqlen_q=longest[0], max_seqlen_k=longest[1],
+        )  # fmt: skip
+
+
+def test_the_library_refuses_a_meta_tensor_among_others(library):
+    q = draw(None, 1, 5, 2, 16)
+    with pytest.raises(ValueError, match="v is on meta but q is on cpu"):
+        library.fwd(q, q, q.to("meta"))

@@ -99,6 +99,8 @@ TILES = {
     "split-128": BackwardTile(64, 128, split_roles=True, add_stages=1),
     "split-one-stage": BackwardTile(64, 64, True, 1, 1, 1),
     "split-floats": BackwardTile(64, 64, True, aux=False),
+    "split-overlapped": BackwardTile(64, 64, True, dq_buffers=2, dq_columns=128),
+    "joint-overlapped": BackwardTile(128, 128, False, 1, 1, add_stages=1, dq_buffers=2, dq_columns=128),
     "pair": BackwardTile(64, 64, True, stages_ds=1, cluster_size=2),
     "pair-two-stages": BackwardTile(64, 64, True, add_stages=2, cluster_size=2),
     "pair-128": BackwardTile(64, 128, True, stages_ds=1, cluster_size=2),

@@ -99,7 +99,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"k": None}, ValueError, "v is given without k"),
     ({"cache_seqlens": None}, ValueError, "k and v are given without cache_seqlens"),
     ({"k": torch.randn(2, 1, 1, 32).to(BF16)}, ValueError, "k has shape (2, 1, 1, 32)"),
-    ({"v": torch.randn(2, 2, 1, 48).to(BF16)}, ValueError, "v has shape (2, 2, 1, 48)"),
+    ({"v": torch.randn(2, 2, 1, 48).to(BF16)}, ValueError, "v (2, 2, 1, 48)"),
     (
         {"k": torch.randn(2, 13, 2, 32).to(BF16), "v": torch.randn(2, 13, 1, 48).to(BF16)},
         ValueError,
@@ -153,20 +153,19 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"rotary_cos": torch.rand(12, 16).to(BF16)}, ValueError, "rotary_cos is given alone"),
     ({**rotary(), "k": None, "v": None}, ValueError, "are given without k and v"),
     (rotary(dtype=torch.float16), TypeError, "rotary_cos has dtype torch.float16"),
-    (rotary(rows=11), ValueError, "rotary_cos has 11 positions"),
+    (rotary(rows=11), ValueError, "rotary_cos and rotary_sin have 11 positions"),
     (rotary(columns=24), ValueError, "so rotary_dim is 48"),
     (rotary(columns=12), ValueError, "so rotary_dim is 24: expected a multiple of 16"),
     (
         {"rotary_cos": torch.rand(12, 16).to(BF16), "rotary_sin": torch.rand(13, 16).to(BF16)},
         ValueError,
-        "rotary_sin has shape (13, 16)",
+        "rotary_sin (13, 16)",
     ),
     (
         {name: table.t() for name, table in rotary(16, 16).items()},
         ValueError,
         "rotary_cos has stride (1, 16): must be contiguous",
     ),
-    ({"rotary_seqlens": ints(0, 1)}, ValueError, "rotary_seqlens is given without rotary_cos"),
     ({**rotary(), "rotary_seqlens": ints(-1, 0)}, ValueError, "rotary_seqlens is [-1, 0]"),
     # numbers
     ({"num_splits": 257}, ValueError, "num_splits is 257: at most 256"),
@@ -277,6 +276,37 @@ def test_alignment_counts_new_rows_apart():
     assert (p.new_vector_bytes, p.forward.vector_bytes) == (2, 16)
 
 
+# ---- capacity -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pages", [False, True], ids=["contiguous", "paged"])
+@pytest.mark.parametrize("kind", ["int", "tensor", "compiled"])
+def test_lengths_on_the_host_beyond_the_capacity_are_refused(kind: str, pages: bool):
+    """Also those of a page table, 12 rows here; nothing is clamped that can be read."""
+    arguments = good() | (paged() if pages else {})
+    before = arguments["k_cache"].clone()
+    lengths: Any = ints(3, 12) if kind == "tensor" else 12
+    call: Any = flash_attn_with_kvcache
+    if kind == "compiled":
+        call = torch.compile(call, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="cache_seqlens is .*12") as caught:
+        call(**arguments | {"cache_seqlens": lengths})
+    assert kind == "compiled" or type(caught.value) is ValueError
+    assert torch.equal(arguments["k_cache"], before)
+    call(**arguments | {"cache_seqlens": ints(3, 11) if kind == "tensor" else 11})
+
+
+def test_rotary_seqlens_without_tables_are_ignored():
+    """As in FlashAttention-3, whatever they are."""
+    want_arguments, arguments = good(), good()
+    for name in ("q", "k_cache", "v_cache", "k", "v"):
+        arguments[name] = want_arguments[name].clone()
+    want = flash_attn_with_kvcache(**want_arguments)
+    for ignored in (ints(-1, 5), ints(1), torch.ones(3), "text"):
+        got = flash_attn_with_kvcache(**arguments, rotary_seqlens=ignored)  # type: ignore[arg-type]
+        assert torch.equal(got, want)
+
+
 # ---- choice and memory of plans ------------------------------------------------------------------
 
 
@@ -324,6 +354,22 @@ def test_warm_calls_are_still_checked(cuda: FakeBackend):
         flash_attn_with_kvcache(**pretended(cache_seqlens=torch.tensor([3, 7])))
     with pytest.raises(TypeError, match="softmax_scale"):
         flash_attn_with_kvcache(**pretended(softmax_scale=[1]))
+
+
+def test_a_warm_call_with_overlapping_caches_is_refused(cuda: FakeBackend):
+    """The plan is known by then, and with it the layouts; addresses are looked at every time."""
+    arguments = pretended() | {"v_cache": pretend_cuda(torch.zeros(2, 12, 2, 32, dtype=BF16))[0]}
+    arguments |= {"v": arguments["k"].clone()}
+    for _ in range(3):
+        flash_attn_with_kvcache(**arguments)
+    with pytest.raises(ValueError, match="v_cache overlaps k_cache"):
+        flash_attn_with_kvcache(**arguments | {"v_cache": arguments["k_cache"]})
+    with pytest.raises(ValueError, match="k_cache overlaps k in memory"):
+        flash_attn_with_kvcache(**arguments | {"k": arguments["k_cache"][:, 4:5].view(2, 1, 2, 32)})
+    with pytest.raises(TypeError, match="causal is 0.0"):
+        flash_attn_with_kvcache(**arguments, causal=0.0)  # type: ignore[arg-type]
+    flash_attn_with_kvcache(**arguments)
+    assert len(cuda.cache_plans) <= 2
 
 
 def test_values_on_a_gpu_are_read_only_when_asked_to(

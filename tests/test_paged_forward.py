@@ -110,7 +110,7 @@ def test_the_private_operation_takes_tables_padding_and_lengths(
     for k, v, table in ((x.k_pages, x.v_pages, x.table), (x.k, x.v, None)):
         got = runner.call(
             operation, x.q, k, v, x.cu_seqlens_q, x.cu_seqlens_k, *lengths, block_table=table,
-            num_splits=3, **integers,
+            num_splits=1, **integers,
         )  # fmt: skip
         assert torch.equal(got[0], want[0])
         assert torch.equal(got[1], want[1])
@@ -315,21 +315,42 @@ def test_bad_pages_are_named():
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
-def test_gradients_are_refused_with_a_way_out(name: str):
+def test_only_a_backward_through_pages_or_padding_is_refused(name: str):
+    """A model runs with gradients on, as upstream's; what it cannot do is learn through this."""
     x = make_paged(PagedCase(), "cpu")
     given = {"q": x.q, "k": x.k_pages, "v": x.v_pages}[name].clone().requires_grad_()
+    out = paged_call(x, **{name: given})
+    assert torch.equal(out, paged_call(x)) and out.requires_grad
     with pytest.raises(NotImplementedError, match=r"block_table.*index_select"):
-        paged_call(x, **{name: given})
+        out.sum().backward()
     with torch.no_grad():
-        assert not paged_call(x, **{name: given}).isnan().any()
+        assert not paged_call(x, **{name: given}).requires_grad
+    out, lse, s_dmask = paged_call(x, **{name: given}, return_attn_probs=True)
+    assert lse.requires_grad and s_dmask.shape == (0,)
+
     operation = flash_attn.flash_attn_interface._flash_attn_varlen_forward
     tensors = {"q": x.q, "k": x.k, "v": x.v} | ({name: given} if name == "q" else {})
     tensors = {n: t.detach().requires_grad_() for n, t in tensors.items()}
+    out, *_ = operation(
+        *tensors.values(), x.cu_seqlens_q, x.cu_seqlens_k, 130, 150, 0.0, 0.2, False,
+        leftpad_k=torch.zeros(4, dtype=torch.int32),
+    )  # fmt: skip
     with pytest.raises(NotImplementedError, match="leftpad_k"):
-        operation(
-            *tensors.values(), x.cu_seqlens_q, x.cu_seqlens_k, 130, 150, 0.0, 0.2, False,
-            leftpad_k=torch.zeros(4, dtype=torch.int32),
-        )  # fmt: skip
+        out.sum().backward()
+
+
+def test_the_private_operation_refuses_splits_of_pages():
+    """As FlashAttention-2's, rather than ignoring num_splits."""
+    x = make_paged(PagedCase(), "cpu")
+    operation = flash_attn.flash_attn_interface._flash_attn_varlen_forward
+    arguments = (
+        x.q, x.k_pages, x.v_pages, x.cu_seqlens_q, x.cu_seqlens_k, 130, 150, 0.0, 0.2, False,
+    )  # fmt: skip
+    with pytest.raises(NotImplementedError, match="num_splits is 2.* block_table"):
+        operation(*arguments, block_table=x.table, num_splits=2)
+    with pytest.raises(ValueError, match="num_splits is 257"):
+        operation(*arguments, block_table=x.table, num_splits=257)
+    assert operation(*arguments, block_table=x.table, num_splits=1)[0].isfinite().all()
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -251,7 +251,9 @@ def test_make_commands_in_the_documentation_exist() -> None:
     assert "make demo" in readme and "make test" in readme
 
 
-@pytest.mark.parametrize("name", ["bench_forward.py", "bench_host_overhead.py"])
+@pytest.mark.parametrize(
+    "name", ["bench_forward.py", "bench_host_overhead.py", "bench_context_parallel.py"]
+)
 def test_benchmarks_refuse_a_machine_without_gpu(name: str) -> None:
     """Status 2 and a reason, not a traceback and not a number."""
     command = [sys.executable, str(ROOT / "benchmarks" / name)]

@@ -217,9 +217,46 @@ def test_in_place_writes_and_returns_the_argument(
 def test_in_place_result_requires_a_gradient_and_is_the_argument():
     x = torch.randn(1, 3, 2, 4, requires_grad=True) * 1
     assert apply_rotary_emb(x, *tables(3, 2), inplace=True) is x
-    leaf = torch.randn(1, 3, 2, 4, requires_grad=True)
-    with pytest.raises(RuntimeError, match="leaf"):
-        apply_rotary_emb(leaf, *tables(3, 2), inplace=True)
+
+
+@both_pairings
+def test_in_place_on_a_leaf_that_requires_a_gradient_works(interleaved: bool):
+    """As in FlashAttention-2: written in place, and the gradient is that of the rotation."""
+    cos, sin = tables(3, 2)
+    before = torch.randn(1, 3, 2, 4)
+    weight = torch.randn(1, 3, 2, 4)
+    outside = before.clone().requires_grad_()
+    expected = apply_rotary_emb(outside, cos, sin, interleaved)
+    (expected * weight).sum().backward()
+    leaf = before.clone().requires_grad_()
+    out = apply_rotary_emb(leaf, cos, sin, interleaved, inplace=True)
+    assert out.data_ptr() == leaf.data_ptr() and leaf.is_leaf and out.requires_grad
+    torch.testing.assert_close(leaf.detach(), expected.detach())
+    (out * weight).sum().backward()
+    assert leaf.grad is not None and outside.grad is not None
+    torch.testing.assert_close(leaf.grad, outside.grad)
+
+    qkv = torch.randn(1, 3, 3, 2, 4).requires_grad_()
+    out = apply_rotary_emb_qkv_(qkv, cos, sin, interleaved=interleaved)
+    out.sum().backward()
+    kv = torch.randn(1, 3, 2, 2, 4).requires_grad_()
+    apply_rotary_emb_kv_(kv, cos, sin, interleaved).sum().backward()
+    assert kv.grad is not None and qkv.grad is not None
+    torch.testing.assert_close(kv.grad[:, :, 0], qkv.grad[:, :, 1])
+
+
+def test_in_place_on_memory_that_overlaps_is_an_error():
+    """It would be rotated once for each element that shares it, or by what it has become."""
+    cos, sin = tables(3, 2)
+    expanded = torch.randn(1, 1, 2, 4).expand(1, 3, 2, 4)
+    with pytest.raises(ValueError, match="x has stride .* share memory"):
+        apply_rotary_emb(expanded, cos, sin, inplace=True)
+    windows = torch.randn(40).as_strided((1, 3, 2, 4), (24, 4, 4, 1))
+    with pytest.raises(ValueError, match="x has stride .* share memory"):
+        apply_rotary_emb(windows, cos, sin, inplace=True)
+    x = torch.randn(1, 3, 2, 4)
+    with pytest.raises(ValueError, match="x overlaps sin in memory"):
+        apply_rotary_emb(x, cos, x.view(6, 4)[:3, :2], inplace=True)
 
 
 @both_pairings
@@ -400,8 +437,8 @@ QKV, HEADS, CU = torch.zeros(2, 5, 3, 2, 16), torch.zeros(2, 5, 8, 16), torch.te
     "call, error, message",
     [
         (lambda: apply_rotary_emb(None, C, C), TypeError, "x is NoneType"),
-        (lambda: apply_rotary_emb(X.int(), C, C), TypeError, "x is torch.int32"),
-        (lambda: apply_rotary_emb(X, C.int(), C), TypeError, "cos is torch.int32"),
+        (lambda: apply_rotary_emb(X.int(), C, C), TypeError, "x has dtype torch.int32"),
+        (lambda: apply_rotary_emb(X, C.int(), C), TypeError, "cos has dtype torch.int32"),
         (lambda: apply_rotary_emb(X, C, None), TypeError, "sin is NoneType"),
         (lambda: apply_rotary_emb(X, C, C.to("meta")), ValueError, "sin is on meta"),
         (lambda: apply_rotary_emb(X[0], C, C), ValueError, r"x has shape \(5, 3, 16\)"),
@@ -409,14 +446,14 @@ QKV, HEADS, CU = torch.zeros(2, 5, 3, 2, 16), torch.zeros(2, 5, 8, 16), torch.te
         (lambda: apply_rotary_emb(X, C[None], C[None]), ValueError, "apply_rotary_emb_torch"),
         (lambda: apply_rotary_emb(X[..., :14], C, C), ValueError, "rotary_dim is 16"),
         (lambda: apply_rotary_emb(X, C[:4], C[:4]), ValueError, "4 rows, too few for 5 tokens"),
-        (lambda: apply_rotary_emb(X, C, C, seqlen_offsets=5), ValueError, "from position 5 on"),
+        (lambda: apply_rotary_emb(X, C, C, seqlen_offsets=5), ValueError, "from position 5"),
         (lambda: apply_rotary_emb(X, C, C, seqlen_offsets=-1), ValueError, "seqlen_offsets is -1"),
         (lambda: apply_rotary_emb(X, C, C, seqlen_offsets=1.5), TypeError, "expected an integer"),
         (lambda: apply_rotary_emb(X, C, C, seqlen_offsets=CU), ValueError, r"expected \(batch,\)"),
         (
             lambda: apply_rotary_emb(X, C, C, seqlen_offsets=torch.ones(2)),
             TypeError,
-            "seqlen_offsets is torch.float32",
+            "seqlen_offsets has dtype torch.float32",
         ),
         (lambda: apply_rotary_emb(X, C, C, cu_seqlens=CU), ValueError, r"\(total, num_heads, he"),
         (lambda: apply_rotary_emb(X[0], C, C, cu_seqlens=CU), ValueError, "max_seqlen is None"),
@@ -428,7 +465,7 @@ QKV, HEADS, CU = torch.zeros(2, 5, 3, 2, 16), torch.zeros(2, 5, 8, 16), torch.te
         (
             lambda: apply_rotary_emb(X[0], C, C, cu_seqlens=CU.float(), max_seqlen=3),
             TypeError,
-            "cu_seqlens is torch.float32",
+            "cu_seqlens has dtype torch.float32",
         ),
         (
             lambda: apply_rotary_emb(X[0], C, C, cu_seqlens=CU[None], max_seqlen=3),

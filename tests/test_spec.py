@@ -89,7 +89,7 @@ def test_json_round_trip_keeps_types() -> None:
         ({"source": "../fwd.cu"}, "source is malformed"),
         ({"source": "fwd.cu"}, "source is malformed"),
         ({"entry": "flash2 fwd"}, "entry is malformed"),
-        ({"arch": "compute_80"}, "arch is malformed"),
+        ({"arch": "lto_80"}, "arch is malformed"),
         ({"arch": "sm_75"}, "unknown architecture 'sm_75'"),
         (
             {"constants": (("causal", True),)},

@@ -430,3 +430,24 @@ def test_a_folder_of_tables_that_is_named_and_missing_is_said_once(
     with pytest.warns(RuntimeWarning, match="tables of tiles .*does not exist") as seen:
         assert [table_is_used() for _ in range(2)] == [False, False]
     assert len(seen) == 1
+
+
+# ---- misspelt variables -----------------------------------------------------------------------
+
+
+def test_a_misspelt_variable_is_said_once_when_kernels_are_looked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told = [
+        "FLASH_ATTN_INTERFACE_NO is not read",
+        "FLASH_ATTN_CACHE_DIR is not read; did you mean FLASH_ATTN_INTERFACE_CACHE_DIR?",
+        "FLASH_ATTENTION_OF_OTHERS is not read",
+    ]
+    monkeypatch.setattr(env, "misspelt", lambda: told)
+    cache._kernels.cache_clear()
+    with pytest.warns(RuntimeWarning, match="environment variable") as seen:
+        for _ in range(2):
+            cache.default_kernels()
+    assert len(seen) == 2
+    assert not any("OF_OTHERS" in str(warning.message) for warning in seen)
+    cache._kernels.cache_clear()

@@ -14,7 +14,6 @@ import hopper_tree
 import pytest
 import torch
 from conftest import Runner
-from test_backward import target_of
 from test_compile_flash2 import problem
 from torch import Tensor
 
@@ -211,9 +210,10 @@ def run_backward(
     asked = BackwardProblem.of(
         forward, dout, *qkv, out, *gradients, deterministic=backend is BACKEND
     )
-    assert backend.refuses_backward(asked, target_of(runner)) is None
+    target = runner.target(backend.name)
+    assert backend.refuses_backward(asked, target) is None
     with runner.active():
-        backend.plan_backward(asked, target_of(runner)).run(dout, *qkv, out, lse, *gradients)
+        backend.plan_backward(asked, target).run(dout, *qkv, out, lse, *gradients)
 
 
 @on_both(FEW)
@@ -301,21 +301,33 @@ def test_combine(runner: Runner, stride: int):
     assert_same(wide, narrow)
 
 
-@pytest.mark.sim
+def on_hopper(strides: Sequence[int]) -> pytest.MarkDecorator:
+    """As on_both."""
+    sim = [pytest.param("sim", s, marks=pytest.mark.sim, id=f"sim-{s}") for s in strides]
+    marks = [pytest.mark.gpu, pytest.mark.hopper]
+    small = [s for s in strides if s <= LARGEST_ON_GPU]
+    gpu = [pytest.param("gpu", s, marks=marks, id=f"gpu-{s}") for s in small]
+    return pytest.mark.parametrize(("name", "stride"), [*sim, *gpu])
+
+
+def hopper_runner(name: str) -> Runner:
+    return Runner(name, torch.device("cuda" if name == "gpu" else "cpu"), "sm_90a")
+
+
+@on_hopper([2**26, 2**31, 2**33 - 8, 2**33, 2**34])
 @pytest.mark.parametrize("varlen", [False, True])
-@pytest.mark.parametrize("stride", [2**26, 2**31, 2**33 - 8, 2**33, 2**34])
-def test_hopper_forward(stride: int, varlen: bool, monkeypatch: pytest.MonkeyPatch):
+def test_hopper_forward(name: str, stride: int, varlen: bool, monkeypatch: pytest.MonkeyPatch):
     """By TMA; where the map of a ragged tensor has no room for the stride, by the Ampere tree."""
     tree: Any = hopper_tree.load().BACKEND
     monkeypatch.setattr(backends, "hopper", lambda: tree)
     dispatch.forget_plans()
-    runner = Runner("sim", torch.device("cpu"), "sm_90a")
+    runner = hopper_runner(name)
     rows = Rows(runner, stride)
     qkv = [rows.random(64, batch=1 if varlen else 2) for _ in range(3)]
     if not varlen:
         assert_same(attend(runner, *qkv), attend(runner, *packed(*qkv)))
         return
-    ends = torch.tensor([0, 50, 50, ROWS - 1], dtype=torch.int32)
+    ends = torch.tensor([0, 50, 50, ROWS - 1], dtype=torch.int32, device=runner.device)
     options: Any = (ends, ends, ROWS, ROWS)
     qkv = [x[0] for x in qkv]
     wide, narrow = (
@@ -325,10 +337,9 @@ def test_hopper_forward(stride: int, varlen: bool, monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(wide, narrow, atol=0.02, rtol=0.02)
 
 
-@pytest.mark.sim
-@pytest.mark.parametrize("stride", [2**26, 2**31])
-def test_hopper_backward(stride: int):
-    runner = Runner("sim", torch.device("cpu"), "sm_90a")
+@on_hopper([2**26, 2**31])
+def test_hopper_backward(name: str, stride: int):
+    runner = hopper_runner(name)
     tree: Any = hopper_tree.load().BACKEND
     rows = Rows(runner, stride)
     q, k, v, dout = (rows.random(64) for _ in range(4))

@@ -181,6 +181,21 @@ struct CombineParams {
   i32 seqlen, num_heads, num_splits;
 };
 
+// Attention over more keys, added to a result in place (flash2/merge.cu).
+struct MergeParams {
+  void* out;         // (batch, rows, num_heads, head_dim_v), last dim contiguous, of Cfg's type
+  f32* softmax_lse;  // (batch, num_heads, rows), rows contiguous; so is that of the part
+  const void* part;  // (batch, seqlen, num_heads, head_dim_v), last dim contiguous
+  const f32* lse_part;
+  const i64* rows;  // nullable; (seqlen,): the row of out of each row of the part, none twice
+  i64 out_batch_stride, out_row_stride, out_head_stride;
+  i64 part_batch_stride, part_row_stride, part_head_stride;
+  i64 lse_batch_stride, lse_head_stride;
+  i64 lse_part_batch_stride, lse_part_head_stride;
+  i64 num_rows;  // batch * seqlen * num_heads
+  i32 seqlen, num_heads;
+};
+
 // New keys and values into a cache, and queries rotated (flash2/append.cu).
 struct AppendParams {
   // New rows, (batch, seqlen_new, heads, head_dim) or (total_new, ...), and the caches that take

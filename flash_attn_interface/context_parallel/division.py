@@ -6,7 +6,7 @@ sends. Nothing here needs torch, so that benchmarks can plan for a thousand rank
 
 from __future__ import annotations
 
-import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,9 +17,14 @@ from numpy.typing import NDArray
 
 SCHEMES = ("zigzag", "contiguous")
 
-# How much more than the mean a rank may have before one more document is divided.
-MAX_WORK_EXCESS = 0.02
-MAX_TOKENS_EXCESS = 0.05
+# What a further rank costs each token of a document that it has a part of, in keys that one query
+# could see in that time: sending and adding up its keys' gradients, merging results.
+KEYS_PER_RANK = 1024
+NODE = 8  # neighbours that a fast link joins; blocks of more ranks pay for the network
+KEYS_PER_DISTANT_RANK = 8192
+
+# A rank may have this much more than the mean before finer parts of documents are tried.
+GOOD_ENOUGH = 1.02
 
 Span = tuple[int, int]
 """Positions start <= i < stop."""
@@ -138,53 +143,57 @@ def _concatenated(spans: Sequence[Span]) -> NDArray[np.int64]:
 def _assign(lengths: Sequence[int], world: int, min_tokens: int) -> list[tuple[int, ...]]:
     """The ranks of each document.
 
-    Documents are dealt out from the longest to the shortest, each to the ranks that have least so
-    far. The `count` longest are divided, among as many ranks as leave each at least min_tokens;
-    count is the smallest that makes the ranks even, and is found by bisection.
+    A rank that all others equal has a load of 1, in work as in tokens. Documents are cut into parts
+    of at most a certain load, 1, 1/2, 1/4 and so on; the best of these is taken, which the costs of
+    dividing decide: the finest parts make ranks equal, but have most to send.
     """
-    order = sorted(range(len(lengths)), key=lambda d: (-lengths[d], d))
-    divisible = sum(length >= 2 * min_tokens for length in lengths)
-    tried: dict[int, tuple[float, list[tuple[int, ...]]]] = {}
+    work = sum(n * n for n in lengths)
+    loads = [max(n / max(1, sum(lengths)), n * n / max(1, work)) * world for n in lengths]
+    most = [_parts(world, n // min_tokens, world) for n in lengths]
+    finest = 1.0
+    best: tuple[float, list[tuple[int, ...]]] = (math.inf, [])
+    while True:
+        parts = [_parts(load / finest, m, world) for load, m in zip(loads, most, strict=True)]
+        best = min(best, _deal(lengths, parts, world), key=lambda found: found[0])
+        if best[0] <= GOOD_ENOUGH or parts == most:
+            return best[1]
+        finest /= 2
 
-    def excess(count: int) -> float:
-        if count not in tried:
-            tried[count] = _deal(lengths, order, count, world, min_tokens)
-        return tried[count][0]
 
-    low, high = 0, divisible if excess(0) > 0.0 else 0  # more divided is mostly, not always, better
-    while low < high:
-        middle = (low + high) // 2
-        if excess(middle) <= 0.0:
-            high = middle
-        else:
-            low = middle + 1
-    excess(low)
-    even = [count for count, (over, _) in tried.items() if over <= 0.0]
-    best = min(even) if even else min(tried, key=lambda count: (tried[count][0], count))
-    return tried[best][1]
+def _parts(wanted: float, most: int, world: int) -> int:
+    """A power of two, or all ranks."""
+    if most >= world and wanted > world / 2:
+        return world
+    limit = max(1, min(most, world))
+    parts = 1
+    while parts < wanted - 1e-9 and 2 * parts <= limit:
+        parts *= 2
+    return parts
 
 
 def _deal(
-    lengths: Sequence[int], order: Sequence[int], divided: int, world: int, min_tokens: int
+    lengths: Sequence[int], parts: Sequence[int], world: int
 ) -> tuple[float, list[tuple[int, ...]]]:
-    """(by how much a rank exceeds what it may have, <= 0 if even; the ranks of each document)."""
-    all_tokens = max(1, sum(lengths))
-    all_work = max(1, sum(n * n for n in lengths))
-    work, tokens = [0.0] * world, [0] * world
-    heap = [(0.0, rank) for rank in range(world)]  # load, a fraction of work plus one of tokens
+    """(the most that a rank has, as a multiple of the mean; the ranks of each document).
+
+    From the longest document to the shortest, each goes to the block of neighbouring ranks that has
+    least so far. Blocks of a size begin at its multiples, so that a rank shares documents with few
+    others, and those are near.
+    """
+    work, tokens, load = np.zeros(world), np.zeros(world), np.zeros(world)
+    all_work = max(1, sum(n * n for n in lengths)) / world
+    all_tokens = max(1, sum(lengths)) / world
     ranks: list[tuple[int, ...]] = [()] * len(lengths)
-    for turn, document in enumerate(order):
-        length = lengths[document]
-        count = 1
-        if turn < divided:
-            count = min(world, max(1, length // min_tokens))
-        chosen = [heapq.heappop(heap) for _ in range(count)]
-        ranks[document] = tuple(sorted(rank for _, rank in chosen))
-        share, rows = length * length / count, length / count
-        for load, rank in chosen:
-            work[rank] += share
-            tokens[rank] += int(rows)
-            heapq.heappush(heap, (load + share / all_work + rows / all_tokens, rank))
-    over_work = max(work) * world / all_work - 1.0 - MAX_WORK_EXCESS
-    over_tokens = max(tokens) * world / all_tokens - 1.0 - MAX_TOKENS_EXCESS
-    return max(over_work, over_tokens), ranks
+    for document in sorted(range(len(lengths)), key=lambda d: (-lengths[d], d)):
+        length, count = lengths[document], parts[document]
+        starts = np.append(np.arange(0, world - count + 1, count), world - count)
+        blocks = starts[:, None] + np.arange(count)
+        start = int(starts[np.argmin(load[blocks].max(1))])
+        block = slice(start, start + count)
+        ranks[document] = tuple(range(start, start + count))
+        further = (count - 1) * (KEYS_PER_RANK if count <= NODE else KEYS_PER_DISTANT_RANK)
+        keys = length + 2 * further  # twice the mean of a query, if causal
+        work[block] += length * keys / count / all_work
+        tokens[block] += length / count / all_tokens
+        load[block] = np.maximum(work[block], tokens[block])
+    return float(max(work.max(), tokens.max())), ranks

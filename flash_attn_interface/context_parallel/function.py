@@ -5,7 +5,7 @@ The methods are `ring.py` and `all_to_all.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._common import check_values
-from .._common.checks import check_heads
+from .._common.checks import Heads, check_heads
 from ..simulation import simulated_arch
 from . import all_to_all, kernels, ring
 from .all_to_all import AllToAll, Exchanged
@@ -23,9 +23,23 @@ from .merge import add_sink, sink_gradient
 
 METHODS = ("ring", "all_to_all", "auto")
 
-# FLOPs that a GPU does while a byte comes from another: below it the ring's transfers outlast its
-# kernels. An H200 does 600 TFLOP/s of attention and receives 300 GB/s over NVLink.
-FLOPS_PER_BYTE = 2000
+# Costs of the methods per token, in keys that a query could see in that time, for as many heads and
+# dims of k and v as of q. From benchmarks/simulate_context_parallel.py with the rates of an H200.
+RING_STEP = 600  # merging, adding up gradients, starting launches anew
+RING_TRANSFER = 1100  # keys and their gradients, which kernels hide if a step takes longer
+ALL_TO_ALL = 1200  # exchanging q and out, and the same again for k and v; nothing hides it
+
+
+class _Arguments(NamedTuple):
+    """As the caller passed them."""
+
+    causal: bool
+    window_size: Sequence[int]
+    softmax_scale: float | None
+    softcap: float
+    deterministic: bool
+    method: str
+    return_lse: bool
 
 
 class _Call(NamedTuple):
@@ -59,6 +73,8 @@ def attention(
     arguments. The result is what `flash_attn_func` or `flash_attn_varlen_func` gives for the
     undivided tensors, up to rounding.
 
+    torch.compile breaks its graph at the call; fullgraph=True is an error, of torch._dynamo.
+
     Args:
         q: (batch, tokens, num_heads_q, head_dim_qk) of a dense layout, (tokens, num_heads_q,
             head_dim_qk) of a packed one; tokens is layout.tokens. fp16 or bf16; CPU tensors may
@@ -77,8 +93,8 @@ def attention(
         deterministic: gradients are bitwise reproducible too. out and softmax_lse always are.
         method: "ring" keeps queries and sends keys and values, while the kernels run. "all_to_all"
             exchanges tokens for heads and back. "auto" takes all_to_all where there is no window,
-            heads can be dealt out evenly, and ranks have too few tokens for the ring's kernels to
-            take as long as its transfers; see docs/context_parallel.md.
+            heads can be dealt out evenly, and documents are divided among so many ranks, or have so
+            few tokens on each, that the ring costs more; see docs/context_parallel.md.
         return_lse: also return softmax_lse, which is differentiable.
 
     Returns:
@@ -91,51 +107,84 @@ def attention(
         NotImplementedError: method="all_to_all" with heads that cannot be dealt out.
         RuntimeError: a gradient is differentiated once more.
     """
+    if torch.compiler.is_compiling():
+        results: Tensor | tuple[Tensor, Tensor] = _outside_of_graphs(
+            q, k, v, layout, causal=causal, window_size=window_size, softmax_scale=softmax_scale,
+            softcap=softcap, s_aux=s_aux, deterministic=deterministic, method=method,
+            return_lse=return_lse,
+        )  # fmt: skip
+        return results
     if not isinstance(layout, Layout):
         raise TypeError(
             f"layout is {type(layout).__name__}: expected a context_parallel.Layout, which every "
             "rank of the group makes"
         )
-    call = error = None
-    try:
-        call = _checked(
-            q, k, v, layout, causal, window_size, softmax_scale, softcap, s_aux, deterministic,
-            method, return_lse,
-        )  # fmt: skip
-    except (TypeError, ValueError, NotImplementedError) as refused:
-        error = refused
-    device = q.device if isinstance(q, Tensor) else torch.device("cpu")
-    layout.agree(device, None if call is None else _facts(call, q, k, v, s_aux), error)
-    assert call is not None
+    arguments = _Arguments(
+        causal, window_size, softmax_scale, softcap, deterministic, method, return_lse
+    )
+    call = _agreed(q, k, v, layout, s_aux, arguments)
     out, softmax_lse = _Attention.apply(  # type: ignore[no-untyped-call]
         q, k, v, s_aux, layout, call
     )
     return (out, softmax_lse) if return_lse else out
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _outside_of_graphs(*tensors: Any, **options: Any) -> Any:
+    """Transfers and their order are no part of a graph: torch.compile breaks it here."""
+    return attention(*tensors, **options)
+
+
+def _agreed(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, s_aux: Tensor | None, arguments: _Arguments
+) -> _Call:
+    """The call that all ranks make; errors are raised on all of them."""
+    key: Hashable = None
+    if isinstance(q, Tensor) and q.is_cuda and simulated_arch() is None:
+        # All that a check may depend on; a call that passed them once is not looked at again.
+        try:
+            key = (
+                *(_facts_of(tensor) for tensor in (q, k, v, s_aux)),
+                arguments,
+                torch.is_grad_enabled(),
+            )
+            known: _Call | None = layout.calls.get(key)
+            if known is not None:
+                return known
+        except TypeError:  # an unhashable argument, a list say
+            key = None
+    call = error = None
+    try:
+        call = _checked(q, k, v, layout, s_aux, arguments)
+    except (TypeError, ValueError, NotImplementedError) as refused:
+        error = refused
+    device = q.device if isinstance(q, Tensor) else torch.device("cpu")
+    layout.agree(device, None if call is None else _facts(call, q, k, v, s_aux), error)
+    assert call is not None
+    if key is not None:
+        layout.calls[key] = call
+    return call
+
+
+def _facts_of(tensor: Any) -> Hashable:
+    if not isinstance(tensor, Tensor):
+        return tensor is None
+    return type(tensor), tensor.shape, tensor.dtype, tensor.get_device(), tensor.requires_grad
+
+
 def _checked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: Layout,
-    causal: bool,
-    window_size: Sequence[int],
-    softmax_scale: float | None,
-    softcap: float,
-    s_aux: Tensor | None,
-    deterministic: bool,
-    method: str,
-    return_lse: bool,
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, s_aux: Tensor | None, asked: _Arguments
 ) -> _Call:
     """This rank's errors."""
     _check_tensors(q, k, v, layout)
     heads = check_heads(q, k, v, "k", "v")
     if s_aux is not None:
         _check_sinks(s_aux, q)
+    method = asked.method
     if method not in METHODS:
         raise ValueError(f"method is {method!r}: expected 'ring', 'all_to_all' or 'auto'")
-    causal = check_values.flag("causal", causal)
-    left, right = check_values.window_pair(window_size)
+    causal = check_values.flag("causal", asked.causal)
+    left, right = check_values.window_pair(asked.window_size)
     window = max(-1, left), 0 if causal else max(-1, right)
     unable = all_to_all.refusal(
         layout.world, heads.num_heads_q, heads.num_heads_k, heads.num_heads_v
@@ -144,15 +193,15 @@ def _checked(
         raise NotImplementedError(f'method="all_to_all": {unable}; use method="ring"')
     if method == "auto":
         windowed = window[0] >= 0 or (window[1] >= 0 and not causal)
-        ring_hides = windowed or unable is not None or _ring_hides(layout, heads)
-        method = "ring" if ring_hides else "all_to_all"
+        cheaper = windowed or unable is not None or _ring_is_cheaper(layout, heads)
+        method = "ring" if cheaper else "all_to_all"
     options = Options(
-        check_values.softmax_scale(softmax_scale, heads.head_dim_qk),
-        max(0.0, check_values.real("softcap", softcap)),
-        check_values.flag("deterministic", deterministic),
+        check_values.softmax_scale(asked.softmax_scale, heads.head_dim_qk),
+        max(0.0, check_values.real("softcap", asked.softcap)),
+        check_values.flag("deterministic", asked.deterministic),
         simulated_arch() if q.device.type == "cpu" else None,
     )
-    return _Call(method, causal, window, options, check_values.flag("return_lse", return_lse))
+    return _Call(method, causal, window, options, check_values.flag("return_lse", asked.return_lse))
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> None:
@@ -204,17 +253,19 @@ def _check_sinks(s_aux: Any, q: Tensor) -> None:
         raise ValueError(f"s_aux is on {s_aux.device} but q is on {q.device}: move it there")
 
 
-def _ring_hides(layout: Layout, heads: Any) -> bool:
-    """Whether a causal step's kernels take at least as long as the transfer of the next keys.
-
-    A step's scores are half of (tokens of a rank per document) x (tokens of a rank), where a
-    document counts by its tokens.
-    """
-    lengths = layout.division.lengths
-    mean = sum(n * n for n in lengths) / max(1, sum(lengths)) / layout.world
-    flops = mean * heads.num_heads_q * (heads.head_dim_qk + heads.head_dim_v)  # of a key's step
-    elements = heads.num_heads_k * heads.head_dim_qk + heads.num_heads_v * heads.head_dim_v
-    return bool(flops >= FLOPS_PER_BYTE * 2 * elements)
+def _ring_is_cheaper(layout: Layout, heads: Heads) -> bool:
+    """By the costs above, of a mean token of a causal call."""
+    division = layout.division
+    tokens = max(1, division.total)
+    counts = list(zip(division.lengths, division.ranks, strict=True))
+    steps = sum(n * (len(ranks) - 1) for n, ranks in counts) / tokens
+    rows = sum(n * n / len(ranks) for n, ranks in counts) / tokens  # of a document, on a rank
+    of_q = heads.num_heads_q * (heads.head_dim_qk + heads.head_dim_v)
+    of_k = heads.num_heads_k * heads.head_dim_qk + heads.num_heads_v * heads.head_dim_v
+    ratio = of_k / of_q
+    exposed = max(0.0, RING_TRANSFER * ratio - rows / 2)
+    exchanged = ALL_TO_ALL * (1 + ratio) * (layout.world - 1) / layout.world
+    return steps * (RING_STEP + exposed) <= exchanged
 
 
 def _facts(call: _Call, q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None) -> dict[str, object]:

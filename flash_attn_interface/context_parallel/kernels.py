@@ -7,13 +7,17 @@ simulator takes run the reference, in any floating dtype.
 
 from __future__ import annotations
 
+import threading
 from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import dispatch
+from .. import dispatch, selection
+from .._common import env
+from .._common.problem import Target
+from .._flash2.merge import MergePlan, MergeProblem
 from ..functions import flash_attn_func, flash_attn_varlen_func
 from ..reference import attention_reference
 from ..simulation import simulate, simulated_arch
@@ -126,6 +130,47 @@ def backward(
             dlse=None if dlse is None else dlse.contiguous(),
         )
     return results
+
+
+def merge(
+    out: Tensor, softmax_lse: Tensor, part: Tensor, lse_part: Tensor, rows: Tensor | None
+) -> bool:
+    """Adds a result over other keys to (out, softmax_lse), in place, by one kernel; False if none
+    serves these tensors.
+
+    Args:
+        out: of 16 bits or float32, with a batch dimension or packed; part likewise, of 16 bits.
+        rows: int64, the rows of out and softmax_lse that the part is of; None: all of them.
+    """
+    if part.dtype not in (torch.bfloat16, torch.float16) or env.FORCE_BACKEND.get() == "reference":
+        return False
+    device = selection.device_of(part)
+    if device.capability is None:
+        return False
+    if out.ndim == 3:
+        out, softmax_lse, part, lse_part = (
+            x.unsqueeze(0) for x in (out, softmax_lse, part, lse_part)
+        )
+    problem = MergeProblem.of(out, softmax_lse, part, lse_part, rows)
+    key = problem, selection.target_for("flash2", device)
+    plan = _merges.plans.get(key)
+    if plan is None:
+        if len(_merges.plans) >= _MAX_MERGES:
+            _merges.plans.clear()
+        plan = _merges.plans[key] = MergePlan(*key)
+    plan.run(out, softmax_lse, part, lse_part, rows)
+    return True
+
+
+class _Merges(threading.local):
+    """Plans of one thread: they hold a parameter block that is patched in place."""
+
+    def __init__(self) -> None:
+        self.plans: dict[tuple[MergeProblem, Target], MergePlan] = {}
+
+
+_merges = _Merges()
+_MAX_MERGES = 1024  # packed documents make a new one per length
 
 
 def takes(tensor: Tensor) -> bool:

@@ -83,6 +83,7 @@ class Layout:
         self.digest = hashlib.blake2b(
             repr((lengths, scheme, least)).encode(), digest_size=8
         ).hexdigest()
+        self.calls: dict[Hashable, Any] = {}  # that function.py has checked, on a GPU
         self._agreed: set[Hashable] = set()
         self._placed: dict[Hashable, Placed] = {}
         self._orders: dict[torch.device, all_to_all.Order] = {}
@@ -174,13 +175,16 @@ class Layout:
         CPU tensors are cheap to compare, so that is done in each call. On a GPU a call that all
         ranks have agreed on before is not compared again.
         """
-        if error is not None and not self.verify:
-            raise error
         key = None if call is None else tuple(call.values())
-        if not self.verify or (device.type != "cpu" and key is not None and key in self._agreed):
+        if device.type != "cpu" and key is not None and key in self._agreed:
             return
-        told = None if call is None else {"layout": self.describe(), **call}
-        agree(self.group, self._device_for_facts(device), told, error)
+        backends = str(dist.get_backend_config(self.group))
+        error = error or (_backend_error(device, backends) if self.world > 1 else None)
+        if self.verify:
+            told = None if error or call is None else {"layout": self.describe(), **call}
+            agree(self.group, self._device_for_facts(backends), told, error)
+        elif error is not None:
+            raise error
         self._agreed.add(key)
 
     def describe(self) -> str:
@@ -231,10 +235,22 @@ class Layout:
             raise ValueError(f"dim is {axis}: x has {x.ndim} dimensions")
         return axis % x.ndim
 
-    def _device_for_facts(self, device: torch.device) -> torch.device:
+    def _device_for_facts(self, backends: str) -> torch.device:
         """CPU memory where the group can move it, which a GPU then need not wait for."""
-        backends = dist.get_backend_config(self.group)
-        return torch.device("cpu") if "cpu:" in backends or "gloo" in backends else device
+        if "cpu:" in backends:
+            return torch.device("cpu")
+        return torch.device("cuda", torch.cuda.current_device())
+
+
+def _backend_error(device: torch.device, backends: str) -> ValueError | None:
+    """Whether the group moves tensors of this device; gloo moves CUDA tensors in part only."""
+    served = f"{device.type}:" in backends and "cuda:gloo" not in backends
+    if served or (device.type == "cpu" and "cpu:" in backends):
+        return None
+    return ValueError(
+        f"q is on {device}, but the group's backends are {backends}: CPU tensors need gloo, CUDA "
+        "tensors NCCL, and init_process_group without a backend has both"
+    )
 
 
 def _process_group(group: Any) -> dist.ProcessGroup:
@@ -289,4 +305,4 @@ def _lengths(cu_seqlens: Sequence[int] | Tensor) -> list[int]:
     for start, stop in pairwise(starts):
         if stop < start:
             raise ValueError(f"cu_seqlens decreases from {start} to {stop}")
-    return [stop - start for start, stop in pairwise(starts)]
+    return [stop - start for start, stop in pairwise(starts)] or [0]

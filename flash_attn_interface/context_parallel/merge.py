@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .exchange import select
+from . import kernels
 from .steps import Rows
 
 
@@ -39,30 +39,32 @@ class Result:
             self.out, self.softmax_lse = out.to(self.dtype), softmax_lse
             return
         whole_out, whole_lse = self._started()
-        if rows.index is None:
-            whole_out.narrow(self.dim, rows.start, len(rows)).copy_(out)
-            whole_lse.narrow(self.dim + 1, rows.start, len(rows)).copy_(softmax_lse)
-        else:
-            index = self.indices[id(rows.index)]
-            whole_out.index_copy_(self.dim, index, out.to(self.dtype))
-            whole_lse.index_copy_(self.dim + 1, index, softmax_lse)
+        put_rows(whole_out, rows, out, self.dim, self.indices)
+        put_rows(whole_lse, rows, softmax_lse, self.dim + 1, self.indices)
 
     def merge(self, rows: Rows, out: Tensor, softmax_lse: Tensor) -> None:
         """Another result of rows that have one, over other keys."""
         whole_out, whole_lse = self._started()
-        before = select(whole_out, rows, self.dim, self.indices)
-        lse_before = select(whole_lse, rows, self.dim + 1, self.indices)
+        index = None if rows.index is None else self.indices[id(rows.index)]
+        if index is None:
+            whole_out = whole_out.narrow(self.dim, rows.start, len(rows))
+            whole_lse = whole_lse.narrow(self.dim + 1, rows.start, len(rows))
+        if kernels.merge(whole_out, whole_lse, out, softmax_lse, index):
+            return
+        before, lse_before = whole_out, whole_lse
+        if index is not None:
+            before = whole_out.index_select(self.dim, index)
+            lse_before = whole_lse.index_select(self.dim + 1, index)
         lse = torch.logaddexp(lse_before, softmax_lse)
         # A row that saw no key on either side: both weights are 0, not exp(-inf + inf).
         reference = lse.masked_fill(lse == float("-inf"), 0.0)
         weight_before = torch.exp(lse_before - reference).transpose(-1, -2).unsqueeze(-1)
         weight = torch.exp(softmax_lse - reference).transpose(-1, -2).unsqueeze(-1)
         merged = (before * weight_before).addcmul_(out, weight)
-        if rows.index is None:
+        if index is None:
             before.copy_(merged)
             lse_before.copy_(lse)
         else:
-            index = self.indices[id(rows.index)]
             whole_out.index_copy_(self.dim, index, merged.to(self.dtype))
             whole_lse.index_copy_(self.dim + 1, index, lse)
 
@@ -120,6 +122,14 @@ class Sum:
 
     def _add(self, total: Tensor, rows: Rows, part: Tensor) -> None:
         add_rows(total, rows, part, self.dim, self.indices)
+
+
+def put_rows(total: Tensor, rows: Rows, part: Tensor, dim: int, indices: dict[int, Tensor]) -> None:
+    """Writes the rows."""
+    if rows.index is None:
+        total.narrow(dim, rows.start, len(rows)).copy_(part)
+    else:
+        total.index_copy_(dim, indices[id(rows.index)], part.to(total.dtype))
 
 
 def add_rows(total: Tensor, rows: Rows, part: Tensor, dim: int, indices: dict[int, Tensor]) -> None:

@@ -9,9 +9,9 @@ second the last transfer of gradients.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import gcd
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,131 +20,13 @@ from torch import Tensor
 from . import kernels
 from .exchange import Pending, Transfers, select
 from .kernels import Options, Sequences
-from .merge import Result, Sum, add_rows, wide
+from .keys import SLOTS, Keys, KeysAndValues, Selected, Slots
+from .merge import Result, Sum, add_rows, put_rows, wide
 from .placed import Placed
 from .steps import Launch, Rows, Step
 
-_SLOTS = 3  # of keys: in use, complete or arriving, arriving
-
 # Fewer query rows times heads than these are launched at once: half of them would not fill a GPU.
 SPLIT_FROM = 1 << 16
-
-
-class KeysAndValues(NamedTuple):
-    """Or their gradients."""
-
-    k: Tensor
-    v: Tensor
-
-
-class _Slots:
-    """Buffers for the rows that steps bring, used by turns."""
-
-    def __init__(self, k: Tensor, v: Tensor, dim: int, most_rows: int, count: int) -> None:
-        self.like, self.dim = KeysAndValues(k, v), dim
-        self.slots = [
-            [x.new_empty(most_rows * _row_elements(x, dim)) for x in (k, v)] for _ in range(count)
-        ]
-
-    def take(self, turn: int, rows: int) -> KeysAndValues:
-        """Contiguous tensors of so many rows."""
-        return KeysAndValues(
-            *(
-                flat[: rows * _row_elements(x, self.dim)].view(
-                    *x.shape[: self.dim], rows, *x.shape[self.dim + 1 :]
-                )
-                for flat, x in zip(self.slots[turn % len(self.slots)], self.like, strict=True)
-            )
-        )
-
-
-def _row_elements(x: Tensor, dim: int) -> int:
-    count = 1
-    for axis, size in enumerate(x.shape):
-        if axis != dim:
-            count *= size
-    return count
-
-
-class _Keys:
-    """Brings the keys and values of each step, ahead of their use."""
-
-    def __init__(
-        self, placed: Placed, transfers: Transfers, k: Tensor, v: Tensor, dim: int
-    ) -> None:
-        self.placed, self.transfers, self.dim = placed, transfers, dim
-        self.k, self.v = k, v
-        self.steps = placed.plan.steps
-        most = max((sum(n for _, n in step.receives) for step in self.steps), default=0)
-        count = min(_SLOTS, len(self.steps) - 1)
-        self.slots = _Slots(k, v, dim, most, count)
-        self.used: list[Any] = [transfers.now()]  # after step i: the event
-        self.pending: dict[int, tuple[Pending, list[KeysAndValues]]] = {}
-        for number in range(1, min(_SLOTS, len(self.steps))):
-            self._post(number)
-
-    def _post(self, number: int) -> None:
-        step = self.steps[number]
-        parts = []
-        flat = self.slots.take(number, sum(n for _, n in step.receives))
-        if len(step.receives) == 1:
-            parts = [flat]
-        else:  # one after another in memory, whatever the batch
-            offset = [0, 0]
-            for _, rows in step.receives:
-                cut = []
-                for i, x in enumerate(flat):
-                    size = rows * _row_elements(x, self.dim)
-                    shape = (*x.shape[: self.dim], rows, *x.shape[self.dim + 1 :])
-                    cut.append(x.view(-1)[offset[i] : offset[i] + size].view(shape))
-                    offset[i] += size
-                parts.append(KeysAndValues(*cut))
-        sends = [(peer, x, rows) for peer, rows in step.sends for x in (self.k, self.v)]
-        receives = [
-            (peer, x) for (peer, _), part in zip(step.receives, parts, strict=True) for x in part
-        ]
-        after = self.used[max(0, number - _SLOTS)]
-        pending = self.transfers.post(sends, receives, after, self.dim, self.placed.indices)
-        self.pending[number] = pending, parts
-
-    def start(self, number: int) -> None:
-        """Before the kernels of step `number`: starts what is to arrive during them."""
-        if number > 0 and number + _SLOTS - 1 < len(self.steps):
-            self._post(number + _SLOTS - 1)
-
-    def wait(self, number: int) -> KeysAndValues:
-        """The rows of step `number`, own ones first."""
-        pending, parts = self.pending.pop(number)
-        pending.wait()
-        step = self.steps[number]
-        if len(step.own) or len(parts) != 1:
-            own = [select(x, step.own, self.dim, self.placed.indices) for x in (self.k, self.v)]
-            k = torch.cat([own[0], *(part.k for part in parts)], self.dim)
-            v = torch.cat([own[1], *(part.v for part in parts)], self.dim)
-            return KeysAndValues(k, v)
-        return parts[0]
-
-    def done(self) -> None:
-        """After the kernels of each step but step 0."""
-        self.used.append(self.transfers.now())
-
-
-class _Selected:
-    """Rows of tensors that several launches may ask for one after another."""
-
-    def __init__(self, indices: dict[int, Tensor]) -> None:
-        self.indices = indices
-        self.last: dict[int, tuple[int, Tensor]] = {}
-
-    def __call__(self, tensor: Tensor, rows: Rows, dim: int) -> Tensor:
-        if rows.index is None:
-            return select(tensor, rows, dim, self.indices)
-        index = self.indices[id(rows.index)]
-        known = self.last.get(id(tensor))
-        if known is None or known[0] != id(index):
-            known = id(index), tensor.index_select(dim, index)
-            self.last[id(tensor)] = known
-        return known[1]
 
 
 def forward(
@@ -158,8 +40,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(out, softmax_lse) of the rank's queries. dim: that of rows."""
     transfers = Transfers(group, q.device)
-    keys = _Keys(placed, transfers, k, v, dim)
-    selected = _Selected(placed.indices)
+    keys = Keys(placed, transfers, k, v, dim)
+    selected = Selected(placed.indices)
     merges = sum(bool(step.launches) for step in placed.plan.steps[1:])
     result = Result(q, v.shape[-1], dim, placed.indices, merges if placed.plan.merges else 0)
     for number, step in enumerate(placed.plan.steps):
@@ -206,22 +88,26 @@ def backward(
     """(dq, dk, dv) of the rank's tokens."""
     steps, indices = placed.plan.steps, placed.indices
     transfers = Transfers(group, saved.q.device)
-    keys = _Keys(placed, transfers, saved.k, saved.v, dim)
+    keys = Keys(placed, transfers, saved.k, saved.v, dim)
     own = _Own(placed, saved, dim, options)
-    selected = _Selected(indices)
-    dq = Sum(saved.q, dim, indices, _parts(placed, [bool(s.launches) for s in steps[1:]]))
-    parts = _parts(placed, [bool(step.sends) for step in steps[1:]])
+    selected = Selected(indices)
+    # Additions to a row at most. With a window a query is in one launch, a key in several.
+    launched = 1 + sum(bool(step.launches) for step in steps[1:])
+    sent = 1 + sum(bool(step.sends) for step in steps[1:])
+    dq = Sum(saved.q, dim, indices, launched if placed.plan.merges else 1)
+    parts = sent if placed.plan.merges else 3
     dk, dv = Sum(saved.k, dim, indices, parts), Sum(saved.v, dim, indices, parts)
     most = max((sum(len(rows) for _, rows in step.sends) for step in steps), default=0)
-    slots = _Slots(saved.k, saved.v, dim, most, min(_SLOTS, len(steps) - 1))
+    slots = Slots(saved.k, saved.v, dim, most, min(SLOTS, len(steps) - 1))
     own.run(0)
     before: _Returned | None = None
     for number, step in enumerate(steps[1:], 1):
         keys.start(number)
         here = keys.wait(number)
         gradients = _step_backward(
-            step, placed.sequences[number], here, saved, dim, options, indices, selected, dq
-        )
+            step, placed.sequences[number], here, saved, dim, options, indices, selected,
+            dq.add if placed.plan.merges else own.put_queries,
+        )  # fmt: skip
         keys.done()
         returned = _return(step, gradients, slots, number, transfers, dim)
         if gradients is not None and len(step.own):
@@ -235,11 +121,6 @@ def backward(
     return dq.finish(own.dq), dk.finish(own.dk), dv.finish(own.dv)
 
 
-def _parts(placed: Placed, steps: list[bool]) -> int:
-    """Additions to a row at most; with a window some rows are in several launches of a step."""
-    return 1 + sum(steps) if placed.plan.merges else 3
-
-
 def _step_backward(
     step: Step,
     sequences: tuple[Sequences, ...],
@@ -248,10 +129,10 @@ def _step_backward(
     dim: int,
     options: Options,
     indices: dict[int, Tensor],
-    selected: _Selected,
-    dq: Sum,
+    selected: Selected,
+    take_dq: Callable[[Rows, Tensor], None],
 ) -> KeysAndValues | None:
-    """Gradients of the step's keys and values; those of the queries are added to dq."""
+    """Gradients of the step's keys and values; those of the queries go to take_dq."""
     total: KeysAndValues | None = None
     for launch, found in zip(step.launches, sequences, strict=True):
         rows = _of_launch(saved, launch, dim, selected)
@@ -259,7 +140,7 @@ def _step_backward(
         part = kernels.backward(
             rows.dout, rows.dlse, rows.q, k, v, rows.out, rows.softmax_lse, found, options
         )
-        dq.add(launch.q, part[0])
+        take_dq(launch.q, part[0])
         if launch.k.index is None and len(launch.k) == step.rows and len(step.launches) == 1:
             return KeysAndValues(*part[1:])
         if total is None:
@@ -271,7 +152,7 @@ def _step_backward(
     return total
 
 
-def _of_launch(saved: Saved, launch: Launch, dim: int, selected: _Selected) -> Saved:
+def _of_launch(saved: Saved, launch: Launch, dim: int, selected: Selected) -> Saved:
     """The launch's rows of everything that has the queries' rows."""
     return saved._replace(
         dout=selected(saved.dout, launch.q, dim),
@@ -292,7 +173,7 @@ class _Returned(NamedTuple):
 def _return(
     step: Step,
     gradients: KeysAndValues | None,
-    slots: _Slots,
+    slots: Slots,
     number: int,
     transfers: Transfers,
     dim: int,
@@ -306,18 +187,11 @@ def _return(
             part = x.narrow(dim, first, count).to(like.dtype)
             sends.append((peer, part, Rows(0, count)))
         first += count
-    parts, receives = [], []
-    flat = [x.view(-1) for x in slots.take(number, sum(len(rows) for _, rows in step.sends))]
-    offset = [0, 0]
-    for peer, rows in step.sends:
-        cut = []
-        for i, like in enumerate(slots.like):
-            size = len(rows) * _row_elements(like, dim)
-            shape = (*like.shape[:dim], len(rows), *like.shape[dim + 1 :])
-            cut.append(flat[i][offset[i] : offset[i] + size].view(shape))
-            offset[i] += size
-        parts.append((rows, KeysAndValues(*cut)))
-        receives += [(peer, x) for x in cut]
+    arriving = slots.take(number, [len(rows) for _, rows in step.sends])
+    parts = [(rows, part) for (_, rows), part in zip(step.sends, arriving, strict=True)]
+    receives = [
+        (peer, x) for (peer, _), part in zip(step.sends, arriving, strict=True) for x in part
+    ]
     return _Returned(transfers.post(sends, receives, transfers.now(), dim), parts)
 
 
@@ -333,17 +207,15 @@ class _Own:
 
     def __init__(self, placed: Placed, saved: Saved, dim: int, options: Options) -> None:
         self.placed, self.saved, self.dim, self.options = placed, saved, dim, options
-        launches = placed.plan.steps[0].launches
-        self.whole = len(launches) == 1 and len(launches[0].q) == placed.plan.rows
-        self.whole = self.whole and launches[0].k.index is None and launches[0].q.index is None
-        self.whole = self.whole and placed.plan.merges
+        self.whole = placed.plan.merges  # step 0 is then one launch, of all rows
         inputs = (saved.q, saved.k, saved.v)
         if not placed.plan.rows:
             self.dq = self.dk = self.dv = None
         elif self.whole:
             self.dq, self.dk, self.dv = (torch.empty_like(x) for x in inputs)
         else:
-            self.dq, self.dk, self.dv = (torch.zeros_like(x, dtype=wide(x.dtype)) for x in inputs)
+            self.dk, self.dv = (torch.zeros_like(x, dtype=wide(x.dtype)) for x in inputs[1:])
+            self.dq = torch.empty_like(saved.q)  # every query is in one launch
         self.turns = list(self._turns(len(placed.plan.steps) > 1))
 
     def _turns(self, transfers: bool) -> Iterator[tuple[slice, slice, slice]]:
@@ -376,7 +248,7 @@ class _Own:
             self.dk[..., heads_k, :],
             self.dv[..., heads_v, :],
         )
-        selected = _Selected(indices)
+        selected = Selected(indices)
         for launch, found in zip(
             self.placed.plan.steps[0].launches, self.placed.sequences[0], strict=True
         ):
@@ -395,10 +267,14 @@ class _Own:
                 into if self.whole else None,
             )
             if not self.whole:
-                for total, x, of in zip(
-                    into, gradients, (launch.q, launch.k, launch.k), strict=True
-                ):
-                    add_rows(total, of, x, dim, indices)
+                put_rows(into[0], launch.q, gradients[0], dim, indices)
+                for total, x in zip(into[1:], gradients[1:], strict=True):
+                    add_rows(total, launch.k, x, dim, indices)
+
+    def put_queries(self, rows: Rows, part: Tensor) -> None:
+        """dq of rows that are in no other launch."""
+        assert self.dq is not None
+        put_rows(self.dq, rows, part, self.dim, self.placed.indices)
 
     def add(self, rows: Rows, gradients: KeysAndValues) -> None:
         """What another step has found for the rank's own keys, its first rows."""

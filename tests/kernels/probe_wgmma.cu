@@ -79,6 +79,7 @@ KERNEL(Cfg::kNumThreads, Cfg::kMinCtasPerSm) probe_wgmma(GRID_CONSTANT HopperPro
       const i32 col = 16 * k + 2 * (lane % 4) + 8 * (i / 2);
       a[k][i] = Cfg::kRegisterA ? ld_global_u32(p.in + (row * kDepth + col) / 2) : 0;
     }
+    wgmma_pin(a[k]);
   }
   f32 d[kN / 2];
 #pragma unroll

@@ -40,4 +40,4 @@ DEVICE void wgmma_hold(f32 (&d)[kN], SITE) {
 }
 
 template <int kN>
-DEVICE void wgmma_pin(u32 (&)[kN]) {}
+DEVICE void wgmma_pin(u32 (&a)[kN]) {}

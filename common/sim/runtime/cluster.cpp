@@ -86,10 +86,7 @@ bool Cluster::waited_for_earlier_launches() const {
                      [](const auto& cta) { return cta->waited_for_earlier_launches(); });
 }
 
-Lane* Cluster::pick(Cta& running) {
-  if (size_ == 1) {
-    return running.pick();
-  }
+Lane* Cluster::pick_of_any(Cta& running) {
   const u32 first = running.launch->seed != 0 ? static_cast<u32>(running.random())
                                               : static_cast<u32>(running.rank);
   for (i32 i = 0; i < size_; ++i) {

@@ -26,7 +26,7 @@ class Cluster {
   i32 size() const { return size_; }
   Cta& cta(i32 rank) { return *ctas_[rank]; }
   // The lane to run after one of this CTA has gone to sleep. Null: none can run.
-  Lane* pick(Cta& running);
+  Lane* pick(Cta& running) { return size_ == 1 ? running.pick() : pick_of_any(running); }
   // Lets one load or copy land, if one is in flight, preferably one of this CTA.
   bool land_one(Cta& running);
   std::string waiting_list() const;
@@ -64,6 +64,7 @@ class Cluster {
   };
   std::vector<std::unique_ptr<Cta>> ctas_;  // at least size_
   i32 size_ = 0;
+  Lane* pick_of_any(Cta& running);
   State enter(Cta& cta, Fiber& fiber);
 
   Fiber scheduler_;

@@ -105,7 +105,7 @@ void Cta::reset() {
   mbarriers.reset();
   tma.reset();
   wgmma.reset(num_warps);
-  hot_range_ = -1;
+  hot_range_ = Range{};
   grid_waits_.clear();
   live_warps_ = num_warps;
   random_state_ = launch->seed * 0x9e3779b97f4a7c15ull + static_cast<u64>(block_idx) + 1;

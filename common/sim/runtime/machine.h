@@ -179,14 +179,15 @@ class Cta {
   void run_next();
   [[noreturn]] void stop(std::string text);
   void note_race(const Cta& owner, u32 lane_idx, u32 offset, u32 bytes, Access access,
-                 const char* what, const Site& site);
+                 const char* what, const Site& site);  // what: null: the access's name
 
   Stacks stacks_;
   std::vector<Warp> warps_;
   std::vector<u8> smem_;
   u8* smem_begin_ = nullptr;  // 16-byte aligned
   Barrier barriers_[kNumBarriers];
-  i32 hot_range_ = -1;  // the range of the last global access
+  Range hot_range_{};  // the range of the last global access
+  u8* hot_written_ = nullptr;
   std::vector<GridWait> grid_waits_;
   i32 live_warps_ = 0;
   u64 random_state_ = 0;

@@ -37,9 +37,8 @@ std::string nearest_tensor(const Launch& launch, uintptr_t address, u32 bytes) {
 
 char* Cta::global(const void* pointer, u32 bytes, Use use, const char* what, const Site& site) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
-  const Range* ranges = launch->ranges;
-  if (hot_range_ < 0 || address < ranges[hot_range_].begin ||
-      address + bytes > ranges[hot_range_].end) {
+  if (address < hot_range_.begin || address + bytes > hot_range_.end) {
+    const Range* ranges = launch->ranges;
     const Range* found = std::find_if(ranges, ranges + launch->num_ranges, [&](const Range& range) {
       return address >= range.begin && address < range.end && address + bytes <= range.end;
     });
@@ -49,10 +48,14 @@ char* Cta::global(const void* pointer, u32 bytes, Use use, const char* what, con
                nearest_tensor(*launch, address, bytes),
            site);
     }
-    hot_range_ = static_cast<i32>(found - ranges);
+    hot_range_ = *found;
+    hot_written_ = &launch->written[found - ranges];
   }
   if (use == Use::kWrite) {
-    std::atomic_ref<u8>(launch->written[hot_range_]).store(1, std::memory_order_relaxed);
+    const std::atomic_ref<u8> written(*hot_written_);
+    if (written.load(std::memory_order_relaxed) == 0) {  // else CTAs would fight for its cache line
+      written.store(1, std::memory_order_relaxed);
+    }
   }
   if (launch->num_earlier != 0) {
     check_against_earlier_launches(address, bytes, use, what, site);
@@ -135,14 +138,14 @@ void Cta::check_race(u32 offset, u32 bytes, Access access, const Site& site) {
   if (!races.enabled()) {
     return;
   }
-  note_race(*this, current->lane_idx, offset, bytes, access, name_of(access), site);
+  note_race(*this, current->lane_idx, offset, bytes, access, nullptr, site);
 }
 
 void Cta::check_race_in(const Cta& owner, u32 offset, u32 bytes, Access access, const Site& site) {
   if (!races.enabled()) {
     return;
   }
-  note_race(owner, current->lane_idx, offset, bytes, access, name_of(access), site);
+  note_race(owner, current->lane_idx, offset, bytes, access, nullptr, site);
 }
 
 void Cta::note_race(const Cta& owner, u32 lane_idx, u32 offset, u32 bytes, Access access,
@@ -152,6 +155,7 @@ void Cta::note_race(const Cta& owner, u32 lane_idx, u32 offset, u32 bytes, Acces
   if (!conflict.found) {
     return;
   }
+  what = what == nullptr ? name_of(access) : what;
   const std::string whose = &owner == this ? "" : " of CTA " + std::to_string(owner.block_idx);
   const std::string by =
       conflict.actor < 0 ? "" : name_of_thread(*this, conflict.actor, conflict.lane_idx);

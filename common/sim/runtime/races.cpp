@@ -2,6 +2,7 @@
 #include "races.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace flash_sim {
 
@@ -55,7 +56,7 @@ void Races::start(bool enabled, i32 num_ctas, u32 smem_bytes, i32 warps_per_cta)
   const i32 num_warps = num_ctas * warps_per_cta;
   const i32 num_readers = warps_per_cta + (num_ctas > 1 ? 1 : 0);
   granules_per_cta_ = (smem_bytes + kGranuleBytes - 1) / kGranuleBytes;
-  const size_t granules = num_ctas * granules_per_cta_;
+  num_granules_ = num_ctas * granules_per_cta_;
   if (num_warps != num_warps_ || num_readers != num_readers_) {
     num_warps_ = num_warps;
     num_actors_ = num_warps + kMaxMbarriers;
@@ -63,11 +64,11 @@ void Races::start(bool enabled, i32 num_ctas, u32 smem_bytes, i32 warps_per_cta)
     num_readers_ = num_readers;
     reads_.clear();
   }
-  if (writes_.size() < granules) {
-    writes_.resize(granules);
+  if (writes_.size() < num_granules_) {
+    writes_.resize(num_granules_);
   }
-  if (reads_.size() < granules * num_readers) {
-    reads_.resize(granules * num_readers);
+  if (reads_.size() < num_granules_ * num_readers) {
+    reads_.resize(num_granules_ * num_readers);
   }
   epoch_.assign(num_warps, base_epoch_ + 1);
   clock_.assign(num_warps * num_actors_, base_epoch_);
@@ -78,6 +79,11 @@ void Races::start(bool enabled, i32 num_ctas, u32 smem_bytes, i32 warps_per_cta)
 
 size_t Races::first_granule(i32 cta, u32 offset) const {
   return cta * granules_per_cta_ + offset / kGranuleBytes;
+}
+
+bool Races::same(const Record& a, const Record& b) {
+  static_assert(sizeof(Record) == 8 + sizeof(Site));  // no padding
+  return memcmp(&a, &b, sizeof a) == 0;
 }
 
 bool Races::ordered(const Record& before, i32 warp, u32 lane_idx) const {
@@ -103,7 +109,7 @@ bool Races::proxy_fenced(const Record& write, i32 warp) const {
 Races::Conflict Races::note(i32 warp, u32 lane_idx, i32 cta, u32 offset, u32 bytes, Access access,
                             const Site& site) {
   const size_t first = first_granule(cta, offset);
-  const size_t last = first_granule(cta, offset + bytes - 1);
+  const size_t last = first + (offset % kGranuleBytes + bytes - 1) / kGranuleBytes;
   const auto conflict = [&](const Record& other, const char* what, size_t granule) {
     constexpr const char* kPending[] = {
         nullptr,
@@ -144,14 +150,18 @@ Races::Conflict Races::note(i32 warp, u32 lane_idx, i32 cta, u32 offset, u32 byt
   const u8 actor = static_cast<u8>(warp);
   const u8 fences = lane_idx == kAnyLane ? 0 : fences_[warp * 32 + lane_idx];
   const i32 reader_idx = is_peer_copy ? warps_per_cta_ : warp - cta * warps_per_cta_;
+  Record* own_reads = is_read ? &reads_[reader_idx * num_granules_] : nullptr;
+  Record last_write;
   for (size_t granule = first; granule <= last; ++granule) {
     Record& write = writes_[granule];
-    Record* reads = &reads_[granule * num_readers_];
     if (access == Access::kCopyDone) {  // the thread that issued it waited: an ordinary write now
       write = Record{epoch, actor, static_cast<u8>(lane_idx), InFlight::kNo, fences, site};
       continue;
     }
-    if (write.epoch > base_epoch_) {
+    // Neighbours mostly have one history, and what it says has been looked at.
+    const bool checked = granule > first && same(write, last_write);
+    last_write = write;
+    if (!checked && write.epoch > base_epoch_) {
       if (write.in_flight != InFlight::kNo || !ordered(write, warp, lane_idx)) {
         return conflict(write, "write", granule);
       }
@@ -160,7 +170,7 @@ Races::Conflict Races::note(i32 warp, u32 lane_idx, i32 cta, u32 offset, u32 byt
       }
     }
     if (is_read) {
-      Record& read = reads[reader_idx];
+      Record& read = own_reads[granule];
       const bool waited = access == Access::kTmaStoreDone || access == Access::kWgmmaDone;
       if (read.epoch > base_epoch_ && read.in_flight != InFlight::kNo && !waited) {
         continue;  // the one in flight ends later
@@ -171,7 +181,7 @@ Races::Conflict Races::note(i32 warp, u32 lane_idx, i32 cta, u32 offset, u32 byt
       continue;
     }
     for (i32 reader = 0; reader < num_readers_; ++reader) {
-      const Record& read = reads[reader];
+      const Record& read = reads_[reader * num_granules_ + granule];
       if (read.epoch > base_epoch_ &&
           (read.in_flight != InFlight::kNo || !ordered(read, warp, lane_idx))) {
         return conflict(read, "read", granule);
@@ -236,7 +246,7 @@ void Races::peer_copy_read(i32 cta, u32 offset, u32 bytes, i32 mbarrier, u32 pha
   const u8 actor = static_cast<u8>(actor_of_mbarrier(mbarrier));
   const size_t last = first_granule(cta, offset + bytes - 1);
   for (size_t granule = first_granule(cta, offset); granule <= last; ++granule) {
-    reads_[granule * num_readers_ + warps_per_cta_] =
+    reads_[warps_per_cta_ * num_granules_ + granule] =
         Record{epoch_of_phase(phase), actor, 0, InFlight::kNo, 0, site};
   }
 }

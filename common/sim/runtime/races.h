@@ -98,6 +98,7 @@ class Races {
     u8 fences = 0;                       // proxy fences of this thread before it, modulo 256
     Site site;
   };
+  static bool same(const Record& a, const Record& b);
   bool ordered(const Record& before, i32 warp, u32 lane_idx) const;
   bool proxy_fenced(const Record& write, i32 warp) const;
   size_t first_granule(i32 cta, u32 offset) const;
@@ -109,10 +110,11 @@ class Races {
   i32 warps_per_cta_ = 0;
   i32 num_readers_ = 0;  // of a CTA's memory: its warps, and in clusters copies to peers
   size_t granules_per_cta_ = 0;
+  size_t num_granules_ = 0;
   u32 base_epoch_ = 0;          // all epochs up to here belong to earlier CTAs
   u32 last_phase_epoch_ = 0;    // of any mbarrier
   std::vector<Record> writes_;  // [granule]
-  std::vector<Record> reads_;   // [granule][reader]
+  std::vector<Record> reads_;   // [reader][granule]
   std::vector<u32> epoch_;      // [warp]
   std::vector<u32> clock_;      // [warp][actor]
   std::vector<u32> fenced_;     // [warp][actor]: its clock at its last proxy fence
