@@ -64,7 +64,8 @@ def flash_attn_func(
 
     Returns:
         out, (batch, seqlen_q, num_heads_q, head_dim_v) in the dtype of q, with the strides of
-        torch.empty_like(q); a query that sees no key gives zeros. With return_attn_probs the triple (out, softmax_lse, S_dmask).
+        torch.empty_like(q); a query that sees no key gives zeros. With return_attn_probs the triple
+        (out, softmax_lse, S_dmask).
         softmax_lse: float32 (batch, num_heads_q, seqlen_q), the natural logarithm of the softmax's
         denominator, of scores exactly as defined above; -inf for a query that sees no key.
         S_dmask: empty, (0,), without dropout. With dropout (batch, num_heads_q, seqlen_q,

@@ -71,9 +71,9 @@ def flash_attn_func(
 
     Returns:
         out, (batch, seqlen_q, num_heads_q, head_dim_v) in the dtype of q, with the strides of
-        torch.empty_like(q); a query that sees no key gives zeros. With return_attn_probs the pair (out, softmax_lse): softmax_lse is float32,
-        (batch, num_heads_q, seqlen_q), the natural logarithm of the softmax's denominator, -inf for
-        a query that sees no key.
+        torch.empty_like(q); a query that sees no key gives zeros. With return_attn_probs the pair
+        (out, softmax_lse): softmax_lse is float32, (batch, num_heads_q, seqlen_q), the natural
+        logarithm of the softmax's denominator, -inf for a query that sees no key.
 
     Raises:
         TypeError: an argument's type or dtype is wrong.
