@@ -109,7 +109,7 @@ def check_combine(device: torch.device) -> None:
         ({"out_partial": torch.zeros(5, 2, 7, 24)}, ValueError, "out_partial has shape"),
         ({"lse_partial": torch.zeros(5, 2, 3, 7)}, ValueError, "lse_partial has shape"),
         ({"out": torch.zeros(2, 7, 3, 25)}, ValueError, "out has shape (2, 7, 3, 25)"),
-        ({"out_dtype": torch.float64}, TypeError, "out_dtype: torch.float64"),
+        ({"out_dtype": torch.float64}, TypeError, "out_dtype is torch.float64"),
         (
             {"out": torch.zeros(2, 7, 3, 24), "out_dtype": BF16},
             TypeError,
