@@ -6,11 +6,13 @@ hot path of the package: beside the binding's own 5 us it may cost well under on
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from . import cache, compiler, env
@@ -264,6 +266,21 @@ def _loaded(image: cache.KernelImage) -> DeviceKernel:
             stacklevel=4,
         )
         return DeviceKernel(image.spec, cache.default_kernels().image_made_here(image.spec).cubin)
+
+
+@contextlib.contextmanager
+def relaxed_capture() -> Iterator[None]:
+    """Within, this thread may allocate memory and wait while another one captures a CUDA graph."""
+    cuda = load_bindings()
+    relaxed = cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    status, before = cuda.cuThreadExchangeStreamCaptureMode(relaxed)
+    if int(status) != 0:
+        name = getattr(status, "name", str(status))
+        raise DriverError(f"cuThreadExchangeStreamCaptureMode failed: {name}", int(status))
+    try:
+        yield
+    finally:
+        cuda.cuThreadExchangeStreamCaptureMode(before)
 
 
 def _primary_context(cuda: Any, device_index: int) -> Any:
