@@ -29,8 +29,6 @@ def specs(pair: Pair, wanted: Wanted, arch: str) -> list[KernelSpec]:
         if bwd_tiles.refuses_head_dims(*pair) is not None:
             continue
         for backward in backward_problems(pair, wanted):
-            if backward.deterministic:  # the Ampere tree's
-                continue
             for seqlen in LENGTHS:
                 asked = replace(backward, forward=_of_length(backward.forward, seqlen))
                 for spec in bwd_tiles.backward_specs(asked, ARCH, gpu=gpu):

@@ -28,13 +28,15 @@ SOFTCAP_OF_WIDE_V = 128
 UNTUNED_PAIRS = [(16, 16), (80, 80), (112, 48), (160, 224), (256, 64), (72, 200), (192, 192)]
 
 
-def main_spec(dims: tuple[int, int], feature: str, dtype: str, seqlen: int = 0) -> KernelSpec:
+def main_spec(
+    dims: tuple[int, int], feature: str, dtype: str, seqlen: int = 0, deterministic: bool = False
+) -> KernelSpec:
     forward = problem(dims, feature, dtype)
     if seqlen:
         forward = replace(forward, seqlen_q=seqlen, seqlen_k=seqlen)
     strides = (1, 1, 1)
     return bwd_tiles.backward_specs(
-        BackwardProblem(forward, strides, strides, strides, strides, strides), ARCH
+        BackwardProblem(forward, *[strides] * 5, deterministic=deterministic), ARCH
     )[1]
 
 
@@ -81,6 +83,17 @@ def test_sample(dims: tuple[int, int], feature: str, dtype: str):
 def test_long_sequences(dims: tuple[int, int]):
     """Tiles that the table keeps for many queries."""
     check_named(dims, "plain", "bf16", seqlen=16384)
+
+
+@pytest.mark.parametrize(
+    "dims",
+    [(64, 64), (128, 128), (192, 128)]
+    + [pytest.param(dims, marks=pytest.mark.slow) for dims in (*NAMED_PAIRS[:4], (256, 256))],
+    ids=lambda dims: f"qk{dims[0]}-v{dims[1]}",
+)
+@pytest.mark.parametrize("feature", ["plain", "causal"])
+def test_deterministic(dims: tuple[int, int], feature: str):
+    check(main_spec(dims, feature, "bf16", deterministic=True))
 
 
 @pytest.mark.slow

@@ -397,6 +397,8 @@ def test_qv_has_no_gradient_and_says_so(machine):
         with pytest.raises(NotImplementedError, match="no gradient with qv.*concatenate"):
             out.sum().backward()
         leaf.requires_grad_(False)
+
+
 def test_a_packed_lse_may_have_a_batch_of_one(machine, library):
     """xformers passes (1, num_heads_q, total_q) to bwd."""
     q, k, v, cu_q, cu_k, *longest = ragged(machine).values()
