@@ -21,7 +21,7 @@ from .spec import KernelSpec
 # CUresult values that a launch can mend: INVALID_VALUE is what a kernel that needs more than 48 KiB
 # of shared memory gives on a device it was not prepared for.
 _INVALID_VALUE = 1
-_INVALID_CONTEXT = 201
+INVALID_CONTEXT = 201
 _INSUFFICIENT_DRIVER = 35  # of the runtime API; the driver API has no such value
 _OLDEST_DRIVER = 12000
 _DEFAULT_MAX_DYNAMIC_SMEM = 48 * 1024
@@ -168,12 +168,11 @@ class DeviceKernel:
     ) -> None:
         """The slow path of ``launch``: one retry where the cause can be removed."""
         code = int(status)
-        if code in (_INVALID_CONTEXT, _INVALID_VALUE):
+        if code in (INVALID_CONTEXT, _INVALID_VALUE):
             device_index = _torch_device()
             mended = False
-            if code == _INVALID_CONTEXT or int(self._call("cuCtxGetCurrent")) == 0:
-                # A thread that made no call to the CUDA runtime so far.
-                self._call("cuCtxSetCurrent", _primary_context(self._cuda, device_index))
+            if code == INVALID_CONTEXT or int(self._call("cuCtxGetCurrent")) == 0:
+                make_context_current(self._cuda)
                 mended = True
             if device_index not in self._prepared:
                 self.prepare(device_index)
@@ -281,6 +280,16 @@ def relaxed_capture() -> Iterator[None]:
         yield
     finally:
         cuda.cuThreadExchangeStreamCaptureMode(before)
+
+
+def make_context_current(cuda: Any) -> None:
+    """The context of torch's current device becomes this thread's: for a thread that made no call
+    to the CUDA runtime so far, as autograd's when a backward is the first thing that it runs.
+    cuda: the module that `load_bindings` returns.
+    """
+    (status,) = cuda.cuCtxSetCurrent(_primary_context(cuda, _torch_device()))
+    if int(status) != 0:
+        raise DriverError(f"cuCtxSetCurrent failed: {getattr(status, 'name', status)}", int(status))
 
 
 def _primary_context(cuda: Any, device_index: int) -> Any:

@@ -135,5 +135,6 @@ class NoSecondBackward(torch.autograd.Function):
             "flash_attn_interface: the gradient of attention was differentiated once more, which "
             "the kernels cannot do. For second derivatives use torch.autograd on CPU tensors, "
             "whose reference is differentiable any number of times, or "
-            "scaled_dot_product_attention of torch.nn.functional under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
+            "scaled_dot_product_attention of torch.nn.functional under "
+            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
         )
