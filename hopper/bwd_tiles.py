@@ -23,7 +23,6 @@ MAX_HEAD_DIM = 256
 CHUNK_COLUMNS = 64  # of the 128-byte swizzle: tiles in shared memory have whole ones
 THREADS = 512  # loads, dQ, and two warpgroups with scores, dK and dV
 LAUNCH_REGISTERS = 65536 // THREADS
-PRODUCER_REGISTERS = 24
 OTHER_REGISTERS = 40  # of a dQ warp, beside its part of dQ
 # ptxas refuses wider products in 512 threads: C7602, "insufficient registers (128)".
 MAX_GRADIENT_N = 192
@@ -80,16 +79,23 @@ class BackwardTile:
         """Columns of one product of dQ."""
         return min(_round_up(problem.head_dim_qk, 16), self.dq_columns)
 
+    def producer_registers(self, problem: Problem) -> int:
+        """Of a thread that loads. Warps that write lse and D hold block_m / 32 values of this step
+        and of the next; with 24 registers ptxas spilled 8 bytes at 128 queries, 4 with floats.
+        """
+        narrow = self.block_m == WG_ROWS and self.aux_lse(problem) and self.aux_d(problem)
+        return 24 if narrow else 32
+
     def registers(self, problem: Problem) -> tuple[int, int, int]:
         """Of a thread with scores (or S^T, P^T and dV), with dP^T, dS^T and dK, and with dQ."""
         sums = self.dq_buffers * self.dq_part(problem) // 2
         dq = max(72, _round_up(sums + OTHER_REGISTERS, 8))
-        rest = 4 * LAUNCH_REGISTERS - PRODUCER_REGISTERS - dq
+        rest = 4 * LAUNCH_REGISTERS - self.producer_registers(problem) - dq
         if not self.split_roles:
             return rest // 16 * 8, rest // 16 * 8, dq
         qk, v = (gradient_columns(d, self.gradient_n) for d in _dims(problem))
         wider = self.block_n // WG_ROWS * (v - qk) // 4
-        scores = max(96, min((rest // 2 + wider) // 8 * 8, (rest - 96) // 8 * 8))
+        scores = max(96, min((_round_up(rest // 2, 8) + wider) // 8 * 8, (rest - 96) // 8 * 8))
         return min(scores, 232), min((rest - scores) // 8 * 8, 232), dq
 
 
@@ -252,7 +258,7 @@ def _main_spec(
         wgmma_dq_last_n=accum_columns % dq_part or dq_part,
         num_threads=THREADS,
         launch_registers=LAUNCH_REGISTERS,
-        producer_registers=PRODUCER_REGISTERS,
+        producer_registers=tile.producer_registers(p),
         score_registers=score_registers,
         gradient_registers=gradient_registers,
         dq_registers=dq_registers,
