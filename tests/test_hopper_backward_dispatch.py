@@ -10,7 +10,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import flash_attn_2_cuda
 import hopper_tree
 import pytest
 import torch
@@ -21,11 +20,12 @@ from test_autograd import CALLS
 from torch import Tensor
 
 import flash_attn as fa2
+import flash_attn_2_cuda
 import flash_attn_interface as fa3
 from flash_attn.flash_attn_interface import _flash_attn_backward, _flash_attn_varlen_backward
 from flash_attn_interface import backends, dispatch, explain, fa3_library, selection, simulate
 from flash_attn_interface._common.backward_problem import BackwardProblem
-from flash_attn_interface._common.problem import Problem, Target
+from flash_attn_interface._common.problem import Target
 from flash_attn_interface.selection import Device
 
 TREE = hopper_tree.load()
