@@ -24,7 +24,7 @@ WGMMA_PER_CYCLE, SMEM_BYTES_PER_CYCLE = 2048, 128
 STEP_CYCLES, COPY_CYCLES = 150, 600
 OTHER_REGISTERS = 25
 # Of the backward: a thread beside sums, scores and packed P; an SM's additions to L2.
-BACKWARD_OTHER_REGISTERS = 30
+BACKWARD_OTHER_REGISTERS = 16
 ADD_BYTES_PER_CYCLE = 16
 
 
@@ -86,7 +86,9 @@ def _backward_needs(tile: BackwardTile, problem: Problem) -> tuple[int, int]:
 
 
 def _backward_space(problem: Problem, arch: str) -> Iterator[BackwardTile]:
-    dq_columns = (64, 96) if 64 < problem.head_dim_qk <= 96 else (64,)
+    dq_columns = {64, min(128, max(64, -(-problem.head_dim_qk // 16) * 16))}
+    tile = BackwardTile(64, 64)
+    aux = (True, False) if tile.aux_lse(problem) or tile.aux_d(problem) else (True,)
     for fields in product(
         (64, 128),  # block_m
         (64, 128),  # block_n
@@ -95,11 +97,11 @@ def _backward_space(problem: Problem, arch: str) -> Iterator[BackwardTile]:
         (1, 2),  # stages_do
         (1, 2, 3),  # stages_ds
         (0, 2),  # add_stages
-        dq_columns,
+        sorted(dq_columns),
         (1, 2),  # dq_buffers
     ):
-        for cluster_size in (1, 2):
-            tile = BackwardTile(*fields, cluster_size=cluster_size)
+        for cluster_size, with_aux in product((1, 2), aux):
+            tile = BackwardTile(*fields, cluster_size=cluster_size, aux=with_aux)
             if bwd_tiles.refuses_tile(tile, problem, arch) is None:
                 given, needed = tile.registers(problem), _backward_needs(tile, problem)
                 if needed[0] <= given[0] and needed[1] <= given[1]:
@@ -117,6 +119,7 @@ def _backward_cost(tile: BackwardTile, problem: Problem) -> float:
         tile.block_m * tile.block_n
     )
     more = 0.004 * (tile.cluster_size - 1) + 0.002 * (tile.add_stages > 0) * (qk > 64)
+    more += 0.03 * (not tile.aux)
     return max(products, additions) + serial + step + more
 
 

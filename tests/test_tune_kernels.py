@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import hopper_tree
 import pytest
 import torch
 from tune_bench import (
     BACKWARD,
     DECODE,
     FORWARD,
+    HOPPER_BACKWARD,
     HOPPER_FORWARD,
     Bench,
     check_problem,
@@ -26,6 +28,9 @@ from flash_attn_interface.tune_journal import Journal
 from flash_attn_interface.tune_measure import Checker, make_problem
 from flash_attn_interface.tune_search import Search, Settings
 
+hopper_tree.load()
+from flash_attn_3.bwd_tiles import BackwardTile  # noqa: E402
+
 # --- the check against the reference, on the real kernels -------------------------------------
 
 SIMULATED = [
@@ -36,6 +41,9 @@ SIMULATED = [
     (BACKWARD, "sm_80", {"features": ("dropout",)}, None),
     (DECODE, "sm_80", {"seqlen_q": 1, "heads": 4, "heads_kv": 2}, None),
     (HOPPER_FORWARD, "sm_90a", {"causal": True}, None),
+    (HOPPER_BACKWARD, "sm_90a", {"causal": True}, None),
+    (HOPPER_BACKWARD, "sm_90a", {"features": ("dropout",)}, None),
+    (HOPPER_BACKWARD, "sm_90a", {}, BackwardTile(64, 64, True, stages_ds=1, cluster_size=2)),
 ]
 
 

@@ -20,7 +20,7 @@ from flash_attn_interface.tune_search import Result, Search, Settings
 
 HOPPER = hopper_tree.load()
 FORWARD, BACKWARD, DECODE = flash2_tuning.TUNABLES
-HOPPER_FORWARD = HOPPER.BACKEND.tunables()[0]
+HOPPER_FORWARD, HOPPER_BACKWARD = HOPPER.BACKEND.tunables()
 CLEAN = ResourceUsage(registers=128, spill_store_bytes=0, spill_load_bytes=0, stack_bytes=0)
 
 
