@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import hopper_tree
 import pytest
 import sanitize
+import sanitize_cases
 from sanitize import Outcome
+
+from flash_attn_interface._common.problem import Problem
 
 RAN = "all 5 calls ran; kernels: flash2_combine x 3, flash2_fwd x 2\n"
 CLEAN = RAN + "========= ERROR SUMMARY: 0 errors\n"
@@ -88,8 +92,6 @@ def test_an_outcome_names_its_kernels() -> None:
 
 
 def test_every_kernel_has_a_group() -> None:
-    import sanitize_cases
-
     assert set(sanitize_cases.GROUPS) == set(sanitize.GROUPS)
     covered = {entry for group in sanitize_cases.GROUPS.values() for entry in group.entries}
     assert covered == set(sanitize.known_entries())
@@ -99,10 +101,35 @@ def test_every_kernel_has_a_group() -> None:
         assert group.backend == sanitize._tree(name)
 
 
+def test_every_division_of_the_hopper_backward_is_checked() -> None:
+    """Also after measurements have moved a pair of head dims to other tiles."""
+    hopper_tree.load()
+    from flash_attn_3 import bwd_tiles
+
+    divisions = set()
+    for entry in sanitize_cases.HOPPER_BACKWARD:
+        case = entry[0] if isinstance(entry, tuple) else entry
+        rows = (case.batch, case.seqlen_q, case.seqlen_k, 1, 1)  # no list goes by total_q, total_k
+        heads = (case.num_heads_q, case.num_heads_k, case.num_heads_v)
+        asked = Problem(
+            case.dtype, case.head_dim_qk, case.head_dim_v, *heads, *rows, softmax_scale=0.1,
+            causal=case.causal, softcap=case.softcap, dropout_p=case.dropout_p,
+        )  # fmt: skip
+        tile = bwd_tiles.backward_tile(asked, "sm_90a")
+        floats = not (tile.aux_lse(asked) and tile.aux_d(asked))
+        divisions |= {
+            ("split" if tile.split_roles else "joint", "floats" if floats else "aux"),
+            ("bulk" if tile.add_stages else "registers",),
+            ("pair" if tile.cluster_size == 2 else "one", f"{tile.dq_buffers} buffers"),
+        }
+    assert divisions >= {
+        ("joint", "aux"), ("split", "aux"), ("split", "floats"), ("bulk",), ("registers",),
+        ("one", "1 buffers"), ("one", "2 buffers"), ("pair", "2 buffers"),
+    }  # fmt: skip
+
+
 def test_the_filter_names_every_kernel() -> None:
     import re
-
-    import sanitize_cases
 
     key, _, pattern = sanitize.KERNEL_FILTER.partition("=")
     assert key == "regex"
