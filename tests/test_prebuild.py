@@ -199,6 +199,28 @@ def test_features_and_dtypes_choose_kernels() -> None:
     assert {s["deterministic"] for s in backward if s.entry == "flash2_bwd"} == {False, True}
 
 
+def test_features_choose_kernels_of_the_hopper_backward() -> None:
+    hopper_tree.load()
+    planner = importlib.import_module("flash_attn_3.prebuild")
+
+    def constants(*features: str, dims: tuple[int, int] = (64, 128)) -> list[KernelSpec]:
+        wanted = Wanted((dims,), ("bf16",), headdim.features(features, "test"))
+        return planner.specs(dims, wanted, "sm_90a")
+
+    assert {spec.entry for spec in constants("causal", "dense", "decode")} == {"hopper_fwd"}
+    backward = constants("causal", "dense", "backward", "deterministic")
+    entries = {spec.entry for spec in backward} - {"hopper_fwd"}
+    assert entries == {"hopper_bwd", *(f"flash2_bwd_{x}" for x in ("preprocess", "convert", "sum"))}
+    assert all(spec["programmatic"] for spec in backward if spec.entry.startswith("flash2"))
+    assert {spec["ordered"] for spec in backward if spec.entry == "hopper_bwd"} == {False, True}
+    assert {spec.arch for spec in backward} == {"sm_90a"}
+    for extra in ("local", "softcap", "alibi", "dropout"):
+        main = [s for s in constants("full", "dense", "backward", extra) if s.entry == "hopper_bwd"]
+        assert {bool(spec[extra]) for spec in main} == {False, True}
+    wide = constants("full", "dense", "backward", dims=(64, 512))  # a forward alone
+    assert {spec.entry for spec in wide} == {"hopper_fwd"}
+
+
 def test_code_for_sm_80_comes_with_the_tiles_that_later_gpus_prefer() -> None:
     """An A10 has less shared memory than an A100; it runs the same machine code."""
     for dims in Wanted().pairs:
@@ -230,23 +252,29 @@ def test_gpu_models_with_tables_of_their_own_get_their_tiles(
     tuned_tiles.forget()
 
 
-def test_planning_a_build_needs_no_torch(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("tree", "arch"), [("flash_attn_interface._flash2", "sm_80"), ("flash_attn_3", "sm_90a")]
+)
+def test_planning_a_build_needs_no_torch(tree: str, arch: str, tmp_path: Path) -> None:
+    hopper_tree.load()
+    planner = importlib.import_module(f"{tree}.prebuild")
+    packages = {**PACKAGES, "flash_attn_3": hopper_tree.FOLDER}
     program = f"""
 import sys
 sys.modules["torch"] = None
 sys.path.insert(0, {str(PACKAGES["flash_attn_interface._common"])!r})
 import bare_packages
 del sys.path[0]
-packages = {[(name, str(folder)) for name, folder in PACKAGES.items()]!r}
+packages = {[(name, str(folder)) for name, folder in packages.items()]!r}
 prebuild = bare_packages.load_prebuild(dict(packages))
-trees = prebuild.Trees(["flash_attn_interface._flash2.prebuild"], dict(packages))
-print(len(trees.specs(prebuild.Wanted(((64, 128),)), ["sm_80"])))
+trees = prebuild.Trees(["{tree}.prebuild"], dict(packages))
+print(len(trees.specs(prebuild.Wanted(((64, 128),)), ["{arch}"])))
 """
     answer = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=False
     )
     assert answer.returncode == 0, answer.stderr
-    assert int(answer.stdout) == len(flash2_prebuild.specs((64, 128), Wanted(), "sm_80"))
+    assert int(answer.stdout) == len(planner.specs((64, 128), Wanted(), arch))
 
 
 # ---- how --------------------------------------------------------------------------------------
