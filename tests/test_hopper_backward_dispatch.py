@@ -245,6 +245,41 @@ def test_explain_says_why_a_backward_is_the_other_trees(installed):
     assert "not hopper: its masks are applied before the scale, which must not be 0" in text
 
 
+def explained(**changes: Any) -> Any:
+    shapes = {"q": SHAPES[0], "k": SHAPES[1], "v": SHAPES[2]}
+    q, k, v = (changes.pop(name, meta(*shape)) for name, shape in shapes.items())
+    return explain(q, k, v, arch=ARCH, **changes)
+
+
+# As the table in docs/features.md.
+DIRECTIONS = {
+    "rows": ({"v": meta(2, 512, 2, 100)}, "flash2", "flash2"),
+    "strides": ({"k": meta(2, 512, 2, 68)[..., :64]}, "flash2", "flash2"),
+    "expanded-batch": ({"k": meta(1, 512, 2, 64).expand(2, -1, -1, -1)}, "flash2", "flash2"),
+    "expanded-rows": ({"v": meta(2, 1, 2, 128).expand(-1, 512, -1, -1)}, "flash2", "flash2"),
+    "expanded-heads-of-q": ({"q": meta(2, 512, 1, 64).expand(-1, -1, 8, -1)}, "flash2", "flash2"),
+    "expanded-heads-of-k": ({"k": meta(2, 512, 1, 64).expand(-1, -1, 2, -1)}, "hopper", "flash2"),
+    "scale-0": ({"softmax_scale": 0.0}, "hopper", "flash2"),
+    "s-dmask": ({"dropout_p": 0.1, "return_attn_probs": True}, "flash2", "hopper"),
+    "features": ({"dropout_p": 0.1, "softcap": 2.0, "window_size": (9, 9)}, "hopper", "hopper"),
+}
+
+
+@pytest.mark.parametrize(("changes", "forward", "backward"), DIRECTIONS.values(), ids=DIRECTIONS)
+def test_each_direction_is_chosen_by_itself(installed, changes, forward, backward):
+    explanation = explained(**changes)
+    assert (explanation.backend, explanation.backward.backend) == (forward, backward)
+    assert ("hopper" in explanation.refused) == (forward == "flash2")
+    assert ("hopper" in dict(explanation.backward.decision.refused)) == (backward == "flash2")
+
+
+def test_pages_have_no_backward(installed):
+    paged = {"cu_seqlens_q": (3,), "cu_seqlens_k": (3,), "max_seqlen_q": 9, "max_seqlen_k": 9}
+    explanation = explain((18, 8, 64), (4, 16, 2, 64), (4, 16, 2, 128), arch=ARCH, **paged,
+                          block_table=(2, 1))  # fmt: skip
+    assert (explanation.backend, explanation.backward.backend) == ("flash2", None)
+
+
 def test_explain_says_that_wide_v_has_no_backward(installed):
     explanation = explain((2, 512, 8, 64), (2, 512, 2, 64), (2, 512, 2, 512), arch=ARCH)
     assert (explanation.backend, explanation.backward.backend) == ("hopper", None)
