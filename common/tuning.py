@@ -100,8 +100,8 @@ class Tunable:
         """The fields by which two tiles are different kernels, not the same with other buffers."""
         sizes = ("block_m", "block_n", "num_warps", "num_mma_warpgroups", "row_warps", "num_teams")
         schedules = ("one_barrier", "split_roles", "ping_pong", "p_in_smem")
-        schedules += ("cluster_size", "add_stages", "dq_buffers")  # of the Hopper backward
-        return tuple(int(getattr(tile, name, 0)) for name in (*sizes, *schedules))
+        of_dq = ("cluster_size", "add_stages", "dq_buffers")  # of the Hopper backward
+        return tuple(int(getattr(tile, name, 0)) for name in (*sizes, *schedules, *of_dq))
 
 
 def register_budget(arch: str, num_threads: int, ctas_per_sm: int) -> int:
