@@ -1,4 +1,4 @@
-"""How hopper_fwd sees its tensors: one TMA tensor map each, patched with an address per call.
+"""How hopper_fwd and hopper_bwd see their tensors: one TMA tensor map each, patched with an address per call.
 
 Maps have the dims (column, row, head, 1, batch). A packed or partly used tensor is "ragged": its
 sequences end at lengths that only the device knows, and what lies behind must neither be read as
@@ -9,7 +9,7 @@ the sequence's end. The sum is RAGGED_ROWS rows too far, which the fifth coordin
 addresses are computed modulo 2**64, and RAGGED_ROWS times its stride is 2**64 less those rows.
 Moving the map's address back instead would save that dim, but then it may lie outside of every
 allocation, which no documentation allows.
-See `row_coords` in fwd_layout.cuh.
+See `row_coords.cuh`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .tiles import ELEM_BYTES, WG_ROWS
 
 # TMA: addresses and strides are multiples of this.
 VECTOR_BYTES = 16
-# Rows of a ragged map's second dim, kRaggedRows in fwd_layout.cuh.
+# Rows of a ragged map's second dim, kRaggedRows in row_coords.cuh.
 RAGGED_ROWS = 2**30
 # Strides of maps are below this; of a ragged map's rows below 2**64 / RAGGED_ROWS, which leaves the
 # fifth dim a stride.
@@ -171,7 +171,7 @@ def refuses_backward_layout(problem: BackwardProblem) -> str | None:
 class MapPlan:
     """All of one tensor's map but the address."""
 
-    field: str  # of HopperFwdParams
+    field: str  # of HopperFwdParams or HopperBwdParams
     dtype: str
     dims: tuple[int, ...]
     strides_bytes: tuple[int, ...]
