@@ -1,4 +1,5 @@
-"""How hopper_fwd and hopper_bwd see their tensors: one TMA tensor map each, patched with an address per call.
+"""How hopper_fwd and hopper_bwd see their tensors: one TMA tensor map each, patched with an address
+per call.
 
 Maps have the dims (column, row, head, 1, batch). A packed or partly used tensor is "ragged": its
 sequences end at lengths that only the device knows, and what lies behind must neither be read as
