@@ -28,6 +28,7 @@ probe_ordered_adds(GRID_CONSTANT HopperProbeParams p) {
     const i32 row = (block_idx() + i) % rows;
     u32* counter = p.out + rows * Cfg::kRow + row;
     wait_global_at_least(counter, u32(i));
+    fence_proxy_async_global();  // additions of bulk copies follow those that were waited for
     bulk_reduce_add_f32(out + row * Cfg::kRow, smem_base(), 4 * Cfg::kRow);
     tma_store_commit_group();
     if (p.which == 1) {
