@@ -36,7 +36,8 @@ class BackwardPlan:
 
     dk and dv are bitwise reproducible, each the fp32 sum over its query heads in a fixed order. dq
     is if deterministic: split s of its accumulator belongs to one CTA per query head, which takes
-    key tiles s, s + dq_splits, ... in order.
+    key tiles s, s + dq_splits, ... in order. (The Hopper tree's plan has one split to which key
+    tiles add in order, and counters of 4 bytes per 16 rows and head behind it.)
 
     Memory that `run` takes beyond its results: 4 bytes per query row and head (softmax_lse in other
     units), and fp32 accumulators:

@@ -5,11 +5,14 @@
 #include "common/ptx/bulk.cuh"
 #include "hopper/bwd_roles.cuh"
 
-// dQ += dS K, added to dq_accum in memory. Sums depend on the order of the additions; if
-// Cfg::kOrdered, key tiles take turns at each query tile, the first keys first, each warp with its
-// rows. So a CTA waits for CTAs ahead of it in the launch only, which have started: key_work()
-// gives those to the tiles before its own. All walk from their last query tile to their first:
-// behind a window's right edge, where one begins, the ones ahead have been already.
+// dQ += dS K, added to dq_accum in memory.
+// Sums depend on the order of the additions. If Cfg::kOrdered, key tiles take turns at each query
+// tile, those with the first keys first; each warp waits and counts for its own rows.
+// This cannot deadlock: a CTA waits only for CTAs ahead of it in the launch, which have started,
+// since key_work() gives them the key tiles before its own. Within a cluster no CTA waits for the
+// other one's turn, because each query tile is added by one of them.
+// All CTAs walk from their last query tile to their first. Under a window the CTAs ahead have then
+// been where one begins; without a window they all begin together, and each follows the one ahead.
 struct DqRole : RoleBase {
   static constexpr i32 kColumns = round_up(Cfg::kHeadDimQk, 16);
   static constexpr i32 kPartColumns = Cfg::kWgmmaDqN;  // of one product; the last may be narrower

@@ -149,9 +149,6 @@ struct KeyTile {
     const TileRange tiles = query_tiles<Cfg>(p, work.seq, cluster_key, kCtas * kN);
     const TileRange own = query_tiles<Cfg>(p, work.seq, first_key, kN);
     const bool seen = tiles.begin < tiles.end;
-    const i32 start = !seen           ? tiles.begin
-                      : Cfg::kOrdered ? tiles.end - 1
-                                      : first_query_tile<Cfg>(tiles, cluster_key);
     if (thread_idx() % 32 == 0) {
       const i32 values[kFields] = {work.batch_idx,
                                    work.first_head,
@@ -166,12 +163,21 @@ struct KeyTile {
                                    tiles.end,
                                    own.interior_begin,
                                    own.interior_end,
-                                   start,
+                                   seen ? first_step(tiles, cluster_key) : tiles.begin,
                                    rank};
 #pragma unroll
       for (i32 i = 0; i < kFields; ++i) {
         st_shared_u32(at + u32(4 * i), u32(values[i]));
       }
+    }
+  }
+
+  // The query tile that walk() begins with, of a range that is not empty.
+  DEVICE static i32 first_step(const TileRange& tiles, i32 cluster_key) {
+    if constexpr (Cfg::kOrdered) {
+      return tiles.end - 1;
+    } else {
+      return first_query_tile<Cfg>(tiles, cluster_key);
     }
   }
 
