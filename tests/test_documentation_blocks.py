@@ -18,9 +18,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCK = re.compile(
-    r"(?:^<!-- python: (\w+) -->\n)?^```(python|py)\b[^\n]*\n(.*?)^```$", re.M | re.S
-)
+_OPEN = r"(?:^<!-- python: (\w+) -->\n)?^```(python|py)\b[^\n]*\n"
+BLOCK = re.compile(_OPEN + r"(.*?)^```$", re.M | re.S)
 NEEDS = {"", "gpu", "sim", "torchrun"}
 
 
