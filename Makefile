@@ -19,7 +19,7 @@ export TORCH
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test compile-check lint typecheck format bench bench-backward bench-decode bench-features bench-host bench-context-parallel sanitize clean
+.PHONY: help demo test compile-check lint typecheck format docs bench bench-backward bench-decode bench-features bench-host bench-context-parallel sanitize clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -55,6 +55,10 @@ format: $(VENV)/.ready-lint  ## rewrite the sources as `make lint` wants them
 	$(RUN) -m ruff format $(PYTHON_CODE)
 	$(VENV)/bin/clang-format -i $(DEVICE_CODE)
 
+# Without a network; a warning, such as a link that leads nowhere, is an error.
+docs: $(VENV)/.ready-docs  ## the documentation site, in build/docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
 bench: $(VENV)/.ready-bench  ## forward benchmark beside its peers; needs a GPU
 	$(RUN) benchmarks/bench_forward.py $(BENCH_ARGS)
 
@@ -86,6 +90,10 @@ $(VENV)/.ready: $(SETUP_INPUTS)
 
 $(VENV)/.ready-lint: $(VENV)/.ready
 	@$(PYTHON) .ci/setup_venv.py $(VENV) lint
+	@touch $@
+
+$(VENV)/.ready-docs: $(VENV)/.ready
+	@$(PYTHON) .ci/setup_venv.py $(VENV) docs
 	@touch $@
 
 $(VENV)/.ready-bench: $(VENV)/.ready
