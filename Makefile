@@ -19,7 +19,7 @@ export TORCH
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test compile-check lint typecheck format docs bench bench-backward bench-decode bench-features bench-host bench-context-parallel sanitize clean
+.PHONY: help demo test compile-check lint typecheck format docs wheels bench bench-backward bench-decode bench-features bench-host bench-context-parallel sanitize clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -58,6 +58,10 @@ format: $(VENV)/.ready-lint  ## rewrite the sources as `make lint` wants them
 # Without a network; a warning, such as a link that leads nowhere, is an error.
 docs: $(VENV)/.ready-docs  ## the documentation site, in build/docs
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
+# Several minutes on two CPUs the first time. TORCH names the torch of the bare environment.
+wheels: $(VENV)/.ready  ## both wheels with the listed kernels, in dist/, tried in a bare environment
+	$(RUN) .ci/make_wheels.py dist
 
 bench: $(VENV)/.ready-bench  ## forward benchmark beside its peers; needs a GPU
 	$(RUN) benchmarks/bench_forward.py $(BENCH_ARGS)
