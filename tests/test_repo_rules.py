@@ -263,6 +263,32 @@ def test_benchmarks_refuse_a_machine_without_gpu(name: str) -> None:
     assert "needs an NVIDIA GPU" in answer.stdout
 
 
+def prose() -> Iterator[tuple[str, int, str]]:
+    """(file, line number, line) of documents, less what benchmarks write (one folder a run)."""
+    for name, text in texts(".md"):
+        if not re.match(r"docs/performance/\d{4}-\d\d-\d\d-", name):
+            for number, line in enumerate(text.splitlines(), 1):
+                yield name, number, line
+
+
+def test_lines_of_documents_can_be_read() -> None:
+    """Beyond 300 characters a line is a paragraph in a table's cell: make it rows, or a text."""
+    assert not [f"{name}:{number}" for name, number, line in prose() if len(line) > 300]
+
+
+def test_hardware_is_not_somebody() -> None:
+    """Hardware waits or is idle; nobody and somebody are people, whom documents address directly.
+
+    In Python, what stands beside a word of the hardware or of waiting is looked at.
+    """
+    person = r"\b(?:no|some)body\b"
+    machine = r"\b(?:CTA|SM|warp|warpgroup|thread|lane|tile|wait|works?|idle)s?\b"
+    hits = [f"{name}:{number}" for name, number, line in prose() if re.search(person, line, re.I)]
+    either = f"{person}.*{machine}|{machine}.*{person}"
+    hits += [hit for hit in matches(either, ".py", flags=re.I) if not hit.startswith("tests/")]
+    assert not hits
+
+
 def test_changelog_follows_keep_a_changelog() -> None:
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     releases = re.findall(r"^## (.*)$", text, flags=re.MULTILINE)
