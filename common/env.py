@@ -203,8 +203,7 @@ TEST_ARCH: Variable[str | None] = Variable(
     "`sm_80`, `sm_86` or `sm_89`",
     "the GPU's own",
     "For tests of this package: serve calls as on an older GPU. The Ampere tree takes the tiles "
-    "and the shared memory of that architecture and compiles its kernels to PTX, which the driver "
-    "translates for the GPU that there is.",
+    "and the shared memory of that architecture and compiles to PTX, which the driver translates.",
     lambda: None,
     _test_arch,
 )
