@@ -11,7 +11,7 @@ SANITIZE_ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 PYTHON_CODE := .ci benchmarks common examples flash2 flash_attn flash_attn_2_cuda.py flash_attn_interface hopper tests setup.py
-DEVICE_CODE = $(shell find common flash2 hopper -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h')
+DEVICE_CODE = $(shell find common flash2 hopper \( -name build -o -name _prebuilt \) -prune -o \( -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' \) -print)
 # What decides whether .venv is up to date. Sources do not: the installation is editable.
 SETUP_INPUTS := setup.py pyproject.toml .ci/setup_venv.py
 ifdef TORCH

@@ -95,7 +95,7 @@ def test_every_block_is_found() -> None:
         text = page.read_text(encoding="utf-8")
         fences = re.findall(r"^\s*```\s*(?:python|py|pycon)\b", text, flags=re.MULTILINE)
         assert len(fences) == len(blocks(page)), named(page)
-        markers = re.findall(r"^\s*<!--\s*python.*-->", text, flags=re.MULTILINE)
+        markers = re.findall(r"^ *<!--\s*python.*-->", text, flags=re.MULTILINE)
         found = [f"<!-- python: {block.needs} -->" for block in blocks(page) if block.needs]
         assert markers == found, named(page)
         assert {block.needs for block in blocks(page)} <= NEEDS, named(page)

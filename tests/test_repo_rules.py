@@ -251,6 +251,18 @@ def test_make_commands_in_the_documentation_exist() -> None:
     assert "make demo" in readme and "make test" in readme
 
 
+def test_the_formatter_sees_the_sources_and_no_build_results() -> None:
+    """`make wheels` leaves copies of device code in hopper/build, which nobody formats."""
+    answer = subprocess.run(
+        ["make", "-n", "lint"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    (command,) = re.findall(r"\S*clang-format --dry-run --Werror (.*)", answer.stdout)
+    suffixes = (*DEVICE_SUFFIXES, ".h", ".cpp")
+    sources = {relative(p) for p in FILES if p.suffix in suffixes}
+    sources = {name for name in sources if name.startswith(("common/", "flash2/", "hopper/"))}
+    assert sources and set(command.split()) == sources
+
+
 @pytest.mark.parametrize(
     "name", ["bench_forward.py", "bench_host_overhead.py", "bench_context_parallel.py"]
 )
