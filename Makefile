@@ -11,7 +11,7 @@ SANITIZE_ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 PYTHON_CODE := .ci benchmarks common examples flash2 flash_attn flash_attn_2_cuda.py flash_attn_interface hopper tests setup.py
-DEVICE_CODE = $(shell find common flash2 hopper -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h')
+DEVICE_CODE = $(shell find common flash2 hopper \( -name build -o -name _prebuilt \) -prune -o \( -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' \) -print)
 # What decides whether .venv is up to date. Sources do not: the installation is editable.
 SETUP_INPUTS := setup.py pyproject.toml .ci/setup_venv.py
 ifdef TORCH
@@ -19,7 +19,7 @@ export TORCH
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test compile-check lint typecheck format bench bench-backward bench-decode bench-features bench-host bench-context-parallel sanitize clean
+.PHONY: help demo test compile-check lint typecheck format docs wheels bench bench-backward bench-decode bench-features bench-host bench-context-parallel sanitize clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -55,6 +55,14 @@ format: $(VENV)/.ready-lint  ## rewrite the sources as `make lint` wants them
 	$(RUN) -m ruff format $(PYTHON_CODE)
 	$(VENV)/bin/clang-format -i $(DEVICE_CODE)
 
+# Without a network; a warning, such as a link that leads nowhere, is an error.
+docs: $(VENV)/.ready-docs  ## the documentation site, in build/docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
+# Several minutes on two CPUs the first time. TORCH names the torch of the bare environment.
+wheels: $(VENV)/.ready  ## both wheels with the listed kernels, in dist/, tried in a bare environment
+	$(RUN) .ci/make_wheels.py dist
+
 bench: $(VENV)/.ready-bench  ## forward benchmark beside its peers; needs a GPU
 	$(RUN) benchmarks/bench_forward.py $(BENCH_ARGS)
 
@@ -86,6 +94,10 @@ $(VENV)/.ready: $(SETUP_INPUTS)
 
 $(VENV)/.ready-lint: $(VENV)/.ready
 	@$(PYTHON) .ci/setup_venv.py $(VENV) lint
+	@touch $@
+
+$(VENV)/.ready-docs: $(VENV)/.ready
+	@$(PYTHON) .ci/setup_venv.py $(VENV) docs
 	@touch $@
 
 $(VENV)/.ready-bench: $(VENV)/.ready

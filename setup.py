@@ -151,6 +151,7 @@ EXTRAS = {
     # Formatters change their minds between releases: one release line each, so that all agree.
     "lint": ["ruff==0.17.*", "mypy==2.4.*", "clang-format==23.1.*"],
     "bench": ["matplotlib>=3.7"],
+    "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=1.0"],
 }
 
 setup(

@@ -212,7 +212,7 @@ _contexts: dict[int, Any] = {}
 
 
 def _after_fork() -> None:
-    """In a forked child, nobody would ever release what another thread of the parent held."""
+    """In a forked child, no thread would ever release what another thread of the parent held."""
     global _kernels_guard
     _kernels_guard = threading.Lock()
     for kernel in _kernels.values():

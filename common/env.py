@@ -132,9 +132,8 @@ CACHE_DIR: Variable[Path | None] = Variable(
     "FLASH_ATTN_INTERFACE_CACHE_DIR",
     "a folder",
     "`$XDG_CACHE_HOME/flash_attn_interface`, else `~/.cache/flash_attn_interface`",
-    "Where compiled kernels are kept. Created with mode 0700; a folder that other users own or may "
-    "write to, itself or a parent, is refused. A relative one is looked for from where the process "
-    "is when it first asks.",
+    "Where compiled kernels are kept. Created with mode 0700; refused if other users own it or may "
+    "write to it or a parent. A relative one is made absolute at first use.",
     lambda: None,
     _folder,
 )
@@ -158,9 +157,9 @@ PREBUILT_DIR: Variable[Path | None] = Variable(
     "FLASH_ATTN_INTERFACE_PREBUILT_DIR",
     "a folder",
     "none",
-    "A folder that `python -m flash_attn_interface build --out` filled, maybe on another machine. "
-    "Only read, and before the kernels that the installation brings along. Not used where users "
-    "other than root, the installation's owner and this one own it or may write to it.",
+    "A folder that `python -m flash_attn_interface build --out` filled, on any machine. "
+    "Only read, and before the installation's own kernels. Not used where users other than root, "
+    "the installation's owner and this one own it or may write to it.",
     lambda: None,
     _folder,
 )
@@ -186,9 +185,8 @@ LOGLEVEL: Variable[str | None] = Variable(
     "FLASH_ATTN_INTERFACE_LOGLEVEL",
     "`debug`, `info`, `warning` or `error`",
     "Python's logging decides",
-    "Print the package's log to stderr from this level on. `info`: which backend serves a new kind "
-    "of call and why, and each compile with its time; `debug`: also where each kernel is loaded "
-    "from.",
+    "Print the package's log to stderr from this level on. `info`: who serves a new kind of call "
+    "and why, and each compile; `debug`: also where each kernel comes from.",
     lambda: None,
     _log_level,
 )
@@ -205,8 +203,7 @@ TEST_ARCH: Variable[str | None] = Variable(
     "`sm_80`, `sm_86` or `sm_89`",
     "the GPU's own",
     "For tests of this package: serve calls as on an older GPU. The Ampere tree takes the tiles "
-    "and the shared memory of that architecture and compiles its kernels to PTX, which the driver "
-    "translates for the GPU that there is.",
+    "and the shared memory of that architecture and compiles to PTX, which the driver translates.",
     lambda: None,
     _test_arch,
 )

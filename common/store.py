@@ -103,7 +103,7 @@ class ArtifactStore:
         _stores.add(self)
 
     def _make_locks(self) -> None:
-        """Also in a forked child: there, nobody would ever release what another thread held."""
+        """Also in a forked child: there, no thread would ever release what another thread held."""
         self._guard = threading.Lock()
         self._key_locks: dict[str, threading.Lock] = {}
 

@@ -90,7 +90,7 @@ def _candidates(problem: Problem) -> Iterator[ForwardTile]:
         yield ForwardTile(128, 32, 4, num_stages=2, min_ctas_per_sm=2)
         yield ForwardTile(128, 32, 4, min_ctas_per_sm=2)
     elif v > 192 and qk > 128:
-        # 203 KB at (256, 256): sm_90 and sm_100. One CTA on an SM: nobody works while it loads.
+        # 203 KB at (256, 256): sm_90 and sm_100. One CTA on an SM, idle while it loads.
         yield ForwardTile(128, 128, 8, prologue_chunks=prologue_chunks(qk))
     # Q in registers frees the memory pipe where O leaves room for it.
     yield ForwardTile(128, 64, 8, num_stages=2, q_in_registers=qk <= 128 and v <= 192)

@@ -1,14 +1,12 @@
-"""explain(...): the way one call would take, hop by hop, without running it. For people and for
-tests.
+"""explain(...): the way one call would take, without running it. For people and for tests.
 
-It asks the same `checks.py`, `dispatch.py` and planners as the call itself. The hops are those of
-docs/tour.md.
+It asks the same `checks.py`, `dispatch.py` and planners as the call itself; what it answers is in
+`explanation.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,121 +21,11 @@ from ._common.check_values import flag
 from ._common.checks import ForwardCall
 from ._common.problem import Problem, Target
 from ._common.spec import KernelSpec
-from .selection import Decision, Device
+from .explanation import Backward, Explanation
+from .selection import Device
 from .simulation import capability_of
 
 TensorOrShape = Tensor | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Backward:
-    """Who would serve the backward of the call, with which kernels."""
-
-    problem: BackwardProblem | None  # None: no backend can have one
-    decision: Decision | None
-    plan: str  # in its own words
-    error: str = ""  # why, if nobody serves it
-
-    @property
-    def backend(self) -> str | None:
-        return self.decision.backend.name if self.decision else None
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What `explain` found; print it. If nobody serves the call, decision is None, error why."""
-
-    problem: Problem
-    device: Device
-    decision: Decision | None
-    plan: str  # the plan in its own words
-    error: str = ""
-    spec: KernelSpec | None = None  # None: no kernel is launched
-    grid: int = 0  # CTAs
-    cache_folder: Path | None = None
-    cache_state: str = ""
-    backward: Backward | None = None  # None: nobody serves the forward
-
-    @property
-    def backend(self) -> str | None:
-        """Name of the backend chosen: "flash2", "hopper", "reference"; None if all refuse."""
-        return self.decision.backend.name if self.decision else None
-
-    @property
-    def refused(self) -> dict[str, str]:
-        """Backends that were asked before the chosen one, with their reasons."""
-        return dict(self.decision.refused) if self.decision else {}
-
-    @property
-    def constants(self) -> dict[str, bool | int]:
-        """Compile-time constants of the kernel."""
-        return dict(self.spec.constants) if self.spec else {}
-
-    @property
-    def smem_bytes(self) -> int:
-        """Dynamic shared memory of one CTA."""
-        return int(self.spec["smem_bytes"]) if self.spec else 0
-
-    def __str__(self) -> str:
-        hops = [
-            ("1 problem", self._problem_lines()),
-            ("2 backend", self._backend_lines()),
-            ("3 plan", self._plan_lines()),
-            ("4 cubin", self._cubin_lines()),
-            ("5 kernel", self._kernel_lines()),
-            ("6 backward", self._backward_lines()),
-        ]
-        lines = []
-        for title, texts in hops:
-            for text in texts:
-                lines.append(f"{title:<11}{text}".rstrip())
-                title = ""
-        return "\n".join(lines)
-
-    def _problem_lines(self) -> list[str]:
-        p = self.problem
-        strides = f"q {p.q_strides}, k {p.k_strides}, v {p.v_strides}"
-        return [
-            p.describe(),
-            f"softmax_scale {p.softmax_scale:.6g}; strides (batch, row, head): {strides}",
-            f"q, k and v are read {p.vector_bytes} bytes at a time",
-        ]
-
-    def _backend_lines(self) -> list[str]:
-        return _decision_lines(self.decision, self.error)
-
-    def _plan_lines(self) -> list[str]:
-        spec = self.spec.describe() if self.spec else ""  # hop 5 shows it as a table
-        return [line for line in self.plan.splitlines() if line != spec] or ["-"]
-
-    def _cubin_lines(self) -> list[str]:
-        if self.spec is None:
-            return ["-"]
-        place = [str(self.cache_folder)] if self.cache_folder else []
-        return [f"{self.spec.label()}: {self.cache_state}", *place]
-
-    def _kernel_lines(self) -> list[str]:
-        if self.spec is None:
-            return ["-"]
-        width = max(len(name) for name in self.constants)
-        return [
-            f"{self.spec.entry} in {self.spec.source}, {self.grid} CTAs, with the constants",
-            *(f"  {name:<{width}} {value}" for name, value in self.spec.constants),
-        ]
-
-    def _backward_lines(self) -> list[str]:
-        if self.backward is None:
-            return ["-"]
-        lines = _decision_lines(self.backward.decision, self.backward.error)
-        return lines + self.backward.plan.splitlines()
-
-
-def _decision_lines(decision: Decision | None, error: str) -> list[str]:
-    if decision is None:
-        return [f"none: {error}"]
-    where = f" for {decision.target.describe()}" if decision.target else ""
-    lines = [f"{decision.backend.name}{where}: {decision.reason}"]
-    return lines + [f"not {name}: {reason}" for name, reason in decision.refused]
 
 
 def explain(
@@ -163,6 +51,7 @@ def explain(
     arch: str | None = None,
     deterministic: bool = False,
     block_table: TensorOrShape | None = None,
+    verbose: bool = False,
 ) -> Explanation:
     """Which backend and kernel a call would use, and why. Nothing is compiled or launched.
 
@@ -180,10 +69,11 @@ def explain(
         dtype: of q, k and v where shapes are given.
         arch: the architecture to explain for, such as "sm_80", GPU or not. None means the device of
             q; for shapes and meta tensors the current GPU, or a CPU if there is none.
+        verbose: print everything, such as strides and constants, in place of five lines.
 
     Returns:
         An Explanation: print it, or read backend, refused, spec, constants, grid, smem_bytes,
-        cache_folder, cache_state, backward.
+        cache_folder, cache_state, backward; to_dict() has all of it for JSON.
 
     Raises:
         TypeError, ValueError, NotImplementedError: the errors of arguments, as in the call itself.
@@ -214,16 +104,19 @@ def explain(
     )
     problem = checks.check_forward(call)
     deterministic = flag("deterministic", deterministic)
+    verbose = flag("verbose", verbose)
     device = _device(call.q, arch)
     try:
         decision = selection.select(problem, device)
         plan = dispatch.make_plan(problem, decision)
     except NotImplementedError as error:
-        return Explanation(problem, device, None, "", error=str(error))
+        return Explanation(problem, device, None, "", error=str(error), verbose=verbose)
     backward = _explain_backward(call, problem, device, deterministic)
     spec = getattr(plan, "spec", None)
     if spec is None or decision.target is None:
-        return Explanation(problem, device, decision, plan.describe(), backward=backward)
+        return Explanation(
+            problem, device, decision, plan.describe(), backward=backward, verbose=verbose
+        )
     folder, state = _cache_state(spec, decision.target)
     return Explanation(
         problem,
@@ -235,6 +128,7 @@ def explain(
         cache_folder=folder,
         cache_state=state,
         backward=backward,
+        verbose=verbose,
     )
 
 

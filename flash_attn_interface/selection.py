@@ -55,7 +55,7 @@ def decide(
         forced: name of the only one allowed, or "reference"; None to choose.
 
     Raises:
-        NotImplementedError: nobody serves it; the message has each one's reason and a way out.
+        NotImplementedError: no backend serves it; the message has each one's reason and a way out.
     """
     return _decide(
         problem.describe(),

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+
 import pytest
 import torch
 from fakes import FakeBackend, qkv
 
-from flash_attn_interface import backends, dispatch, explain, simulate
+import flash_attn
+from flash_attn_interface import (
+    backends,
+    dispatch,
+    explain,
+    explain_with_kvcache,
+    flash_attn_with_kvcache,
+    simulate,
+)
 from flash_attn_interface._common import env
 
 SHAPES = ((2, 512, 8, 64), (2, 512, 8, 64), (2, 512, 8, 128))
+CACHES = ((16, 1, 32, 128), (16, 8192, 8, 128), (16, 8192, 8, 128))
 
 
 @pytest.fixture(autouse=True)
@@ -36,9 +48,10 @@ def test_shapes_and_an_arch_need_no_gpu(fake, tmp_path):
 
 
 def test_text_names_the_five_hops_and_the_backward(tmp_path):
-    text = str(explain(*SHAPES, causal=True, arch="sm_80"))
-    titles = [line.split()[1] for line in text.splitlines() if line[0] != " "]
-    assert titles == ["problem", "backend", "plan", "cubin", "kernel", "backward"]
+    text = str(explain(*SHAPES, causal=True, arch="sm_80", verbose=True))
+    titles = [line[:11].strip() for line in text.splitlines() if line[0] != " "]
+    hops = ["1 problem", "2 backend", "3 plan", "4 cubin", "5 kernel"]
+    assert titles == [*hops, "backward"]
     for part in (
         "bf16 qk64 v128, heads 8/8/8, batch 2, seqlen 512x512, causal",
         "flash2 for sm_80, cuda:0: first of the installed kernel trees",
@@ -100,3 +113,81 @@ def test_errors_of_arguments_are_raised():
         explain(None, *SHAPES[1:], arch="sm_80")
     with pytest.raises(ValueError, match="sm_75"):
         explain(*SHAPES, arch="sm_75")
+
+
+def test_five_lines_by_default(fake, monkeypatch):
+    """Of a call with a kernel, of one without, of CPU tensors, of one that no backend serves."""
+    monkeypatch.setattr(backends, "hopper", lambda: FakeBackend("hopper", refusal="one\ntwo"))
+    explanations = [
+        explain(*SHAPES, causal=True, arch="sm_90"),
+        explain((2, 0, 8, 64), *SHAPES[1:], arch="sm_80"),
+        explain(*qkv()),
+    ]
+    fake.refusal = "too wide"
+    explanations.append(explain(*SHAPES, arch="sm_80"))
+    for explanation in explanations:
+        titles = [line[:11].strip() for line in str(explanation).splitlines()]
+        assert titles == ["problem", "backend", "kernel", "compiled", "backward"]
+    text = str(explanations[0])
+    for part in ("causal", "not hopper: one two", "flash2_fwd in flash2/fwd.cu, 7 CTAs"):
+        assert part in text
+    assert str(explanations[0].cache_folder) in text
+    assert "flash2: too wide" in str(explanations[3])
+
+
+def test_verbose_is_a_flag():
+    for function, shapes in ((explain, SHAPES), (explain_with_kvcache, CACHES)):
+        with pytest.raises(TypeError, match="verbose"):
+            function(*shapes, verbose="yes", arch="sm_80")
+
+
+def test_everything_is_json_too(fake):
+    for causal in (False, True):
+        record = explain(*SHAPES, causal=causal, arch="sm_80").to_dict()
+        assert json.loads(json.dumps(record, allow_nan=False))["backend"] == "flash2"
+    assert record["problem"]["head_dim_v"] == 128 and "causal" in record["problem"]["text"]
+    assert record["kernel"]["ctas"] == 7 and record["kernel"]["constants"]["head_dim_qk"] == 64
+    assert record["backward"]["backend"] == "flash2"
+    fake.refusal = "too wide"
+    record = explain(*SHAPES, arch="sm_80").to_dict()
+    json.dumps(record, allow_nan=False)
+    assert record["backend"] is None and "too wide" in record["error"] and record["kernel"] is None
+
+
+def test_a_call_over_a_cache_has_five_lines_and_json(monkeypatch):
+    monkeypatch.undo()  # the real planner
+    rows = ((16, 1, 8, 128), (16, 1, 8, 128))
+    short = explain_with_kvcache(*CACHES, *rows, cache_seqlens=(16,), arch="sm_80")
+    titles = [line[:11].strip() for line in str(short).splitlines()]
+    assert titles[:3] == ["problem", "backend", "plan"] and len(titles) <= 5
+    assert "flash2_append" in str(short) and "vector_bytes" not in str(short)
+    full = explain_with_kvcache(*CACHES, *rows, cache_seqlens=(16,), arch="sm_80", verbose=True)
+    assert "vector_bytes" in str(full) and full.plan == short.plan
+    record = json.loads(json.dumps(short.to_dict(), allow_nan=False))
+    assert record["plan"] == short.plan.splitlines() and record["backend"] == "flash2"
+
+
+def test_calls_over_a_cache_are_explained_with_exactly_their_arguments():
+    """Order, names and defaults are FlashAttention-3's; the names of FlashAttention-2 work, too."""
+    explained = inspect.signature(explain_with_kvcache).parameters
+    called = inspect.signature(flash_attn_with_kvcache).parameters
+    positional = [p for p in explained.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert [(p.name, p.default) for p in positional] == [
+        (p.name, p.default) for p in called.values()
+    ]
+    assert set(inspect.signature(flash_attn.flash_attn_with_kvcache).parameters) <= set(explained)
+    pages = ((16, 1, 32, 128), (900, 16, 8, 128), (900, 16, 8, 128))
+    one = explain_with_kvcache(*pages, block_table=(16, 50), cache_seqlens=(16,), arch="sm_80")
+    other = explain_with_kvcache(*pages, page_table=(16, 50), cache_seqlens=(16,), arch="sm_80")
+    assert one.problem == other.problem
+    with pytest.raises(ValueError, match="two names"):
+        explain_with_kvcache(*pages, page_table=(16, 50), block_table=(16, 50))
+
+
+def test_arguments_that_the_call_refuses_are_refused_for_a_cache():
+    with pytest.raises(NotImplementedError, match="k_descale"):
+        explain_with_kvcache(*CACHES, k_descale=torch.ones(1))
+    with pytest.raises(TypeError, match="pack_gqa"):
+        explain_with_kvcache(*CACHES, pack_gqa="yes")
+    with pytest.raises(ValueError, match="scheduler_metadata"):
+        explain_with_kvcache(*CACHES, scheduler_metadata=(3,))

@@ -21,7 +21,7 @@ FLAGS = (
     "causal", "deterministic", "return_attn_probs", "return_softmax_lse", "rotary_interleaved",
     "pack_gqa", "is_causal", "return_softmax", "zero_tensors", "interleaved", "inplace",
     "conjugate", "prenorm", "residual_in_fp32", "zero_centered_weight", "is_rms_norm",
-    "return_dropout_mask", "inplace_backward", "return_z_loss", "has_softcap",
+    "return_dropout_mask", "inplace_backward", "return_z_loss", "has_softcap", "verbose",
 )  # fmt: skip
 NO_FLAGS: tuple[Any, ...] = (
     "False", "", [], [0], (), {}, 0.0, 1.0, 0.125, 2, -1, torch.tensor(False), torch.tensor(1),

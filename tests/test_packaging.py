@@ -108,7 +108,7 @@ def test_metadata(wheel: Path) -> None:
     }  # fmt: skip
     pinned = [line for line in requires if "==" in line.split(";")[0] or "<" in line.split(";")[0]]
     assert not pinned, "an upper bound or pin could make pip replace what torch was built with"
-    assert set(message.get_all("Provides-Extra", [])) == {"cu12", "test", "lint", "bench"}
+    assert set(message.get_all("Provides-Extra", [])) == {"cu12", "test", "lint", "bench", "docs"}
 
 
 def test_versions_agree(wheel: Path, site: Path, tmp_path: Path) -> None:

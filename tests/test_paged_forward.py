@@ -398,7 +398,7 @@ def test_explain_shows_pages_and_that_there_is_no_backward():
     shape = (20, 16, 2, 64)
     found = flash_attn_interface.explain(
         (50, 4, 64), shape, shape, cu_seqlens_q=(3,), cu_seqlens_k=(3,), max_seqlen_q=40,
-        max_seqlen_k=100, block_table=(2, 9), arch="sm_90",
+        max_seqlen_k=100, block_table=(2, 9), arch="sm_90", verbose=True,
     )  # fmt: skip
     assert found.backend == "flash2"
     assert found.constants["paged"] is True

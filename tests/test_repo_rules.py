@@ -251,6 +251,18 @@ def test_make_commands_in_the_documentation_exist() -> None:
     assert "make demo" in readme and "make test" in readme
 
 
+def test_the_formatter_sees_the_sources_and_no_build_results() -> None:
+    """`make wheels` leaves copies of device code in hopper/build, which nobody formats."""
+    answer = subprocess.run(
+        ["make", "-n", "lint"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    (command,) = re.findall(r"\S*clang-format --dry-run --Werror (.*)", answer.stdout)
+    suffixes = (*DEVICE_SUFFIXES, ".h", ".cpp")
+    sources = {relative(p) for p in FILES if p.suffix in suffixes}
+    sources = {name for name in sources if name.startswith(("common/", "flash2/", "hopper/"))}
+    assert sources and set(command.split()) == sources
+
+
 @pytest.mark.parametrize(
     "name", ["bench_forward.py", "bench_host_overhead.py", "bench_context_parallel.py"]
 )
@@ -261,6 +273,32 @@ def test_benchmarks_refuse_a_machine_without_gpu(name: str) -> None:
     answer = subprocess.run(command, env=hidden, capture_output=True, text=True, check=False)
     assert answer.returncode == 2, answer.stderr
     assert "needs an NVIDIA GPU" in answer.stdout
+
+
+def prose() -> Iterator[tuple[str, int, str]]:
+    """(file, line number, line) of documents, less what benchmarks write (one folder a run)."""
+    for name, text in texts(".md"):
+        if not re.match(r"docs/performance/\d{4}-\d\d-\d\d-", name):
+            for number, line in enumerate(text.splitlines(), 1):
+                yield name, number, line
+
+
+def test_lines_of_documents_can_be_read() -> None:
+    """Beyond 300 characters a line is a paragraph in a table's cell: make it rows, or a text."""
+    assert not [f"{name}:{number}" for name, number, line in prose() if len(line) > 300]
+
+
+def test_hardware_is_not_somebody() -> None:
+    """Hardware waits or is idle; nobody and somebody are people, whom documents address directly.
+
+    In Python, what stands beside a word of the hardware or of waiting is looked at.
+    """
+    person = r"\b(?:no|some)body\b"
+    machine = r"\b(?:CTA|SM|warp|warpgroup|thread|lane|tile|wait|works?|idle)s?\b"
+    hits = [f"{name}:{number}" for name, number, line in prose() if re.search(person, line, re.I)]
+    either = f"{person}.*{machine}|{machine}.*{person}"
+    hits += [hit for hit in matches(either, ".py", flags=re.I) if not hit.startswith("tests/")]
+    assert not hits
 
 
 def test_changelog_follows_keep_a_changelog() -> None:
