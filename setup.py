@@ -148,7 +148,8 @@ EXTRAS = {
         "pytest-xdist>=3.2",
         "hypothesis>=6.80",
         f"nvidia-cuda-nvdisasm>=13.0; {NOT_MACOS}",  # to check our own reading of cubins
-        "transformers>=5.24",  # 14 MB; tests of the integration are skipped without it
+        "transformers>=5.24",  # 14 MB; tests of the integrations are skipped without
+        "kernels>=0.17",
     ],
     # Formatters change their minds between releases: one release line each, so that all agree.
     "lint": ["ruff==0.17.*", "mypy==2.4.*", "clang-format==23.1.*"],
