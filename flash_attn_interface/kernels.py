@@ -68,14 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def write(folder: Path) -> str:
+def write(folder: Path | str) -> str:
     """Writes a folder for each kernel below `folder`; returns the value for LOCAL_KERNELS.
 
     Raises:
         ValueError: the path has a colon, which separates entries of LOCAL_KERNELS.
         OSError: something cannot be written.
     """
-    top = folder.resolve()
+    top = Path(folder).resolve()
     if ":" in str(top):
         raise ValueError(f"{top} has a colon, which separates the entries of LOCAL_KERNELS")
     entries = []
