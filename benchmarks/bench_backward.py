@@ -1,4 +1,5 @@
-"""Backward, and forward with backward, in TFLOP/s beside SDPA flash and SDPA cuDNN.
+"""Backward, and forward with backward, in TFLOP/s beside SDPA flash, SDPA cuDNN and, where it is at
+hand, FA4; our deterministic mode as a column.
 
 16k tokens in all, as bench_forward.py. A peer that takes equal head dims only gets q, k, v padded,
 and padding and its gradient are inside the timing, as its users pay them. Gradients are checked
@@ -30,6 +31,10 @@ from harness import Contestant
 from torch import Tensor
 
 PASSES = ("backward", "both")
+IMPLEMENTATIONS = {
+    i.key: i
+    for i in (peers.OURS, peers.OURS_DETERMINISTIC, peers.SDPA_FLASH, peers.SDPA_CUDNN, peers.FA4)
+}
 GRADIENT_RATIO = 3  # our error may be this multiple of PyTorch's in the same dtype
 
 Row = dict[str, Any]
@@ -43,6 +48,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seqlens", default=SEQLENS)
     parser.add_argument("--pass", dest="passes", choices=[*PASSES, "all"], default="all")
     parser.add_argument("--dtype", choices=list(harness.DTYPES), default="bf16")
+    parser.add_argument(
+        "--implementations", default=",".join(IMPLEMENTATIONS), help="comma-separated, ours first"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=None, help="folder for the results")
     parser.add_argument("--commit", default=None, help="for the record, where git is not at hand")
@@ -128,8 +136,12 @@ def wrong(gradients: Sequence[Tensor], exact: Sequence[Tensor], rough: Sequence[
     return ""
 
 
-def bench_row(row: Row, passes: Sequence[str], rounds: int) -> list[Row]:
-    implementations = (peers.OURS, peers.SDPA_FLASH, peers.SDPA_CUDNN)
+def bench_row(
+    row: Row,
+    passes: Sequence[str],
+    rounds: int,
+    implementations: Sequence[peers.Implementation],
+) -> list[Row]:
     inputs = draw_inputs(row)
     dout = torch.randn_like(inputs[2])
     exact, rough = (
@@ -240,6 +252,8 @@ def main() -> int:
     options = parse_arguments()
     harness.require_gpu()
     passes = PASSES if options.passes == "all" else (options.passes,)
+    implementations = [IMPLEMENTATIONS[key] for key in options.implementations.split(",")]
+    peers.prepare(i.key for i in implementations)
     layout = report.Layout(
         title="Attention backward, and forward with backward",
         formula="backward 2 B S^2 H (3 head_dim_qk + 2 head_dim_v) / time, both + "
@@ -249,7 +263,7 @@ def main() -> int:
         x="seqlen",
         value="tflops",
         unit="TFLOP/s",
-        labels={i.key: i.label for i in (peers.OURS, peers.SDPA_FLASH, peers.SDPA_CUDNN)},
+        labels={i.key: i.label for i in implementations},
     )
     machine = harness.describe_machine(options.commit)
     rows = make_rows(options)
@@ -258,7 +272,7 @@ def main() -> int:
     compile_all(rows)
     records: list[Row] = []
     for row in rows:
-        new = bench_row(row, passes, options.rounds)
+        new = bench_row(row, passes, options.rounds, implementations)
         for which in passes:
             print_row([r for r in new if r["pass"] == which])
         records += new

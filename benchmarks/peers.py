@@ -3,18 +3,23 @@
 Peers run on the same inputs. One that takes equal head dims only is given q, k, v padded with zeros
 to the larger dim, and the padding is inside the timing, because its users pay for it.
 
-FA3 is optional. Name a folder that holds the binary of a FlashAttention-3 wheel:
+FA3 and FA4 are optional. Name a folder that holds the binary of a FlashAttention-3 wheel, and one
+that the wheels of flash-attn-4 and what it needs are unpacked in (its package `flash_attn` hides
+ours in this process):
     FLASH_ATTN_BENCH_FA3_DIR=folder    with folder/flash_attn_3/_C*.so
+    FLASH_ATTN_BENCH_FA4_DIR=folder    with folder/flash_attn/cute
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +28,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 FA3_FOLDER = "FLASH_ATTN_BENCH_FA3_DIR"
+FA4_FOLDER = "FLASH_ATTN_BENCH_FA4_DIR"
 
 
 class Unavailable(Exception):
@@ -46,6 +52,14 @@ def make_ours(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Contestant:
     from flash_attn_interface import flash_attn_func
 
     return Contestant("ours", partial(flash_attn_func, q, k, v, causal=causal))
+
+
+def make_ours_deterministic(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Contestant:
+    """Differs in the backward only."""
+    from flash_attn_interface import flash_attn_func
+
+    call = partial(flash_attn_func, q, k, v, causal=causal, deterministic=True)
+    return Contestant("ours_deterministic", call)
 
 
 def our_kernel(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> str:
@@ -111,16 +125,47 @@ def make_fa3(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Contestant:
     return Contestant("fa3", call)
 
 
+@cache
+def load_fa4() -> Any:
+    """flash_attn_func of the FlashAttention-4 in $FLASH_ATTN_BENCH_FA4_DIR."""
+    if FA4_FOLDER not in os.environ:
+        raise Unavailable(f"{FA4_FOLDER} is not set")
+    folder = Path(os.environ[FA4_FOLDER])
+    sys.path[:0] = [str(folder), str(folder / "nvidia_cutlass_dsl" / "dsl_packages")]
+    try:
+        from flash_attn.cute.interface import flash_attn_func
+    except ImportError as error:
+        raise Unavailable(f"flash_attn.cute does not import: {error}") from error
+    return flash_attn_func
+
+
+def make_fa4(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Contestant:
+    """FlashAttention-4, forward and backward. Takes some unequal head dims as they are."""
+    forward = load_fa4()
+
+    def call() -> Tensor:
+        out = forward(q, k, v, causal=causal)
+        return out[0] if isinstance(out, tuple) else out
+
+    return Contestant("fa4", call)
+
+
 def prepare(names: Iterable[str]) -> None:
-    """What peers need before `flash_attn_interface` is imported: it offers FA3's operations too,
-    unless they are registered already."""
-    if "fa3" in names:
-        with suppress(Unavailable):  # the rows will say so
-            load_fa3()
+    """What peers need before our packages are imported: `flash_attn_interface` offers FA3's
+    operations too, unless they are registered already, and FA4 is a package of `flash_attn`."""
+    names = set(names)
+    for name, load in (("fa3", load_fa3), ("fa4", load_fa4)):
+        if name in names:
+            with suppress(Unavailable):  # the rows will say so
+                load()
 
 
 OURS = Implementation("ours", "ours", make_ours)
+OURS_DETERMINISTIC = Implementation(
+    "ours_deterministic", "ours, deterministic", make_ours_deterministic
+)
 SDPA_FLASH = Implementation("sdpa_flash", "SDPA flash (FA2)", make_sdpa_flash)
 SDPA_CUDNN = Implementation("sdpa_cudnn", "SDPA cuDNN", make_sdpa_cudnn)
 FA3 = Implementation("fa3", "FA3", make_fa3)
-PEERS = {p.key: p for p in (SDPA_FLASH, SDPA_CUDNN, FA3)}
+FA4 = Implementation("fa4", "FA4", make_fa4)
+PEERS = {p.key: p for p in (SDPA_FLASH, SDPA_CUDNN, FA3, FA4)}

@@ -6,11 +6,13 @@ hot path of the package: beside the binding's own 5 us it may cost well under on
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from . import cache, compiler, env
@@ -19,7 +21,7 @@ from .spec import KernelSpec
 # CUresult values that a launch can mend: INVALID_VALUE is what a kernel that needs more than 48 KiB
 # of shared memory gives on a device it was not prepared for.
 _INVALID_VALUE = 1
-_INVALID_CONTEXT = 201
+INVALID_CONTEXT = 201
 _INSUFFICIENT_DRIVER = 35  # of the runtime API; the driver API has no such value
 _OLDEST_DRIVER = 12000
 _DEFAULT_MAX_DYNAMIC_SMEM = 48 * 1024
@@ -166,12 +168,11 @@ class DeviceKernel:
     ) -> None:
         """The slow path of ``launch``: one retry where the cause can be removed."""
         code = int(status)
-        if code in (_INVALID_CONTEXT, _INVALID_VALUE):
+        if code in (INVALID_CONTEXT, _INVALID_VALUE):
             device_index = _torch_device()
             mended = False
-            if code == _INVALID_CONTEXT or int(self._call("cuCtxGetCurrent")) == 0:
-                # A thread that made no call to the CUDA runtime so far.
-                self._call("cuCtxSetCurrent", _primary_context(self._cuda, device_index))
+            if code == INVALID_CONTEXT or int(self._call("cuCtxGetCurrent")) == 0:
+                make_context_current(self._cuda)
                 mended = True
             if device_index not in self._prepared:
                 self.prepare(device_index)
@@ -264,6 +265,31 @@ def _loaded(image: cache.KernelImage) -> DeviceKernel:
             stacklevel=4,
         )
         return DeviceKernel(image.spec, cache.default_kernels().image_made_here(image.spec).cubin)
+
+
+@contextlib.contextmanager
+def relaxed_capture() -> Iterator[None]:
+    """Within, this thread may allocate memory and wait while another one captures a CUDA graph."""
+    cuda = load_bindings()
+    relaxed = cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    status, before = cuda.cuThreadExchangeStreamCaptureMode(relaxed)
+    if int(status) != 0:
+        name = getattr(status, "name", str(status))
+        raise DriverError(f"cuThreadExchangeStreamCaptureMode failed: {name}", int(status))
+    try:
+        yield
+    finally:
+        cuda.cuThreadExchangeStreamCaptureMode(before)
+
+
+def make_context_current(cuda: Any) -> None:
+    """The context of torch's current device becomes this thread's: for a thread that made no call
+    to the CUDA runtime so far, as autograd's when a backward is the first thing that it runs.
+    cuda: the module that `load_bindings` returns.
+    """
+    (status,) = cuda.cuCtxSetCurrent(_primary_context(cuda, _torch_device()))
+    if int(status) != 0:
+        raise DriverError(f"cuCtxSetCurrent failed: {getattr(status, 'name', status)}", int(status))
 
 
 def _primary_context(cuda: Any, device_index: int) -> Any:

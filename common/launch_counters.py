@@ -4,7 +4,7 @@
 A launch leaves its counters at zero (the last of its CTAs to look at one stores 0), so launches
 that follow each other may share them, concurrent ones may not. Launches on one stream follow each
 other; launches captured into CUDA graphs may be replayed at any time, so each gets counters of its
-own.
+own. All lie in `lasting_memory.py`, since a launch of a stream may come after any graph.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 import threading
 
 import torch
+
+from . import lasting_memory
 
 MAX_COUNTERS = 4096
 """Of one launch. As many belong to each stream for good."""
@@ -35,8 +37,7 @@ class _Pool:
         """Makes room for many launches. Waits for the device where it must allocate."""
         with self._guard:
             if self._end - self._next < _BLOCK * _COUNTER_BYTES // 2:
-                block = torch.zeros(_BLOCK, dtype=torch.int32, device=self._device)
-                torch.cuda.current_stream(self._device).synchronize()  # any stream may use it
+                block = lasting_memory.zeros(_BLOCK, torch.int32, self._device)
                 self._blocks.append(block)
                 self._next = block.data_ptr()
                 self._end = self._next + _BLOCK * _COUNTER_BYTES

@@ -165,18 +165,21 @@ class ParamBlock:
         return tuple(array) if field.count else array[0]
 
     def pointer_slot(self, name: str) -> ctypes.c_uint64:
-        """A view of a pointer field; assigning an address to ``.value`` patches it, unchecked."""
+        """A view of a pointer field; assigning an address to ``.value`` patches it, unchecked.
+
+        Valid while the block lives: it holds no reference, which would take 200 bytes.
+        """
         field = self._field(name)
         if field.kind != "pointer" or field.count:
             raise ParamsError(f"{self._name(field)} is not a pointer")
-        return ctypes.c_uint64.from_buffer(self._buffer, field.offset)
+        return ctypes.c_uint64.from_address(self.address + field.offset)
 
     def scalar_slot(self, name: str) -> Any:
         """A view of a number that changes per call, like ``pointer_slot``. Unchecked: it wraps."""
         field = self._field(name)
         if field.kind not in _SCALARS or field.count:
             raise ParamsError(f"{self._name(field)} is not a single number")
-        return field.ctype.from_buffer(self._buffer, field.offset)
+        return field.ctype.from_address(self.address + field.offset)
 
     def tensor_map_slot(self, name: str) -> ctypes.c_uint64:
         """A view of the address in a tensor map, its first 8 bytes, like ``pointer_slot``.
@@ -186,7 +189,7 @@ class ParamBlock:
         field = self._field(name)
         if field.kind != "TensorMap":
             raise ParamsError(f"{self._name(field)} is not a tensor map")
-        return ctypes.c_uint64.from_buffer(self._buffer, field.offset)
+        return ctypes.c_uint64.from_address(self.address + field.offset)
 
     def tobytes(self) -> bytes:
         return bytes(self._buffer)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .out_layout import memory_order, strides_in
+
 Strides = tuple[int, int, int]
 
 UNLIMITED = -1
@@ -124,6 +126,18 @@ class Problem:
     def out_shape(self) -> tuple[int, ...]:
         rows = (self.total_q,) if self.varlen_q else (self.batch, self.seqlen_q)
         return (*rows, self.num_heads_q, self.head_dim_v)
+
+    @property
+    def out_order(self) -> tuple[int, ...]:
+        """Axes of out but the last, from the outermost to the innermost in memory."""
+        strides = self.q_strides[1:] if self.varlen_q else self.q_strides
+        return memory_order(self.out_shape[:-1], strides, self.head_dim_qk)
+
+    @property
+    def out_strides(self) -> Strides:
+        """Of (batch, row, head); batch is 0 if varlen."""
+        *batch, row, head = strides_in(self.out_order, self.out_shape[:-1], self.head_dim_v)
+        return (batch[0] if batch else 0, row, head)
 
     @property
     def lse_shape(self) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ import importlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from . import driver
 from .params import TENSOR_MAP_BYTES
 
 Kind = Literal["device", "simulated"]
@@ -116,7 +117,7 @@ def _encode_for_device(
 ) -> bytes:
     cuda = _driver()
     swizzle = f"CU_TENSOR_MAP_SWIZZLE_{f'{swizzle_bytes}B' if swizzle_bytes else 'NONE'}"
-    status, encoded = cuda.cuTensorMapEncodeTiled(
+    arguments = (
         getattr(cuda.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{_CUDA_TYPES[dtype]}"),
         len(dims),
         address,
@@ -129,6 +130,10 @@ def _encode_for_device(
         cuda.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
         cuda.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
+    status, encoded = cuda.cuTensorMapEncodeTiled(*arguments)
+    if int(status) == driver.INVALID_CONTEXT:
+        driver.make_context_current(cuda)
+        status, encoded = cuda.cuTensorMapEncodeTiled(*arguments)
     if int(status) != 0:
         raise RuntimeError(
             f"cuTensorMapEncodeTiled failed: {getattr(status, 'name', status)}, for {dtype} at "

@@ -79,6 +79,8 @@ class BackwardPlan:
             problem, self.specs[1], self._num_sms(), self._heads_per_cta
         )
         self._dq_accum_size = self.schedule.dq_splits * self._accum_rows() * self._accum_columns()
+        if self.specs[0]["ordered"]:
+            self._dq_accum_size += self._accum_rows() // ACCUM_ROWS  # counters
         share_k, share_v = (
             self.schedule.sharing_ctas(n) for n in (p.qhead_per_khead, p.qhead_per_vhead)
         )

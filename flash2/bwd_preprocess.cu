@@ -2,7 +2,7 @@
 //   softmax_d = rowsum(dO * O) - dlse     (dlse: the gradient of softmax_lse, whose own is P)
 //   lse_log2 = softmax_lse in units of log2, +inf (P = 0) for rows without keys and for rows that
 //              only fill up a tile
-//   dq_accum = 0
+//   dq_accum = 0, and its counters if Cfg::kOrdered
 // CTA: kStatRows query rows of one head. Limited by memory bandwidth.
 #include "prelude.cuh"  // generated for this problem: struct Cfg
 
@@ -52,6 +52,14 @@ DEVICE void zero_accum(const BwdParams& p, const QueryWork& work) {
 #pragma unroll 4
     for (i32 i = thread_idx(); i < rows * Cfg::kAccumColumns / 4; i += Cfg::kNumThreads) {
       st_global_v4(dst + i * 4, zeros);
+    }
+  }
+  if constexpr (Cfg::kOrdered) {
+    if (thread_idx() < rows / kAccumRows) {
+      st_global_u32(strip_counter<Cfg>(p, accum_rows<Cfg>(p, work.seq, work.batch_idx,
+                                                          work.head_idx, 0, work.first_row)) +
+                        thread_idx(),
+                    0);
     }
   }
 }

@@ -265,12 +265,14 @@ def streaming_specs(
     accum_columns: int,
     v_columns: int,
     programmatic: bool = False,
+    ordered: bool = False,
 ) -> tuple[KernelSpec, ...]:
     """(preprocess, convert) and, where query heads share K or V heads, sum: what runs before and
     after the main kernel of either tree, limited by memory bandwidth.
 
     accum_columns, v_columns: of the fp32 accumulators of dQ and dK, and of dV. programmatic: each
         kernel may start before the one ahead of it has ended, and waits for it by itself (sm_90+).
+    ordered: the main kernel counts what it adds to dq_accum.
     """
     forward = problem.forward
     streaming: dict[str, bool | int] = {
@@ -291,6 +293,7 @@ def streaming_specs(
         arch,
         head_dim_v=forward.head_dim_v,
         vector_bytes=problem.out_vector_bytes,
+        ordered=ordered,
         **streaming,
     )
     convert = KernelSpec.make(

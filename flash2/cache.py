@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._common.cache_problem import CacheProblem
+from .._common.out_layout import new_out
 from .._common.problem import Target
 from . import decode_tiles, tiles
 from .append import AppendPlan, attention_after_append
@@ -135,7 +136,7 @@ class CachePlan:
     def _without_queries(self, q: Tensor) -> tuple[Tensor, Tensor | None]:
         p = self.problem.forward
         lse = q.new_empty(p.lse_shape, dtype=torch.float32) if p.return_lse else None
-        return q.new_empty(p.out_shape), lse
+        return new_out(q, p.head_dim_v), lse
 
     def describe(self) -> str:
         """Several lines for people: the kernels in their order."""

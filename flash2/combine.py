@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._common import kernels
-from .._common.plan_values import TORCH_DTYPES
+from .._common.plan_values import TORCH_DTYPES, template
 from .._common.problem import Target
 from . import decode_tiles
 
@@ -106,9 +106,7 @@ class CombinePlan:
         """Loads the kernel and makes all that runs share."""
         kernel = kernels.load(self.spec, self.target)
         p = self.problem
-        self._lse_like = torch.empty(1, dtype=torch.float32, device=self.device).expand(
-            p.batch, p.num_heads, p.seqlen
-        )
+        self._lse_like = template((p.batch, p.num_heads, p.seqlen), torch.float32, self.device)
         self._block = kernel.layout.block()
         values: dict[str, int] = {
             "num_rows": p.num_rows,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._common import kernels, launch_counters
 from .._common.cache_problem import CacheProblem
-from .._common.plan_values import TORCH_DTYPES, score_values, template
+from .._common.plan_values import out_template, score_values, template
 from .._common.problem import Target
 from . import decode_merge, decode_splits, decode_tiles, tiles
 from .combine import CombinePlan, CombineProblem, device_of
@@ -120,7 +120,7 @@ class DecodePlan:
                 p.dtype,
                 partial_strides=(split, batch, row, head),
                 lse_partial_strides=self._lse_strides(),
-                out_strides=self._out_strides(),
+                out_strides=p.out_strides,
                 wide_loads=True,
                 wide_stores=p.head_dim_v % 4 == 0,
                 return_lse=p.return_lse,
@@ -139,10 +139,6 @@ class DecodePlan:
         """(split, batch, head) of (num_splits, batch, heads, rows)."""
         batch = self.problem.num_heads_q * self.rows
         return self.batch * batch, batch, self.rows
-
-    def _out_strides(self) -> tuple[int, int, int]:
-        row = self.problem.num_heads_q * self.problem.head_dim_v
-        return self.rows * row, row, self.problem.head_dim_v
 
     def _prepare(self) -> kernels.Kernel:
         """Loads the kernel and makes all that runs share."""
@@ -163,7 +159,7 @@ class DecodePlan:
         self.reserved_offset_bytes = 4 * (out_numel + lse_numel)
         scratch_numel = out_numel + lse_numel + -(-self._reserved_bytes // 4)
         self._scratch_like = template((scratch_numel,), torch.float32, self.device)
-        self._out_like = template(p.out_shape, TORCH_DTYPES[p.dtype], self.device)
+        self._out_like, self._out_axes = out_template(p, self.device)
         self._lse_like = template(p.lse_shape, torch.float32, self.device)
         self._block = kernel.layout.block()
         for name, value in self._values().items():
@@ -253,6 +249,8 @@ class DecodePlan:
                     slot.value = tensor.data_ptr()
         inputs = (*memory, k_cache, v_cache, page_table, *rare)
         out = torch.empty_like(self._out_like, memory_format=torch.contiguous_format)
+        if self._out_axes is not None:
+            out = out.permute(self._out_axes)
         lse = None
         if self.problem.return_lse and self.combine is None:
             lse = torch.empty_like(self._lse_like, memory_format=torch.contiguous_format)
@@ -306,7 +304,7 @@ class DecodePlan:
     def _values(self) -> dict[str, Any]:
         """The fields of DecodeParams that the problem fixes."""
         p = self.problem
-        merged_batch, merged_row, merged_head = self._out_strides()
+        merged_batch, merged_row, merged_head = p.out_strides
         out_split, out_batch, out_row, out_head = 0, merged_batch, merged_row, merged_head
         if self.num_splits > 1:
             out_split, out_batch, out_row, out_head = self._partial_strides()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._common import kernels
-from .._common.plan_values import TORCH_DTYPES, dropout_values, score_values, template
+from .._common.plan_values import dropout_values, out_template, score_values, template
 from .._common.problem import Problem, Target
 from . import tiles
 
@@ -64,7 +64,7 @@ class ForwardPlan:
         """Loads the kernel and makes all that runs share."""
         kernel = kernels.load(self.spec, self.target)
         p, device = self.problem, self.device
-        self._out_like = template(p.out_shape, TORCH_DTYPES[p.dtype], device)
+        self._out_like, self._out_axes = out_template(p, device)
         self._lse_like = template(p.lse_shape, torch.float32, device)
         self._block = kernel.layout.block()
         for name, value in self._values().items():
@@ -99,6 +99,8 @@ class ForwardPlan:
         """
         kernel = self._kernel or self._prepare()
         out = torch.empty_like(self._out_like, memory_format=torch.contiguous_format)
+        if self._out_axes is not None:
+            out = out.permute(self._out_axes)
         self._q.value = q.data_ptr()
         self._k.value = k.data_ptr()
         self._v.value = v.data_ptr()
@@ -150,9 +152,9 @@ class ForwardPlan:
     def _values(self) -> dict[str, Any]:
         """The fields of FwdParams that the problem fixes."""
         p = self.problem
-        out_head, out_row = p.head_dim_v, p.num_heads_q * p.head_dim_v
+        out_batch, out_row, out_head = p.out_strides
         values: dict[str, Any] = {
-            "out_batch_stride": 0 if p.varlen_q else p.seqlen_q * out_row,
+            "out_batch_stride": out_batch,
             "out_row_stride": out_row,
             "out_head_stride": out_head,
             "lse_batch_stride": 0 if p.varlen_q else p.num_heads_q * p.seqlen_q,

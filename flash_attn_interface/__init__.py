@@ -11,6 +11,7 @@ from .explain_cache import explain_with_kvcache
 from .f3b2 import flash_attn_f3b2_func, flash_attn_f3b2_varlen_func
 from .fa3_library import register_where_hopper_is_installed
 from .fa3_private_ops import _flash_attn_backward, _flash_attn_forward
+from .flops import register as _register_flop_formulas
 from .functions import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
 from .kvcache import flash_attn_with_kvcache, get_scheduler_metadata
 from .simulation import simulate
@@ -33,5 +34,6 @@ __all__ = [
     "simulate",
 ]
 
+_register_flop_formulas()
 # PyTorch imports this package and then looks for torch.ops.flash_attn_3.fwd.
 register_where_hopper_is_installed()

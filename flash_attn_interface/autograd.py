@@ -1,9 +1,9 @@
 """Where gradients meet dispatch: called by the public functions of `functions.py` and `fa2.py`.
 
-Eager calls go straight to `dispatch.py`. Under torch.compile the same autograd function calls the
-custom operations of `private_ops.py` and `ops.py` instead, which come back to `dispatch.py` at run
-time. CPU tensors that no simulator takes run the reference, which autograd differentiates by
-itself.
+Eager calls on plain tensors go straight to `dispatch.py`. Under torch.compile the same autograd
+function calls the custom operations of `private_ops.py` and `ops.py` instead, which come back to
+`dispatch.py` at run time; `watched.py` does likewise for tensors that somebody watches. CPU tensors
+that no simulator takes run the reference, which autograd differentiates by itself.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import autocast, traced
+from . import autocast, traced, watched
 from ._common.check_tensors import check_tensors
 from ._common.check_values import attention_flags
 from .backends import ForwardResult
 from .dispatch import forward
-from .gradients import gradients
+from .gradients import gradients, refuse_alibi_gradient
 from .packing import Packing, unpack
 from .simulation import simulate, simulated_arch
+from .watched import NoSecondBackward
+from .watchers import all_plain, has_plain_type, unwatched
 
 
 def attention(
@@ -57,10 +59,19 @@ def attention(
         allocated nor written.
     backward_backend: the kernel tree that has to serve the backward; None to choose.
     """
-    if packing is None:
-        check_tensors(q, k, v)
-    else:  # the packed ones have been looked at
-        check_tensors(q, q, q)
+    compiling = is_compiling()
+    direct = (
+        not compiling
+        and (unwatched(q, k, v) if packing is None else unwatched(q, q if k is None else k, q))
+        and (cu_seqlens_q is None or has_plain_type(cu_seqlens_q))
+        and (cu_seqlens_k is None or has_plain_type(cu_seqlens_k))
+        and (seqused_q is None or has_plain_type(seqused_q))
+        and (seqused_k is None or has_plain_type(seqused_k))
+        and (alibi_slopes is None or all_plain(alibi_slopes))
+        and (q.is_cuda or not q.is_meta)
+    )
+    if not direct:
+        check_tensors(*((q, k, v) if packing is None else (q, q, q)))
     if not (
         causal.__class__ is return_lse.__class__ is bool
         and return_softmax.__class__ is deterministic.__class__ is bool
@@ -71,28 +82,25 @@ def attention(
         )
     if torch.is_autocast_enabled() or not q.is_cuda:
         q, k, v = autocast.cast(q, k, v)
-    compiling = is_compiling()
-    if torch.is_grad_enabled() and (
+    if alibi_slopes is not None and torch.is_grad_enabled():
+        refuse_alibi_gradient(alibi_slopes)
+    differentiable = torch.is_grad_enabled() and (
         q.requires_grad
         or (k is not None and k.requires_grad)
         or (v is not None and v.requires_grad)
-    ):
-        if compiling or q.is_cuda or simulated_arch() is not None:
-            options = Options(
-                max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, attention_chunk,
-                softcap, dropout_p, return_lse, return_softmax, deterministic, packing,
-                backward_backend, sm_margin, pack_gqa,
-            )  # fmt: skip
-            tensors: tuple[Tensor | None, ...] = (
-                q,
-                k,
-                v,
-                cu_seqlens_q,
-                cu_seqlens_k,
-                seqused_q,
-                seqused_k,
-                alibi_slopes,
-            )
+    )
+    if not direct or (differentiable and (q.is_cuda or simulated_arch() is not None)):
+        options = Options(
+            max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, attention_chunk,
+            softcap, dropout_p, return_lse, return_softmax, deterministic, packing,
+            backward_backend, sm_margin, pack_gqa,
+        )  # fmt: skip
+        tensors: tuple[Tensor | None, ...] = (
+            q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes,
+        )  # fmt: skip
+        if not compiling and not direct:
+            return watched.attention(tensors, options)
+        if differentiable:
             if compiling:
                 tensors = traced.distinct(*tensors)
             return _three(_Attention.apply(*tensors, options))  # type: ignore[no-untyped-call]
@@ -184,28 +192,8 @@ class _Attention(torch.autograd.Function):
             with torch.no_grad(), nullcontext() if arch is None else simulate(arch):
                 results = gradients(dout, dlse, q, k, v, o.packing, out, *others, *numbers)
             if torch.is_grad_enabled():  # create_graph=True
-                results = _NoSecondBackward.apply(*results, q, k, v)  # type: ignore[no-untyped-call]
+                results = NoSecondBackward.apply(*results, q, k, v)  # type: ignore[no-untyped-call]
         return (*results, None, None, None, None, None, None)
-
-
-class _NoSecondBackward(torch.autograd.Function):
-    """Passes the gradients on; differentiating them is an error that says so."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, dq: Tensor, dk: Tensor | None, dv: Tensor | None, *inputs: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        """inputs: what the gradients are of, so that these require gradients too."""
-        return dq, dk, dv
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        raise RuntimeError(
-            "flash_attn_interface: the gradient of attention was differentiated once more, which "
-            "the kernels cannot do. For second derivatives use CPU tensors, whose reference is "
-            "differentiable any number of times, or scaled_dot_product_attention of "
-            "torch.nn.functional under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
-        )
 
 
 def _three(results: Any) -> ForwardResult:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ._common.backward_problem import BackwardProblem
 from ._common.cache_problem import CacheProblem
+from ._common.out_layout import new_out
 from ._common.problem import Problem, Target
 from ._common.spec import KernelSpec
 from ._common.tuning import Tunable
@@ -270,7 +271,7 @@ class EmptyPlan:
     ) -> ForwardResult:
         """out = 0 and softmax_lse = -inf, of which there may be no rows."""
         problem = self._problem
-        out = q.new_zeros((*q.shape[:-1], problem.head_dim_v))
+        out = new_out(q, problem.head_dim_v).zero_()
         lse = s_dmask = None
         if problem.return_lse:
             lse = q.new_full(problem.lse_shape, float("-inf"), dtype=torch.float32)

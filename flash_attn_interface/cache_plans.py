@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._common.cache_problem import CacheProblem
+from ._common.out_layout import new_out
 
 CacheResult = tuple[Tensor, Tensor | None]
 """(out, softmax_lse); None if the problem does not ask for it."""
@@ -121,7 +122,7 @@ class EmptyCachePlan:
     def run(self, q: Tensor, *others: object) -> CacheResult:
         """out = 0 and softmax_lse = -inf, of which there may be no rows."""
         p = self._problem
-        out = q.new_zeros((*q.shape[:-1], p.head_dim_v))
+        out = new_out(q, p.head_dim_v).zero_()
         if not p.return_lse:
             return out, None
         return out, q.new_full(p.lse_shape, float("-inf"), dtype=torch.float32)

@@ -5,17 +5,23 @@ On a GPU by the kernel that also merges the splits of decoding, `flash2/combine.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from . import dispatch, selection
+from . import selection
 from ._common import env
 from ._common.check_cache import MAX_SPLITS
 from ._common.check_overlap import check_outputs
 from ._common.check_tensors import last_dim_contiguous, require_device, require_tensor
 from ._common.check_values import shown
 from .autocast import without_autocast
+from .custom_op import custom_op
 from .out_argument import check_out
+from .plan_table import plans
+from .watchers import refuse_forward_mode, unwatched
 
 _RESULT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -46,6 +52,67 @@ def flash_attn_combine(
     """
     _check(out_partial, lse_partial)
     dtype = _result_dtype(out_partial, lse_partial, out, out_dtype)
+    if is_compiling() or _is_watched(out_partial, lse_partial, out):
+        refuse_forward_mode(out_partial, lse_partial)
+        merged, softmax_lse = combine(out_partial, lse_partial, dtype)
+        return merged if out is None else out.copy_(merged), softmax_lse
+    return _combine(out_partial, lse_partial, out, dtype)
+
+
+def _is_watched(out_partial: Tensor, lse_partial: Tensor, out: Tensor | None) -> bool:
+    """Also by autograd: the operator has a gradient, the kernel has none."""
+    partials = (out_partial, lse_partial)
+    if not unwatched(*partials, out_partial if out is None else out) or out_partial.is_meta:
+        return True
+    return torch.is_grad_enabled() and any(partial.requires_grad for partial in partials)
+
+
+@custom_op(
+    "flash_attn_interface::combine",
+    "(Tensor out_partial, Tensor lse_partial, ScalarType out_dtype) -> (Tensor, Tensor)",
+)
+def combine(
+    out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`flash_attn_combine` for tensors that somebody watches (`watchers.py`)."""
+    merged, softmax_lse = _combine(out_partial, lse_partial, None, out_dtype)
+    return merged, softmax_lse.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@combine.register_fake
+def _(out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    batch, seqlen, num_heads = lse_partial.shape[1:]
+    softmax_lse = lse_partial.new_empty((batch, num_heads, seqlen)).transpose(1, 2)
+    return out_partial.new_empty(out_partial.shape[1:], dtype=out_dtype), softmax_lse
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:2], *output)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(
+    ctx: Any, dout: Tensor | None, dlse: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, None]:
+    """Part i has the weight w = exp(lse_partial[i] - softmax_lse) in the sum."""
+    out_partial, lse_partial, out, softmax_lse = ctx.saved_tensors
+    weights = torch.exp(lse_partial - softmax_lse).masked_fill(lse_partial == float("-inf"), 0.0)
+    dlse_partial = weights * (0.0 if dlse is None else dlse)
+    if dout is None:
+        return None, dlse_partial, None
+    dout = dout.float()
+    differences = torch.where(weights.unsqueeze(-1) > 0, out_partial - out.float(), 0.0)
+    dlse_partial = dlse_partial + weights * (dout * differences).sum(-1)
+    return weights.unsqueeze(-1) * dout, dlse_partial, None
+
+
+combine.register_autograd(_differentiate, setup_context=_save)
+
+
+def _combine(
+    out_partial: Tensor, lse_partial: Tensor, out: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`flash_attn_combine` of checked arguments."""
     device = selection.device_of(out_partial)
     if device.capability is None or env.FORCE_BACKEND.get() == "reference":
         merged, softmax_lse = _reference(out_partial, lse_partial, dtype)
@@ -68,11 +135,12 @@ def _kernel(
         lse_partial = lse_partial.transpose(2, 3).contiguous().transpose(2, 3)
     target = selection.target_for("flash2", device)
     key = (CombineProblem.of(out_partial, lse_partial, out), target)
-    plan: CombinePlan | None = dispatch._plans.cache_by_key.get(key)
-    if plan is None:
-        plan = CombinePlan(*key)
-        dispatch.remember(dispatch._plans.cache_by_key, key, plan)
-    return plan.run(out_partial, lse_partial, out)
+    slot, plan = plans.take(key, lambda: CombinePlan(*key))
+    try:
+        softmax_lse: Tensor = plan.run(out_partial, lse_partial, out)
+    finally:
+        slot.idle.append(plan)
+    return softmax_lse
 
 
 @without_autocast

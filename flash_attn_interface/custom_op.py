@@ -112,10 +112,10 @@ def on_one_device(function: Callable[..., Any], names: list[str]) -> Callable[..
 
     def fake(*args: Any, **kwargs: Any) -> Any:
         given = dict(zip(names, args, strict=False)) | kwargs
-        q = given.get("q")
-        for name, value in given.items():
-            if isinstance(value, Tensor) and isinstance(q, Tensor):
-                require_device(name, value, q.device)
+        tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        leader = "q" if "q" in tensors else next(iter(tensors))
+        for name, value in tensors.items():
+            require_device(name, value, tensors[leader].device, leader)
         return function(*args, **kwargs)
 
     return fake

@@ -7,7 +7,6 @@ GPU builds one flat key, finds its plan and runs it. A key seen for the first ti
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Hashable
 from typing import Any
 
@@ -23,6 +22,7 @@ from ._common.check_values import flag, is_unlimited, window_pair
 from ._common.checks import ForwardCall
 from ._common.problem import Problem
 from .backends import BackwardPlan, Plan
+from .plan_table import Slot, layout_of, plans
 from .selection import Decision, device_of, select, select_backward
 from .selection import Device as Device
 from .selection import decide as decide
@@ -31,7 +31,6 @@ from .selection import target_for as target_for
 ForwardState = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 """(out, softmax_lse, s_dmask, rng_state); None where the call does not ask for it."""
 
-_MAX_PLANS = 4096  # per thread; a plan is a few kB. Ragged batches make a new one per total length
 _ADDRESS_BITS = 15  # an address matters up to 16-byte alignment
 
 
@@ -53,29 +52,9 @@ def make_backward_plan(problem: BackwardProblem, decision: Decision) -> Backward
     return decision.backend.plan_backward(problem, decision.target)
 
 
-class _Plans(threading.local):
-    """Plans of one thread: they hold a parameter block that is patched in place."""
-
-    def __init__(self) -> None:
-        self.by_key: dict[Hashable, Plan] = {}
-        self.backward_by_key: dict[Hashable, BackwardPlan] = {}
-        self.cache_by_key: dict[Hashable, Any] = {}  # of kvcache_dispatch.py
-
-
-_plans = _Plans()
-
-
-def remember(plans: dict[Hashable, Any], key: Hashable, plan: Any) -> None:
-    """Forgets the others where there are too many."""
-    if len(plans) >= _MAX_PLANS:
-        plans.clear()
-    plans[key] = plan
-
-
 def forget_plans() -> None:
     """Plan every call anew, in all threads, say after the environment changed."""
-    global _plans
-    _plans = _Plans()
+    plans.clear()
 
 
 def forward(
@@ -108,10 +87,13 @@ def forward(
     """
     try:
         q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
+        gaps = q_strides[-1] != 1 or k_strides[-1] != 1 or v_strides[-1] != 1
+    except IndexError:  # no dimensions, which the checks will name
+        gaps = True
     except (AttributeError, RuntimeError):  # no tensor, or one without strides
         check_qkv_kind(q, k, v)
         raise
-    if q_strides[-1:] != (1,) or k_strides[-1:] != (1,) or v_strides[-1:] != (1,):
+    if gaps:
         q, k, v = (checks.last_dim_contiguous(tensor) for tensor in (q, k, v))
         q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
     if not is_unlimited(window_size):
@@ -121,57 +103,58 @@ def forward(
         max_seqlen_q = checks.host_max_seqlen(max_seqlen_q, q)
         max_seqlen_k = checks.host_max_seqlen(max_seqlen_k, k)
         ragged = (
-            max_seqlen_q, max_seqlen_k, _layout(cu_seqlens_q), _layout(cu_seqlens_k),
-            None if page_table is None else _layout(page_table),
-            None if leftpad_k is None else _layout(leftpad_k),
+            max_seqlen_q, max_seqlen_k, layout_of(cu_seqlens_q), layout_of(cu_seqlens_k),
+            None if page_table is None else layout_of(page_table),
+            None if leftpad_k is None else layout_of(leftpad_k),
         )  # fmt: skip
 
-    key = plan = None
-    if q.is_cuda:
+    key = plan = slot = None
+    device = q.get_device()
+    if device >= 0:
         key = (  # flat, since hashing nested tuples is slower
-            q.shape, k.shape, v.shape, q_strides, k_strides, v_strides, q.dtype, k.dtype, v.dtype,
-            q.get_device(), k.get_device(), v.get_device(),
+            "forward", q.shape, k.shape, v.shape, q_strides, k_strides, v_strides, q.dtype,
+            k.dtype, v.dtype, device, k.get_device(), v.get_device(),
             (q.data_ptr() | k.data_ptr() | v.data_ptr()) & _ADDRESS_BITS,
             softmax_scale, causal, window_size, attention_chunk, softcap, dropout_p,
             return_lse, return_softmax, ragged, sm_margin, pack_gqa,
-            None if seqused_q is None else _layout(seqused_q),
-            None if seqused_k is None else _layout(seqused_k),
-            None if alibi_slopes is None else _layout(alibi_slopes),
+            None if seqused_q is None else layout_of(seqused_q),
+            None if seqused_k is None else layout_of(seqused_k),
+            None if alibi_slopes is None else layout_of(alibi_slopes),
         )  # fmt: skip
         try:
-            plan = _plans.by_key.get(key)
+            slot = plans.find(key)
         except TypeError:  # an unhashable argument, a list say: the checks will name it
             key = None
+        if slot is not None:
+            slot.used = plans.clock
+            try:
+                plan = slot.idle.pop()
+            except IndexError:  # other threads are running all
+                pass
     if plan is None:
         call = ForwardCall(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k,
             softmax_scale, causal, window_size, attention_chunk, softcap, alibi_slopes, dropout_p,
             return_lse, return_softmax, page_table, leftpad_k, sm_margin, pack_gqa,
         )  # fmt: skip
-        plan = _plan_for(call, key)
+        slot, plan = _plan_for(call, key)
 
+    assert slot is not None
     rng_state = None
-    if dropout_p > 0.0:  # drawn on the device: CUDA graphs replay it, torch.manual_seed repeats it
-        rng_state = torch.randint(0, 2**62, (2,), dtype=torch.int64, device=q.device)
-    out, softmax_lse, s_dmask = plan.run(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, rng_state,
-        page_table, None, leftpad_k,
-    )  # fmt: skip
+    try:
+        if dropout_p > 0.0:  # drawn on the device: CUDA graphs replay, torch.manual_seed repeats it
+            rng_state = torch.randint(0, 2**62, (2,), dtype=torch.int64, device=q.device)
+        out, softmax_lse, s_dmask = plan.run(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, rng_state,
+            page_table, None, leftpad_k,
+        )  # fmt: skip
+    finally:
+        slot.idle.append(plan)
     return out, softmax_lse, s_dmask, rng_state
 
 
-def _layout(tensor: Any) -> Hashable:
-    """All that a check or a plan may depend on; of anything but a tensor, its type."""
-    if not isinstance(tensor, Tensor):
-        return type(tensor).__name__
-    try:
-        return tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device()
-    except RuntimeError:  # a nested or sparse tensor, which the checks will name
-        return tensor.layout
-
-
-def _plan_for(call: ForwardCall, key: Hashable | None) -> Plan:
-    """Check the call, choose a backend, plan, and remember the plan.
+def _plan_for(call: ForwardCall, key: Hashable | None) -> tuple[Slot, Plan]:
+    """Check the call, choose a backend, and take a plan out of the table.
 
     key: None to remember it by problem, as for CPU tensors, whose lengths can be read and so are
     checked in every call.
@@ -182,12 +165,7 @@ def _plan_for(call: ForwardCall, key: Hashable | None) -> Plan:
     decision = select(problem, device_of(call.q))
     if key is None:
         key = (problem, decision.target)
-    plans = _plans.by_key
-    plan = plans.get(key)
-    if plan is None:
-        plan = make_plan(problem, decision)
-        remember(plans, key, plan)
-    return plan
+    return plans.take(key, lambda: make_plan(problem, decision))
 
 
 def backward(
@@ -239,19 +217,25 @@ def backward(
         max_seqlen_q = checks.host_max_seqlen(max_seqlen_q, q)
         max_seqlen_k = checks.host_max_seqlen(max_seqlen_k, k)
 
-    key = plan = None
+    key = plan = slot = None
     if q.is_cuda:
         addresses = q.data_ptr() | k.data_ptr() | v.data_ptr() | dout.data_ptr() | out.data_ptr()
         addresses |= dq.data_ptr() | dk.data_ptr() | dv.data_ptr()
         key = (
-            *_layouts(q, k, v, dout, out, softmax_lse, dq, dk, dv), addresses & _ADDRESS_BITS,
-            softmax_scale, causal, window_size, attention_chunk, softcap, dropout_p, deterministic,
-            backend, max_seqlen_q, max_seqlen_k,
+            "backward", *_layouts(q, k, v, dout, out, softmax_lse, dq, dk, dv),
+            addresses & _ADDRESS_BITS, softmax_scale, causal, window_size, attention_chunk,
+            softcap, dropout_p, deterministic, backend, max_seqlen_q, max_seqlen_k,
             *_layouts(
                 cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, rng_state, dlse
             ),
         )  # fmt: skip
-        plan = _plans.backward_by_key.get(key)
+        slot = plans.find(key)
+        if slot is not None:
+            slot.used = plans.clock
+            try:
+                plan = slot.idle.pop()
+            except IndexError:  # other threads are running all
+                pass
     if plan is None:
         call = ForwardCall(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k,
@@ -259,11 +243,15 @@ def backward(
             True, False,
         )  # fmt: skip
         tensors = BackwardTensors(dout, out, softmax_lse, dq, dk, dv, rng_state, dlse)
-        plan = _backward_plan_for(call, tensors, deterministic, backend, key)
-    softmax_d = plan.run(
-        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, seqused_q,
-        seqused_k, alibi_slopes, rng_state, dlse,
-    )  # fmt: skip
+        slot, plan = _backward_plan_for(call, tensors, deterministic, backend, key)
+    assert slot is not None
+    try:
+        softmax_d: Tensor = plan.run(
+            dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, seqused_q,
+            seqused_k, alibi_slopes, rng_state, dlse,
+        )  # fmt: skip
+    finally:
+        slot.idle.append(plan)
     for asked_for, written in zip(results, (dq, dk, dv), strict=True):
         if written is not asked_for:
             asked_for.copy_(written)
@@ -271,7 +259,7 @@ def backward(
 
 
 def _layouts(*tensors: Tensor | None) -> list[Hashable]:
-    """As `_layout`, of all."""
+    """As `layout_of`, of all."""
     found: list[Hashable] = []
     for tensor in tensors:
         if tensor is None:
@@ -287,9 +275,8 @@ def _backward_plan_for(
     deterministic: bool,
     backend: str | None,
     key: Hashable | None,
-) -> BackwardPlan:
+) -> tuple[Slot, BackwardPlan]:
     """As `_plan_for`."""
-    plans = _plans.backward_by_key
     forward_problem = checks.check_forward(call)
     if call.q.device.type == "cpu":
         checks.check_lengths(call, forward_problem)
@@ -301,8 +288,4 @@ def _backward_plan_for(
     decision = select_backward(problem, device_of(call.q), backend)
     if key is None:
         key = (problem, decision.target)
-    plan = plans.get(key)
-    if plan is None:
-        plan = make_backward_plan(problem, decision)
-        remember(plans, key, plan)
-    return plan
+    return plans.take(key, lambda: make_backward_plan(problem, decision))

@@ -57,14 +57,15 @@ def flash_attn_func(
             right 0.
         softcap: c > 0 replaces the scaled scores s by c * tanh(s / c). May go with dropout.
         alibi_slopes: float32, (num_heads_q,) or (batch, num_heads_q): adds
-            -slope * |i + seqlen_k - seqlen_q - j| to the scores.
+            -slope * |i + seqlen_k - seqlen_q - j| to the scores. They have no gradient.
         deterministic: make dq bitwise reproducible too. out, dk and dv always are.
         return_attn_probs: also return softmax_lse, which is differentiable, and S_dmask, which is
             not.
 
     Returns:
-        out, (batch, seqlen_q, num_heads_q, head_dim_v) in the dtype of q; a query that sees no key
-        gives zeros. With return_attn_probs the triple (out, softmax_lse, S_dmask).
+        out, (batch, seqlen_q, num_heads_q, head_dim_v) in the dtype of q, with the strides of
+        torch.empty_like(q); a query that sees no key gives zeros. With return_attn_probs the triple
+        (out, softmax_lse, S_dmask).
         softmax_lse: float32 (batch, num_heads_q, seqlen_q), the natural logarithm of the softmax's
         denominator, of scores exactly as defined above; -inf for a query that sees no key.
         S_dmask: empty, (0,), without dropout. With dropout (batch, num_heads_q, seqlen_q,
@@ -75,7 +76,7 @@ def flash_attn_func(
     Raises:
         TypeError: an argument's type or dtype is wrong.
         ValueError: shapes, devices or values disagree or are out of range.
-        NotImplementedError: the GPU is older than sm_80.
+        NotImplementedError: the GPU is older than sm_80, or alibi_slopes require a gradient.
     """
     return _dense(
         q, k, v, None, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,

@@ -9,10 +9,11 @@ is ours. Arguments of these names mean what they mean in `private_ops.py`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from . import dispatch
 from ._common.check_backward import check_gradients
 from ._common.check_cache import check_cache_tensors
 from ._common.check_overlap import check_outputs
@@ -20,9 +21,14 @@ from ._common.check_tensors import require_tensor
 from ._common.check_values import flag, probability, window_sides
 from .fa2_kvcache import flash_attn_with_kvcache
 from .gradients import empty_gradient
-from .ops import complete
 from .out_argument import check_attention_out
-from .private_ops import _flash_attn_varlen_forward
+from .private_ops import (
+    _flash_attn_backward,
+    _flash_attn_forward,
+    _flash_attn_varlen_backward,
+    _flash_attn_varlen_forward,
+)
+from .watchers import all_plain, unwatched
 
 Forward = list[Tensor]
 """[out, softmax_lse, S_dmask, rng_state]"""
@@ -56,12 +62,11 @@ def fwd(
         generator: must be None: random numbers come from torch's default generator of the device.
     """
     _check(q, k, v, out, generator, return_softmax, dropout_p)
-    result, *others = complete(
-        dispatch.forward(
-            q, k, v, None, None, None, None, None, None, softmax_scale, flag("causal", causal),
-            window_sides(window_size_left, window_size_right), 0, softcap, alibi_slopes, dropout_p,
-            True, flag("return_softmax", return_softmax),
-        )
+    run = _way(_flash_attn_forward, q, k, v, alibi_slopes)
+    result, *others = run(
+        q, k, v, dropout_p, softmax_scale, flag("causal", causal),
+        *window_sides(window_size_left, window_size_right), softcap, alibi_slopes,
+        flag("return_softmax", return_softmax),
     )  # fmt: skip
     return [_returned(out, result), *others]
 
@@ -94,7 +99,9 @@ def varlen_fwd(
 ) -> Forward:
     """Attention of packed sequences. Arguments as in `fwd` and `_flash_attn_varlen_forward`."""
     _check(q, k, v, out, generator, return_softmax, dropout_p)
-    result, *others = _flash_attn_varlen_forward._init_fn(
+    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table)
+    run = _way(_flash_attn_varlen_forward, q, k, v, alibi_slopes, *lengths)
+    result, *others = run(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
         flag("causal", causal), window_size_left, window_size_right, softcap, alibi_slopes,
         flag("return_softmax", return_softmax), block_table, leftpad_k, seqused_k,
@@ -244,12 +251,19 @@ def _backward(
     dk = empty_gradient(k) if dk is None else dk
     dv = empty_gradient(v) if dv is None else dv
     check_gradients(q, k, v, dout, out, softmax_lse, dq, dk, dv)
-    softmax_d = dispatch.backward(
-        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-        max_seqlen_k, None, None, softmax_scale, causal,
-        window_sides(window_size_left, window_size_right), 0, softcap, alibi_slopes, dropout_p,
-        rng_state if dropout_p > 0.0 else None, deterministic,
-    )  # fmt: skip
+    others = (dout, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, alibi_slopes)
+    left, right = window_sides(window_size_left, window_size_right)
+    if cu_seqlens_q is None and cu_seqlens_k is None:
+        softmax_d = _way(_flash_attn_backward, q, k, v, *others)(
+            dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, left,
+            right, softcap, alibi_slopes, deterministic, rng_state,
+        )  # fmt: skip
+    else:
+        softmax_d = _way(_flash_attn_varlen_backward, q, k, v, *others)(
+            dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+            max_seqlen_k, dropout_p, softmax_scale, causal, left, right, softcap, alibi_slopes,
+            deterministic, rng_state,
+        )  # fmt: skip
     return [dq, dk, dv, softmax_d]
 
 
@@ -279,6 +293,12 @@ def _check(
     if flag("return_softmax", return_softmax) and probability("dropout_p", dropout_p) == 0.0:
         raise ValueError(f"return_softmax needs dropout: dropout_p is {dropout_p}, expected > 0")
     check_attention_out("out", out, q, v)
+
+
+def _way(operation: Any, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Any:
+    """The operation, or, where nobody watches (`watchers.py`), just what it computes."""
+    direct = unwatched(q, k, v) and all_plain(*others) and not q.is_meta
+    return operation._init_fn if direct else operation
 
 
 def _returned(out: Tensor | None, result: Tensor) -> Tensor:

@@ -82,7 +82,10 @@ def flash_attn_with_kvcache(
         q, k, v, rotary_cos, rotary_sin = autocast.cast(
             q, k, v, rotary_cos, rotary_sin, like=k_cache
         )
-    run = attend_function(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, alibi_slopes)
+    run = attend_function(
+        q, k_cache, v_cache, k, v, None, alibi_slopes, rotary_cos, rotary_sin, cache_seqlens,
+        cache_batch_idx, cache_leftpad, block_table,
+    )  # fmt: skip
     arguments = (
         q, k_cache, v_cache, k, v, None, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx,
         cache_leftpad, block_table, None, None, None, None, softmax_scale, causal, window_size, 0,

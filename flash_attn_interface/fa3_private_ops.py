@@ -26,6 +26,7 @@ from .gradients import empty_gradient
 from .kvcache import flash_attn_with_kvcache
 from .ops import Results, attention_backward, complete, fake_results
 from .out_argument import check_attention_out
+from .watchers import refuse_forward_mode
 
 
 @custom_op(
@@ -88,6 +89,7 @@ def _flash_attn_forward(
     out_: also receives out; any strides. Other arguments as in `flash_attn_varlen_func` and
     `flash_attn_with_kvcache`. Differentiable in q, k and v where there is no cache.
     """
+    refuse_forward_mode(q, k, v)
     if out_ is not None:
         check_forward_out("out_", out_, q, k, v, k_new)
     window_size = (window_size_left, window_size_right)
@@ -107,7 +109,7 @@ def _flash_attn_forward(
             rotary_interleaved, scheduler_metadata, num_splits, pack_gqa, sm_margin,
             return_softmax_lse=True,
         )  # fmt: skip
-        out, softmax_lse = out.contiguous(), softmax_lse.contiguous()
+        softmax_lse = softmax_lse.contiguous()
     else:
         _check_hints(softmax_scale, qv, q_descale, k_descale, v_descale, num_splits, sm_margin)
         out, softmax_lse, *_ = complete(
@@ -301,7 +303,7 @@ def fake_softmax_d(q: Tensor, cu_seqlens_q: Tensor | None) -> Tensor:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
     (
-        q, k, v, k_new, v_new, _, _, cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_new, seqused_q,
+        q, k, v, k_new, v_new, qv, _, cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_new, seqused_q,
         seqused_k, max_seqlen_q, max_seqlen_k, *cache, _, _, _, softmax_scale, causal, left, right,
         attention_chunk, softcap, _, _, num_splits, _, _,
     ) = inputs  # fmt: skip
@@ -316,12 +318,19 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
         softcap, 0.0,
     )  # fmt: skip
     ctx.is_cache = any(x is not None for x in (k_new, v_new, cu_seqlens_k_new, *cache))
+    ctx.has_qv = qv is not None
     ctx.num_inputs = len(inputs)
 
 
 def _differentiate(
     ctx: Any, dout: Tensor | None, dlse: Tensor | None, *unused: object
 ) -> tuple[Tensor | None, ...]:
+    if ctx.has_qv:
+        raise NotImplementedError(
+            "flash_attn_3::_flash_attn_forward has no gradient with qv; call it under "
+            "torch.no_grad(), or concatenate q = cat([q, qv], -1), k = cat([k, v], -1) with "
+            "softmax_scale = (head_dim_qk + head_dim_v) ** -0.5"
+        )
     if ctx.is_cache:
         raise NotImplementedError(
             "flash_attn_3::_flash_attn_forward has no gradient with a key and value cache; call it "

@@ -70,10 +70,10 @@ def flash_attn_func(
         return_attn_probs: also return softmax_lse, which is differentiable. The name is upstream's.
 
     Returns:
-        out, (batch, seqlen_q, num_heads_q, head_dim_v) in the dtype of q; a query that sees no key
-        gives zeros. With return_attn_probs the pair (out, softmax_lse): softmax_lse is float32,
-        (batch, num_heads_q, seqlen_q), the natural logarithm of the softmax's denominator, -inf for
-        a query that sees no key.
+        out, (batch, seqlen_q, num_heads_q, head_dim_v) in the dtype of q, with the strides of
+        torch.empty_like(q); a query that sees no key gives zeros. With return_attn_probs the pair
+        (out, softmax_lse): softmax_lse is float32, (batch, num_heads_q, seqlen_q), the natural
+        logarithm of the softmax's denominator, -inf for a query that sees no key.
 
     Raises:
         TypeError: an argument's type or dtype is wrong.
@@ -209,7 +209,7 @@ def _qkv_packing(qkv: Tensor, num_heads_q: int | None) -> Packing:
     if num_heads_q is None:
         raise ValueError("num_heads_q is None: a 4-dimensional qkv needs it to find k and v")
     heads_q = non_negative("num_heads_q", num_heads_q)
-    heads_k, rest = divmod(qkv.shape[2] - heads_q, 2)
+    heads_k, rest = divmod(int(qkv.shape[2]) - heads_q, 2)  # int: of a tensor under jit.trace
     if heads_k < 1 or rest or heads_q < 1 or heads_q % heads_k:
         raise ValueError(
             f"num_heads_q is {heads_q} of {qkv.shape[2]} heads of qkv: the rest must be an even "

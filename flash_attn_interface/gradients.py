@@ -70,3 +70,13 @@ def empty_gradient(tensor: Tensor) -> Tensor:
     if tensor.stride()[-1:] == (1,):
         return torch.empty_like(tensor)
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def refuse_alibi_gradient(alibi_slopes: Any) -> None:
+    """NotImplementedError if autograd expects a gradient of alibi_slopes."""
+    if getattr(alibi_slopes, "requires_grad", False):
+        raise NotImplementedError(
+            "alibi_slopes requires a gradient, which no kernel computes: pass "
+            "alibi_slopes.detach(). To learn the slopes, give the biases to "
+            "scaled_dot_product_attention of torch.nn.functional as attn_mask."
+        )

@@ -12,20 +12,16 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from . import backends, dispatch
+from . import backends
 from ._common import env
 from ._common.cache_problem import CacheProblem
-from ._common.check_cache import (
-    CacheCall,
-    check_cache,
-    check_cache_length,
-    check_cache_tensors,
-)
+from ._common.check_cache import CacheCall, check_cache, check_cache_length
 from ._common.check_cache_values import check_cache_values
 from ._common.check_overlap import check_outputs
 from ._common.check_values import cache_flags, is_unlimited, window_pair
 from ._common.checks import host_max_seqlen, last_dim_contiguous
 from .cache_plans import CachePlan, CacheResult, EmptyCachePlan
+from .plan_table import Slot, layout_of, plans
 from .selection import Decision, device_of, select_cache
 
 _ADDRESS_BITS = 15  # an address matters up to 16-byte alignment
@@ -37,7 +33,7 @@ class _Planned(NamedTuple):
     plan: CachePlan
     problem: CacheProblem
     reads_values: bool  # lengths, indices and tables are read and checked in every call
-    apart: set[tuple[int, ...]]  # addresses of tensors that were found not to overlap
+    apart: set[int]  # hashes of addresses of tensors that were found not to overlap
 
 
 def make_cache_plan(problem: CacheProblem, decision: Decision) -> CachePlan:
@@ -77,8 +73,7 @@ def attend(
     sm_margin: int,
     return_lse: bool,
 ) -> CacheResult:
-    """Append and attend, without autograd. Arguments as in `CacheCall`."""
-    check_cache_tensors(q, k_cache, v_cache)
+    """Append and attend, without autograd. Arguments as in `CacheCall`; the caches are tensors."""
     if not (causal.__class__ is rotary_interleaved.__class__ is return_lse.__class__ is bool):
         causal, rotary_interleaved, return_lse = (  # type: ignore[unreachable]
             cache_flags(causal, rotary_interleaved, return_lse)
@@ -93,7 +88,9 @@ def attend(
     k_address = v_address = qv_address = 0
     rotary: Hashable = None
     ragged = second_query = None
-    if isinstance(k, Tensor) and isinstance(v, Tensor):
+    if k is None and v is None:  # to ask for its type takes longer
+        pass
+    elif isinstance(k, Tensor) and isinstance(v, Tensor):
         k_layout = k.is_contiguous() or k.stride()
         v_layout = v.is_contiguous() or v.stride()
         if k_layout is not True and k_layout[-1] != 1:
@@ -106,37 +103,37 @@ def attend(
         new = (
             k.shape, v.shape, k_layout, v_layout, k.dtype, v.dtype, k.get_device(),
             v.get_device(), (k_address | v_address) & _ADDRESS_BITS,
-            None if cu_seqlens_k_new is None else _layout(cu_seqlens_k_new),
+            None if cu_seqlens_k_new is None else layout_of(cu_seqlens_k_new),
         )  # fmt: skip
-    elif k is not None or v is not None:  # an error, which the checks will name
+    else:  # an error, which the checks will name
         new = (type(k), type(v))
     if cu_seqlens_q is not None:
         max_seqlen_q = host_max_seqlen(max_seqlen_q, q)
-        ragged = (max_seqlen_q, _layout(cu_seqlens_q))
-    if isinstance(rotary_cos, Tensor) and isinstance(rotary_sin, Tensor):
+        ragged = (max_seqlen_q, layout_of(cu_seqlens_q))
+    if rotary_cos is None and rotary_sin is None:
+        rotary_seqlens = None  # without tables nobody reads it
+    elif isinstance(rotary_cos, Tensor) and isinstance(rotary_sin, Tensor):
         rotary = (
             rotary_interleaved, rotary_cos.shape, rotary_sin.shape, rotary_cos.dtype,
             rotary_sin.dtype, rotary_cos.get_device(), rotary_sin.get_device(),
             rotary_cos.is_contiguous() and rotary_sin.is_contiguous(),
-            None if rotary_seqlens is None else _layout(rotary_seqlens),
+            None if rotary_seqlens is None else layout_of(rotary_seqlens),
         )  # fmt: skip
-    elif rotary_cos is not None or rotary_sin is not None:
-        rotary = (_layout(rotary_cos), _layout(rotary_sin))
     else:
-        rotary_seqlens = None  # without tables nobody reads it
+        rotary = (layout_of(rotary_cos), layout_of(rotary_sin))
     if qv is not None:
         qv = last_dim_contiguous(qv) if isinstance(qv, Tensor) else qv
         qv_address = qv.data_ptr() if isinstance(qv, Tensor) else 0
-        second_query = (_layout(qv), qv_address & _ADDRESS_BITS)
+        second_query = (layout_of(qv), qv_address & _ADDRESS_BITS)
 
-    key = planned = None
-    addresses: tuple[int, ...] = ()
+    key = planned = slot = None
+    addresses = 0
     device = q.get_device()
     if device >= 0:
         q_address, k_cache_address = q.data_ptr(), k_cache.data_ptr()
         v_cache_address = v_cache.data_ptr()
         key = (
-            q.shape, k_cache.shape, v_cache.shape, q_layout,
+            "cache", q.shape, k_cache.shape, v_cache.shape, q_layout,
             k_cache.is_contiguous() or k_cache.stride(),
             v_cache.is_contiguous() or v_cache.stride(),
             q.dtype, k_cache.dtype, v_cache.dtype, device, k_cache.get_device(),
@@ -144,20 +141,27 @@ def attend(
             (q_address | k_cache_address | v_cache_address) & _ADDRESS_BITS,
             softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, sm_margin,
             return_lse, new, ragged, rotary, second_query,
-            None if cache_seqlens is None else _layout(cache_seqlens),
-            None if page_table is None else _layout(page_table),
-            None if cache_batch_idx is None else _layout(cache_batch_idx),
-            None if cache_leftpad is None else _layout(cache_leftpad),
-            None if alibi_slopes is None else _layout(alibi_slopes),
+            None if cache_seqlens is None else layout_of(cache_seqlens),
+            None if page_table is None else layout_of(page_table),
+            None if cache_batch_idx is None else layout_of(cache_batch_idx),
+            None if cache_leftpad is None else layout_of(cache_leftpad),
+            None if alibi_slopes is None else layout_of(alibi_slopes),
         )  # fmt: skip
         if k_address:
-            addresses = (
-                q_address, k_cache_address, v_cache_address, k_address, v_address, qv_address
-            )  # fmt: skip
+            addresses = hash(
+                (q_address, k_cache_address, v_cache_address, k_address, v_address, qv_address)
+            )
         try:
-            planned = dispatch._plans.cache_by_key.get(key)
+            slot = plans.find(key)
         except TypeError:  # an unhashable argument, a list say: the checks will name it
             key = None
+        if slot is not None:
+            slot.used = plans.clock
+            try:
+                planned = slot.idle.pop()
+            except IndexError:  # other threads are running all
+                pass
+    call = None
     if planned is None or planned.reads_values:
         call = CacheCall(
             q, k_cache, v_cache, k, v, qv, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx,
@@ -166,22 +170,27 @@ def attend(
             rotary_interleaved, alibi_slopes, num_splits, sm_margin, return_lse,
         )  # fmt: skip
         if planned is None:
-            planned = _plan_for(call, key)
-        if planned.reads_values:
+            slot, planned = _plan_for(call, key)
+    assert slot is not None
+    try:
+        if call is not None and planned.reads_values:
             check_cache_values(call, planned.problem)
-    if new is not None and addresses not in planned.apart and planned.problem.appends:
-        _check_apart(planned, addresses, q, k_cache, v_cache, k, v, qv)
-    if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
-        room = planned.problem.forward.seqlen_k - planned.problem.seqlen_new
-        cache_seqlens = check_cache_length(cache_seqlens, room)
-    return planned.plan.run(
-        q, k_cache, v_cache, k, v, qv, cache_seqlens, cache_batch_idx, cache_leftpad, page_table,
-        cu_seqlens_q, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens, alibi_slopes,
-    )  # fmt: skip
+        if new is not None and addresses not in planned.apart and planned.problem.appends:
+            _check_apart(planned, addresses, q, k_cache, v_cache, k, v, qv)
+        if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
+            room = planned.problem.forward.seqlen_k - planned.problem.seqlen_new
+            cache_seqlens = check_cache_length(cache_seqlens, room)
+        return planned.plan.run(
+            q, k_cache, v_cache, k, v, qv, cache_seqlens, cache_batch_idx, cache_leftpad,
+            page_table, cu_seqlens_q, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens,
+            alibi_slopes,
+        )  # fmt: skip
+    finally:
+        slot.idle.append(planned)
 
 
-def _plan_for(call: CacheCall, key: Hashable | None) -> _Planned:
-    """Check the call, choose a backend, plan, and remember the plan.
+def _plan_for(call: CacheCall, key: Hashable | None) -> tuple[Slot, _Planned]:
+    """Check the call, choose a backend, and take a plan out of the table.
 
     key: None to remember it by problem, as for CPU tensors, which are checked in every call.
     """
@@ -189,23 +198,21 @@ def _plan_for(call: CacheCall, key: Hashable | None) -> _Planned:
     decision = select_cache(problem, device_of(call.q))
     if key is None:
         key = (problem, decision.target)
-    plans = dispatch._plans.cache_by_key
-    planned: _Planned | None = plans.get(key)
-    if planned is None:
-        on_host = call.q.device.type == "cpu" or decision.target is None
-        planned = _Planned(
-            make_cache_plan(problem, decision), problem, on_host or env.CHECK_CACHE.get(), set()
-        )
-        dispatch.remember(plans, key, planned)
-    return planned
+    on_host = call.q.device.type == "cpu" or decision.target is None
+
+    def make() -> _Planned:
+        plan = make_cache_plan(problem, decision)
+        return _Planned(plan, problem, on_host or env.CHECK_CACHE.get(), set())
+
+    return plans.take(key, make)
 
 
-_MAX_APART = 512
+_MAX_APART = 128
 
 
 def _check_apart(
     planned: _Planned,
-    addresses: tuple[int, ...],
+    addresses: int,
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -215,8 +222,8 @@ def _check_apart(
 ) -> None:
     """That the caches, which are written, overlap neither each other nor what is read.
 
-    addresses: of these tensors, whose layouts belong to the plan, so that a warm call is answered
-        by a look-up; none on the CPU, where strides may differ between calls of one plan.
+    addresses: hash of those of these tensors, whose layouts belong to the plan, so that a warm call
+        is answered by a look-up; 0 on the CPU, where strides may differ between calls of one plan.
     """
     check_outputs({"k_cache": k_cache, "v_cache": v_cache}, {"q": q, "k": k, "v": v, "qv": qv})
     if not addresses:
@@ -224,19 +231,3 @@ def _check_apart(
     if len(planned.apart) >= _MAX_APART:
         planned.apart.clear()
     planned.apart.add(addresses)
-
-
-def _layout(tensor: Any) -> Hashable:
-    """All that a check or a plan may depend on; of anything but a tensor, its type.
-
-    Of contiguous tensors all strides that matter are known; reading them takes longer.
-    """
-    if not isinstance(tensor, Tensor):
-        return type(tensor).__name__
-    try:
-        return (
-            tensor.shape, tensor.is_contiguous() or tensor.stride(), tensor.dtype,
-            tensor.get_device(),
-        )  # fmt: skip
-    except RuntimeError:  # a nested or sparse tensor, which the checks will name
-        return tensor.layout

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ._common.check_cache import check_cache_length
 from ._common.check_values import cache_flags, non_negative, window_pair
+from ._common.out_layout import new_out
 from .cache_plans import CacheResult
 from .custom_op import custom_op
 from .kvcache_dispatch import attend
@@ -197,7 +198,7 @@ def _room(k_cache: Tensor, k: Tensor | None, page_table: Tensor | None) -> int:
 def _complete(result: CacheResult) -> tuple[Tensor, Tensor]:
     out, softmax_lse = result
     assert softmax_lse is not None
-    return out.contiguous(), softmax_lse.contiguous()
+    return out, softmax_lse.contiguous()
 
 
 def _fake_results(q: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,6 +206,6 @@ def _fake_results(q: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor]:
     *rows, num_heads_q, _ = q.shape
     lse_shape = (num_heads_q, *rows) if len(rows) == 1 else (rows[0], num_heads_q, rows[1])
     return (
-        q.new_empty((*rows, num_heads_q, v_cache.shape[-1])),
+        new_out(q, v_cache.shape[-1]),
         q.new_empty(lse_shape, dtype=torch.float32),
     )

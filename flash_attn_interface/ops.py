@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from ._common.out_layout import new_out
 from .custom_op import custom_op
 from .gradients import empty_gradient, gradients
 from .packing import Packing
+from .watchers import refuse_forward_mode
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
 """(out, softmax_lse, s_dmask, rng_state). s_dmask is (0,) and rng_state zero if not asked for."""
@@ -50,6 +52,7 @@ def attention_forward(
     return_softmax: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`dispatch.forward`, all of whose results are tensors. Its autograd is `autograd.py`."""
+    refuse_forward_mode(q, k, v)
     return complete(
         dispatch.forward(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k,
@@ -94,7 +97,7 @@ def _(
     "Tensor? alibi_slopes, SymInt max_seqlen_q, SymInt max_seqlen_k, "
     "float? softmax_scale, bool causal, SymInt window_size_left, "
     "SymInt window_size_right, SymInt attention_chunk, float softcap, float dropout_p, "
-    "bool deterministic, str? backend) -> Tensor[]",
+    "bool deterministic, str? backend) -> (Tensor, Tensor, Tensor)",
 )
 def attention_backward(
     dout: Tensor,
@@ -123,15 +126,16 @@ def attention_backward(
     dropout_p: float,
     deterministic: bool,
     backend: str | None,
-) -> list[Tensor]:
-    """One gradient for each of q, k and v that is a tensor. Arguments as in `gradients.py`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v; (0,) for k or v that is None. Arguments as in `gradients.py`."""
     results = gradients(
         dout, dlse, q, k, v, Packing(packing_axis, tuple(packing_heads)), out, softmax_lse,
         rng_state, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, max_seqlen_q,
         max_seqlen_k, softmax_scale, causal, (window_size_left, window_size_right),
         attention_chunk, softcap, dropout_p, deterministic, backend,
     )  # fmt: skip
-    return [tensor for tensor in results if tensor is not None]
+    dq, dk, dv = results
+    return dq, dq.new_empty(0) if dk is None else dk, dq.new_empty(0) if dv is None else dv
 
 
 @attention_backward.register_fake
@@ -142,8 +146,12 @@ def _(
     k: Tensor | None,
     v: Tensor | None,
     *others: object,
-) -> list[Tensor]:
-    return [empty_gradient(tensor) for tensor in (q, k, v) if tensor is not None]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        empty_gradient(q),
+        q.new_empty(0) if k is None else empty_gradient(k),
+        q.new_empty(0) if v is None else empty_gradient(v),
+    )
 
 
 def complete(state: dispatch.ForwardState) -> Results:
@@ -151,7 +159,7 @@ def complete(state: dispatch.ForwardState) -> Results:
     out, softmax_lse, s_dmask, rng_state = state
     assert softmax_lse is not None
     return (
-        out.contiguous(),
+        out,
         softmax_lse.contiguous(),
         out.new_empty(0) if s_dmask is None else s_dmask,
         out.new_zeros(2, dtype=torch.int64) if rng_state is None else rng_state,
@@ -179,7 +187,7 @@ def fake_results(
         lengths = ((length + 127) // 128 * 128 for length in (seqlen_q, seqlen_k))
         s_dmask = q.new_empty((batch, num_heads_q, *lengths))
     return (
-        q.new_empty((*rows, num_heads_q, v.shape[-1])),
+        new_out(q, v.shape[-1]),
         q.new_empty(lse_shape, dtype=torch.float32),
         s_dmask,
         q.new_empty(2, dtype=torch.int64),

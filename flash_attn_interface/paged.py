@@ -16,7 +16,10 @@ from . import autocast, dispatch
 from ._common.check_tensors import check_tensors
 from ._common.check_values import flag, window_pair
 from .backends import ForwardResult
+from .gradients import refuse_alibi_gradient
 from .inference_only import inference_only
+from .sharding import on_one_mesh
+from .watchers import all_plain, refuse_forward_mode, unwatched
 
 
 def paged_attention(
@@ -42,8 +45,11 @@ def paged_attention(
     for name, given in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if given is None:
             raise TypeError(f"{name} is None: expected an int32 tensor of shape (batch + 1,)")
+    if torch.is_grad_enabled():
+        refuse_alibi_gradient(alibi_slopes)
     q, k, v = autocast.cast(q, k, v)
-    if not is_compiling():
+    tables = (cu_seqlens_q, cu_seqlens_k, block_table, alibi_slopes)
+    if not is_compiling() and _direct(q, k, v, tables):
         run = partial(
             dispatch.forward, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None,
             None, softmax_scale, causal, window_size, 0, softcap, alibi_slopes, dropout_p,
@@ -56,6 +62,11 @@ def paged_attention(
         return out, softmax_lse, s_dmask
     from .private_ops import _flash_attn_varlen_forward
 
+    if not is_compiling():
+        refuse_forward_mode(q, k, v)
+        q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, alibi_slopes = on_one_mesh(
+            (q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, alibi_slopes), dropout_p
+        )
     longest = [
         rows.shape[0] if isinstance(given, Tensor) else given  # reading it would break the graph
         for given, rows in ((max_seqlen_q, q), (max_seqlen_k, k))
@@ -69,6 +80,10 @@ def paged_attention(
     if not return_attn_probs:
         return out, None, None
     return out, softmax_lse, s_dmask if dropout_p > 0.0 else None
+
+
+def _direct(q: Tensor, k: Tensor, v: Tensor, others: tuple[Any, ...]) -> bool:
+    return unwatched(q, k, v) and all_plain(*others) and (q.is_cuda or not q.is_meta)
 
 
 def no_backward(block_table: Tensor | None, leftpad_k: Tensor | None = None) -> str:

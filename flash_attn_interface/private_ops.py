@@ -20,9 +20,10 @@ from . import dispatch
 from ._common.check_backward import check_gradients
 from ._common.check_cache import check_num_splits
 from .custom_op import custom_op
-from .gradients import empty_gradient
+from .gradients import empty_gradient, refuse_alibi_gradient
 from .ops import attention_backward, complete, fake_results
 from .paged import no_backward
+from .watchers import refuse_forward_mode
 
 
 @custom_op(
@@ -50,6 +51,7 @@ def _flash_attn_forward(
     S_dmask is (0,) unless return_softmax and dropout_p > 0. rng_state: int64 (2,), for the
     backward; zero without dropout.
     """
+    refuse_forward_mode(q, k, v)
     return complete(
         dispatch.forward(
             q, k, v, None, None, None, None, None, None, softmax_scale, causal,
@@ -115,6 +117,7 @@ def _flash_attn_varlen_forward(
     sequence are zero (softmax_lse: -inf) in any case. num_splits: a hint without influence; with
     block_table at most 1, as in FlashAttention-2.
     """
+    refuse_forward_mode(q, k, v)
     if check_num_splits(num_splits) > 1 and block_table is not None:
         raise NotImplementedError(
             f"num_splits is {num_splits}, which this operation does not take together with "
@@ -337,6 +340,7 @@ def _save(
     """shared: the inputs dropout_p to alibi_slopes, which both forwards have in this order."""
     out, softmax_lse, s_dmask, rng_state = output
     *numbers, alibi_slopes = shared
+    refuse_alibi_gradient(alibi_slopes)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(s_dmask, rng_state)
     ctx.save_for_backward(*tensors, alibi_slopes, out, softmax_lse, rng_state)

@@ -15,6 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ._common.out_layout import laid_out
 from ._common.philox import keep_mask
 from .autocast import without_autocast
 
@@ -114,7 +115,7 @@ def attention_reference(
         columns = slots_k.longest if max_seqlen_k is None else max_seqlen_k
         softmax = _resize(softmax, _round_up_128(rows), _round_up_128(columns)).to(q.dtype)
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
-    return out.to(q.dtype), lse.to(lse_dtype) if return_lse else None, softmax
+    return laid_out(out.to(q.dtype), q), lse.to(lse_dtype) if return_lse else None, softmax
 
 
 @dataclass(frozen=True)

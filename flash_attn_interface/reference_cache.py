@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ._common.out_layout import laid_out
 from .autocast import without_autocast
 from .reference import attention_reference
 
@@ -131,7 +132,7 @@ def cache_reference(
         assert lse_one is not None
         queries.of(out, b).copy_(out_one.squeeze(0))
         queries.of(lse_by_row, b).copy_(lse_one.squeeze(0).transpose(0, 1))
-    return out, lse_by_row.transpose(-1, -2).contiguous()
+    return laid_out(out, q), lse_by_row.transpose(-1, -2).contiguous()
 
 
 class _Rows:

@@ -1,7 +1,9 @@
-"""Attention while torch.compile or torch.export traces: the custom operations that express a call.
+"""The custom operations that express a call, while torch.compile or torch.export traces and for
+tensors that somebody watches.
 
-Called by `autograd.py` in place of `dispatch.forward` and `gradients.gradients`, with the same
-arguments. Nothing here looks at data, devices or plans: the operations do when the program runs.
+Called by `autograd.py` and `watched.py` in place of `dispatch.forward` and `gradients.gradients`,
+with the same arguments. Nothing here looks at data, devices or plans: the operations do when the
+program runs.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from torch import Tensor
 from ._common.check_values import window_pair
 from .dispatch import ForwardState
 from .gradients import Gradients
-from .ops import attention_backward, attention_forward
+from .ops import Results, attention_backward, attention_forward
 from .packing import Packing
 from .private_ops import _flash_attn_forward, _flash_attn_varlen_forward
 
@@ -40,9 +42,45 @@ def forward(
     sm_margin: int = 0,
     pack_gqa: bool | None = None,
 ) -> ForwardState:
+    """The results that the call asks for; the others are None."""
+    out, softmax_lse, s_dmask, rng_state = operators(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k,
+        softmax_scale, causal, window_size, attention_chunk, softcap, alibi_slopes, dropout_p,
+        return_lse, return_softmax, sm_margin, pack_gqa,
+    )  # fmt: skip
+    return (
+        out,
+        softmax_lse if return_lse else None,
+        s_dmask if return_softmax and dropout_p > 0.0 else None,
+        rng_state if dropout_p > 0.0 else None,
+    )
+
+
+def operators(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | Tensor | None,
+    max_seqlen_k: int | Tensor | None,
+    seqused_q: Tensor | None,
+    seqused_k: Tensor | None,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: Any,
+    attention_chunk: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    dropout_p: float,
+    return_lse: bool,
+    return_softmax: bool,
+    sm_margin: int = 0,
+    pack_gqa: bool | None = None,
+) -> Results:
     """FlashAttention-2's operations wherever they do, since checkpointing policies list them.
 
-    sm_margin, pack_gqa: hints, which the operations do not take.
+    All results are tensors. sm_margin, pack_gqa: hints, which the operations do not take.
     """
     left, right = window_pair(window_size)
     return_softmax = return_softmax and dropout_p > 0.0
@@ -51,7 +89,7 @@ def forward(
     longest = (_bound(max_seqlen_q, q), _bound(max_seqlen_k, k))
     lacking = attention_chunk != 0 or seqused_q is not None
     if not lacking and cu_seqlens_q is None and cu_seqlens_k is None and seqused_k is None:
-        results = _flash_attn_forward(q, k, v, dropout_p, scale, *common)
+        results: Results = _flash_attn_forward(q, k, v, dropout_p, scale, *common)
     elif not lacking and cu_seqlens_q is not None and cu_seqlens_k is not None:
         results = _flash_attn_varlen_forward(
             q, k, v, cu_seqlens_q, cu_seqlens_k, *longest, dropout_p, scale, *common,
@@ -62,13 +100,7 @@ def forward(
             q, k, v, cu_seqlens_q, cu_seqlens_k, *longest, seqused_q, seqused_k, scale, causal,
             left, right, attention_chunk, softcap, alibi_slopes, dropout_p, return_softmax,
         )  # fmt: skip
-    out, softmax_lse, s_dmask, rng_state = results
-    return (
-        out,
-        softmax_lse if return_lse else None,
-        s_dmask if return_softmax else None,
-        rng_state if dropout_p > 0.0 else None,
-    )
+    return results
 
 
 def backward(

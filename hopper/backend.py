@@ -62,6 +62,8 @@ class HopperBackend:
             return f"its kernels are {tiles.ARCH} code"
         if max(p.seqlen_q, p.seqlen_k, p.total_q, p.total_k) >= MAX_SEQLEN:
             return f"sequences and packed buffers are limited to {MAX_SEQLEN - 1} tokens"
+        if problem.deterministic and not target.simulated:
+            return "its deterministic mode has run in the simulator only so far"
         return bwd.refuses(problem)
 
     def plan_backward(self, problem: BackwardProblem, target: Target) -> BackwardPlan:

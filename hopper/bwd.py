@@ -25,6 +25,10 @@ from flash_attn_interface._flash2.bwd_schedule import BackwardSchedule
 from . import bwd_tiles, tensor_maps
 from .tensor_maps import MapPlan
 
+# Deterministic: so many key tiles of a unit run at a time, other units between them. More would
+# wait for each other at each query tile; fewer would not share queries in L2.
+ORDERED_TILES_TOGETHER = 3
+
 
 def schedule(
     problem: BackwardProblem, kernel: KernelSpec, num_sms: int, heads_per_cta: int = 0
@@ -40,16 +44,21 @@ def schedule(
         "min_ctas_per_sm": 1,
     }
     slots = num_sms // ctas
-    heads = heads_per_cta or bwd_schedule.choose_heads_per_cta(problem, clusters, slots)
+    unordered = replace(problem, deterministic=False)
+    heads = heads_per_cta or bwd_schedule.choose_heads_per_cta(unordered, clusters, slots)
     if p.qhead_per_khead != p.qhead_per_vhead:
         common = gcd(p.qhead_per_khead, p.qhead_per_vhead)
         heads = max(n for n in range(1, common + 1) if common % n == 0 and n <= heads)
-    chosen = bwd_schedule.schedule(problem, clusters, slots, heads)
-    if p.causal and not p.varlen_k:
-        tiles, units = chosen.k_tiles_per_unit, chosen.k_units
-        turns = -(-units // min(units, units_together(slots, tiles)))
-        chosen = replace(chosen, k_tiles_per_phase=tiles, k_units_per_turn=-(-units // turns))
-    return chosen
+    chosen = bwd_schedule.schedule(unordered, clusters, slots, heads)
+    tiles, units = chosen.k_tiles_per_unit, chosen.k_units
+    if problem.deterministic:
+        together = max(1, slots // ORDERED_TILES_TOGETHER)
+    elif p.causal and not p.varlen_k:
+        together = units_together(slots, tiles)
+    else:
+        return chosen
+    turns = -(-units // min(units, together))
+    return replace(chosen, k_tiles_per_phase=tiles, k_units_per_turn=-(-units // turns))
 
 
 def units_together(slots: int, tiles: int) -> int:
@@ -113,6 +122,4 @@ def refuses(problem: BackwardProblem) -> str | None:
         return reason
     if p.softmax_scale == 0.0:
         return "its masks are applied before the scale, which must not be 0"
-    if problem.deterministic:
-        return "its sums of dQ are not in a fixed order"
     return tensor_maps.refuses_backward_layout(problem)

@@ -1,10 +1,15 @@
 // The role of hopper/bwd.cu that has dQ: products of dS and K, added to dq_accum in memory.
 // Included by bwd.cu only.
 #pragma once
+#include "common/device/global_wait.cuh"
 #include "common/ptx/bulk.cuh"
 #include "hopper/bwd_roles.cuh"
 
-// dQ += dS K, added to dq_accum in memory.
+// dQ += dS K, added to dq_accum in memory. Sums depend on the order of the additions; if
+// Cfg::kOrdered, key tiles take turns at each query tile, the first keys first, each warp with its
+// rows. So a CTA waits for CTAs ahead of it in the launch only, which have started: key_work()
+// gives those to the tiles before its own. All walk from their last query tile to their first:
+// behind a window's right edge, where one begins, the ones ahead have been already.
 struct DqRole : RoleBase {
   static constexpr i32 kColumns = round_up(Cfg::kHeadDimQk, 16);
   static constexpr i32 kPartColumns = Cfg::kWgmmaDqN;  // of one product; the last may be narrower
@@ -42,8 +47,10 @@ struct DqRole : RoleBase {
     }
     const i32 first_row = m_block * kM + warp.warp_idx * 16;
     f32* strip = accum_rows<Cfg>(p, seq, batch_idx, head, 0, first_row);
+    const Turn turn{strip, m_block, first_row < seq.seqlen_q};
     if constexpr (Cfg::kDqBuffers == 2) {
-      overlapped(strip, seq.seqlen_q - first_row);
+      overlapped(turn, strip, seq.seqlen_q - first_row);
+      end(turn);
       return;
     }
 #pragma unroll 1
@@ -54,6 +61,9 @@ struct DqRole : RoleBase {
       for (i32 part = 0; part < kFullParts; ++part) {
         f32 rDq[kPartColumns / 2];
         issue<kPartColumns>(rDq, m, part * kPartColumns);
+        if (m == 0 && part == 0) {
+          begin(turn);
+        }
         wgmma_wait_group<0>();
         add<kPartColumns>(rDq, strip_m, part * kPartColumns, rows);
       }
@@ -65,6 +75,7 @@ struct DqRole : RoleBase {
       }
     }
     release_ds();
+    end(turn);
   }
 
   DEVICE void finish() const {
@@ -74,11 +85,51 @@ struct DqRole : RoleBase {
   }
 
  private:
+  // This key tile's, at the rows that a warp has of a query tile.
+  struct Turn {
+    const f32* strip;
+    i32 m_block;
+    bool any;  // rows of the sequence
+  };
+
+  // Waits for the key tiles ahead.
+  DEVICE void begin(const Turn& turn) const {
+    if constexpr (Cfg::kOrdered) {
+      if (turn.any && warp.leads()) {
+        constexpr i32 kKeys = kCtas * kN;
+        const i32 ahead = tile.get(KeyTile::kFirstKey) / kKeys -
+                          first_key_tile<Cfg>(p, tile.seq(), turn.m_block, kKeys);
+        wait_global_at_least(strip_counter<Cfg>(p, turn.strip), u32(ahead));
+        if constexpr (Cfg::kAddStages > 0) {
+          fence_proxy_async_global();
+        }
+      }
+      warp_sync();
+    }
+  }
+
+  // Lets the next one add, once this one's additions are in memory.
+  DEVICE void end(const Turn& turn) const {
+    if constexpr (Cfg::kOrdered) {
+      if constexpr (Cfg::kAddStages == 0) {
+        fence_acq_rel_gpu();
+        warp_sync();
+      }
+      if (turn.any && warp.leads()) {
+        if constexpr (Cfg::kAddStages > 0) {
+          tma_store_wait_group<0>();
+        }
+        red_release_global_add_u32(strip_counter<Cfg>(p, turn.strip), 1);
+      }
+    }
+  }
+
   // The same with the next part's product on its way while a part is added.
-  DEVICE void overlapped(f32* strip, i32 rows) {
+  DEVICE void overlapped(const Turn& turn, f32* strip, i32 rows) {
     constexpr i32 kParts = kM / 64 * kFullParts;
     f32 rDq[2][kPartColumns / 2];
     issue<kPartColumns>(rDq[0], 0, 0);
+    begin(turn);
 #pragma unroll
     for (i32 i = 0; i < kParts; ++i) {
       const i32 m = i / kFullParts;

@@ -149,6 +149,9 @@ struct KeyTile {
     const TileRange tiles = query_tiles<Cfg>(p, work.seq, cluster_key, kCtas * kN);
     const TileRange own = query_tiles<Cfg>(p, work.seq, first_key, kN);
     const bool seen = tiles.begin < tiles.end;
+    const i32 start = !seen           ? tiles.begin
+                      : Cfg::kOrdered ? tiles.end - 1
+                                      : first_query_tile<Cfg>(tiles, cluster_key);
     if (thread_idx() % 32 == 0) {
       const i32 values[kFields] = {work.batch_idx,
                                    work.first_head,
@@ -163,7 +166,7 @@ struct KeyTile {
                                    tiles.end,
                                    own.interior_begin,
                                    own.interior_end,
-                                   seen ? first_query_tile<Cfg>(tiles, cluster_key) : tiles.begin,
+                                   start,
                                    rank};
 #pragma unroll
       for (i32 i = 0; i < kFields; ++i) {
@@ -193,13 +196,18 @@ struct KeyTile {
 
 // To the next query tile in the order of walk().
 DEVICE void advance(const KeyTile& tile, i32& head, i32& m_block) {
-  m_block = m_block + 1 == tile.get(KeyTile::kEnd) ? tile.get(KeyTile::kBegin) : m_block + 1;
+  if constexpr (Cfg::kOrdered) {
+    m_block = m_block == tile.get(KeyTile::kBegin) ? tile.get(KeyTile::kEnd) - 1 : m_block - 1;
+  } else {
+    m_block = m_block + 1 == tile.get(KeyTile::kEnd) ? tile.get(KeyTile::kBegin) : m_block + 1;
+  }
   head += m_block == tile.get(KeyTile::kStart) ? 1 : 0;
 }
 
 // role.step(head, m_block) for all query tiles of all heads of the CTA, in order. Each role walks
 // so. CTAs begin at different query tiles and wrap around, so that they add to different parts of
-// dQ. One loop for all steps: sums that several loops share make ptxas spill.
+// dQ; or, if Cfg::kOrdered, all go from their last tile to their first, see DqRole. One loop for
+// all steps: sums that several loops share make ptxas spill.
 template <class Role>
 DEVICE void walk(Role& role, const KeyTile& tile) {
   i32 head = tile.get(KeyTile::kFirstHead), m_block = tile.get(KeyTile::kStart);

@@ -208,8 +208,14 @@ def backward_specs(
     forward = problem.forward
     tile = tile or tuned_tile(forward, arch, gpu) or backward_tile(forward, arch)
     accum_columns, v_columns = (_round_up(d, 16) for d in _dims(forward))
+    # Additions to dq_accum in a fixed order, to one copy of it, are how this tree is deterministic.
     preprocess, *others = streaming_specs(
-        problem, arch, accum_columns, v_columns, programmatic=True
+        replace(problem, deterministic=False),
+        arch,
+        accum_columns,
+        v_columns,
+        programmatic=True,
+        ordered=problem.deterministic,
     )
     return preprocess, _main_spec(problem, arch, tile, accum_columns, v_columns), *others
 
@@ -257,8 +263,10 @@ def _main_spec(
         grad_vector_bytes=problem.grad_vector_bytes,
         probability_shift=0,
         scale_ds=ds_shift(p) > 0,
-        rotate=not p.causal,  # causal CTAs begin at different queries anyway
-        deterministic=problem.deterministic,
+        # Causal CTAs begin at different queries anyway.
+        rotate=not p.causal and not problem.deterministic,
+        deterministic=False,  # in the sense of flash2's kernels: dq_accum once for each split
+        ordered=problem.deterministic,
         causal=p.causal,
         local=p.local,
         chunk=p.attention_chunk > 0,

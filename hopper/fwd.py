@@ -14,8 +14,8 @@ from torch import Tensor
 
 from flash_attn_interface._common import kernels, launch_counters, tensor_map
 from flash_attn_interface._common.plan_values import (
-    TORCH_DTYPES,
     dropout_values,
+    out_template,
     score_values,
     template,
 )
@@ -72,7 +72,7 @@ class ForwardPlan:
         """Loads the kernel and makes all that runs share."""
         kernel = kernels.load(self.spec, self.target)
         p, device = self.problem, self.device
-        self._out_like = template(p.out_shape, TORCH_DTYPES[p.dtype], device)
+        self._out_like, self._out_axes = out_template(p, device)
         self._lse_like = template(p.lse_shape, torch.float32, device)
         self._block = kernel.layout.block()
         for name, value in self._values().items():
@@ -114,6 +114,8 @@ class ForwardPlan:
         """(out, softmax_lse or None, None) of tensors that fit the problem."""
         kernel = self._kernel or self._prepare(q, k, v)
         out = torch.empty_like(self._out_like, memory_format=torch.contiguous_format)
+        if self._out_axes is not None:
+            out = out.permute(self._out_axes)
         self._set_q(q.data_ptr())
         self._set_k(k.data_ptr())
         self._set_v(v.data_ptr())
@@ -177,21 +179,16 @@ class ForwardPlan:
                 ragged_rows=ragged_v, box_rows=block_n, swizzle_bytes=swizzle_v,
             ),
             tensor_maps.plan_map(
-                "out_map", p.dtype, p.head_dim_v, (*rows_q, p.num_heads_q), self._out_strides(),
+                "out_map", p.dtype, p.head_dim_v, (*rows_q, p.num_heads_q), p.out_strides,
                 ragged_rows=ragged_q, box_rows=tiles.WG_ROWS, swizzle_bytes=swizzle_v,
             ),
         )  # fmt: skip
-
-    def _out_strides(self) -> tuple[int, int, int]:
-        p = self.problem
-        row = p.num_heads_q * p.head_dim_v
-        return (0 if p.varlen_q else p.seqlen_q * row, row, p.head_dim_v)
 
     def _values(self) -> dict[str, Any]:
         """The fields of HopperFwdParams that the problem fixes."""
         p = self.problem
         heads_k, heads_v = stored_heads(p)
-        out_strides = zip(("batch", "row", "head"), self._out_strides(), strict=True)
+        out_strides = zip(("batch", "row", "head"), self.problem.out_strides, strict=True)
         values: dict[str, Any] = {
             "k_batch_rows": tensor_maps.batch_rows(p, p.k_strides),
             "v_batch_rows": tensor_maps.batch_rows(p, p.v_strides),

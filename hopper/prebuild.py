@@ -5,10 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from flash_attn_interface._common.headdim import Pair, Wanted
-from flash_attn_interface._common.prebuilt_problems import forward_problems, gpus
+from flash_attn_interface._common.prebuilt_problems import (
+    backward_problems,
+    forward_problems,
+    gpus,
+)
 from flash_attn_interface._common.problem import Problem
 from flash_attn_interface._common.spec import KernelSpec
 
+from . import bwd_tiles
 from .tiles import ARCH, forward_spec, refuses_head_dims
 
 
@@ -21,6 +26,13 @@ def specs(pair: Pair, wanted: Wanted, arch: str) -> list[KernelSpec]:
         for problem in forward_problems(pair, wanted):
             for seqlen in LENGTHS:
                 found[forward_spec(_of_length(problem, seqlen), ARCH, gpu=gpu)] = None
+        if bwd_tiles.refuses_head_dims(*pair) is not None:
+            continue
+        for backward in backward_problems(pair, wanted):
+            for seqlen in LENGTHS:
+                asked = replace(backward, forward=_of_length(backward.forward, seqlen))
+                for spec in bwd_tiles.backward_specs(asked, ARCH, gpu=gpu):
+                    found[spec] = None
     return list(found)
 
 

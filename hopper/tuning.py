@@ -8,10 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 
-from flash_attn_interface._common.problem import Problem
+from flash_attn_interface._common.problem import Problem, Target
+from flash_attn_interface._common.spec import KernelSpec
 from flash_attn_interface._common.tuning import Tunable
+from flash_attn_interface._flash2.tuning import backward_problem
 
-from . import tiles
+from . import bwd_tiles, tiles
+from .bwd import BackwardPlan
+from .bwd_tiles import BackwardTile
 from .fwd import ForwardPlan
 from .tiles import ForwardTile
 
@@ -19,6 +23,9 @@ from .tiles import ForwardTile
 WGMMA_PER_CYCLE, SMEM_BYTES_PER_CYCLE = 2048, 128
 STEP_CYCLES, COPY_CYCLES = 150, 600
 OTHER_REGISTERS = 25
+# Of the backward: a thread beside sums, scores and packed P; an SM's additions to L2.
+BACKWARD_OTHER_REGISTERS = 30
+ADD_BYTES_PER_CYCLE = 16
 
 
 def _consumer_registers(tile: ForwardTile, problem: Problem) -> int:
@@ -64,6 +71,64 @@ def _forward_cost(tile: ForwardTile, problem: Problem) -> float:
     return max(products, traffic) + softmax + per_tile + narrow + step / (rows * tile.block_n)
 
 
+def _backward_needs(tile: BackwardTile, problem: Problem) -> tuple[int, int]:
+    """Registers of the two roles, or of the joint one twice: sums, scores, packed P and dS."""
+    qk, v = (
+        bwd_tiles.gradient_columns(dim, tile.gradient_n) // 2
+        for dim in (problem.head_dim_qk, problem.head_dim_v)
+    )
+    copies = 1 if problem.softcap == 0.0 and not problem.dropout else 2
+    scores = tile.block_m // 2 + tile.block_m // 4 * copies + BACKWARD_OTHER_REGISTERS
+    blocks = tile.block_n // tiles.WG_ROWS
+    if tile.split_roles:
+        return blocks * v + scores, blocks * qk + scores
+    return qk + v + scores, qk + v + scores
+
+
+def _backward_space(problem: Problem, arch: str) -> Iterator[BackwardTile]:
+    dq_columns = (64, 96) if 64 < problem.head_dim_qk <= 96 else (64,)
+    for fields in product(
+        (64, 128),  # block_m
+        (64, 128),  # block_n
+        (False, True),  # split_roles
+        (1, 2, 3),  # stages_q
+        (1, 2),  # stages_do
+        (1, 2, 3),  # stages_ds
+        (0, 2),  # add_stages
+        dq_columns,
+        (1, 2),  # dq_buffers
+    ):
+        for cluster_size in (1, 2):
+            tile = BackwardTile(*fields, cluster_size=cluster_size)
+            if bwd_tiles.refuses_tile(tile, problem, arch) is None:
+                given, needed = tile.registers(problem), _backward_needs(tile, problem)
+                if needed[0] <= given[0] and needed[1] <= given[1]:
+                    yield tile
+
+
+def _backward_cost(tile: BackwardTile, problem: Problem) -> float:
+    """Cycles of an SM per query and key."""
+    qk, v = problem.head_dim_qk, problem.head_dim_v
+    keys = tile.block_n * tile.cluster_size  # of one addition
+    products = (3 * qk + 2 * v) / WGMMA_PER_CYCLE
+    additions = 4 * qk / (keys * ADD_BYTES_PER_CYCLE)
+    serial = 0.02 / tile.dq_buffers * (qk > 128) + 0.005 * (tile.stages_q + tile.stages_do < 4)
+    step = (STEP_CYCLES + COPY_CYCLES * (tile.stages_q * tile.stages_do == 1)) / (
+        tile.block_m * tile.block_n
+    )
+    more = 0.004 * (tile.cluster_size - 1) + 0.002 * (tile.add_stages > 0) * (qk > 64)
+    return max(products, additions) + serial + step + more
+
+
+def _backward_specs(problem: Problem, arch: str, tile: BackwardTile) -> tuple[KernelSpec, ...]:
+    preprocess, main, *others = bwd_tiles.backward_specs(backward_problem(problem), arch, tile)
+    return main, preprocess, *others
+
+
+def _backward_plan(problem: Problem, target: Target, tile: BackwardTile) -> BackwardPlan:
+    return BackwardPlan(backward_problem(problem), target, tile)
+
+
 TUNABLES = (
     Tunable(
         "hopper",
@@ -75,5 +140,16 @@ TUNABLES = (
         _forward_cost,
         lambda problem, arch, tile: (tiles.forward_spec(problem, arch, tile),),
         ForwardPlan,
+    ),
+    Tunable(
+        "hopper",
+        "bwd",
+        BackwardTile,
+        bwd_tiles.backward_tile,
+        bwd_tiles.refuses_tile,
+        _backward_space,
+        _backward_cost,
+        _backward_specs,
+        _backward_plan,
     ),
 )

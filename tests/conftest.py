@@ -191,3 +191,18 @@ def ampere_tree(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     dispatch.forget_plans()
     yield
     dispatch.forget_plans()
+
+
+@pytest.fixture(params=["cpu", "sim", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch) -> Iterator[torch.device]:
+    """cpu: the reference. sim: kernels are asked for, a stand-in computes with the reference."""
+    from fakes import FakeBackend
+
+    from flash_attn_interface import backends, dispatch, simulate
+
+    dispatch.forget_plans()
+    if request.param == "sim":
+        monkeypatch.setattr(backends, "flash2", FakeBackend)
+    with simulate("sm_80") if request.param == "sim" else contextlib.nullcontext():
+        yield _runner(request.param).device
+    dispatch.forget_plans()

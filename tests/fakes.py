@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_attn_interface import backends
+from flash_attn_interface import backends, watchers
 from flash_attn_interface._common.backward_problem import BackwardProblem
 from flash_attn_interface._common.cache_problem import CacheProblem
 from flash_attn_interface._common.problem import Problem, Target
@@ -119,6 +119,9 @@ class PretendCudaTensor(Tensor):
 
     def get_device(self) -> int:
         return 0
+
+
+watchers.PLAIN_TYPES.add(PretendCudaTensor)  # so that it takes the direct way
 
 
 def pretend_cuda(*tensors: Tensor) -> list[PretendCudaTensor]:

@@ -34,6 +34,7 @@ TOOLS = ("memcheck", "racecheck", "synccheck")
 # By processes that share a group's calls under a tool.
 GROUPS = {
     "forward": 2, "backward": 4, "decode": 2, "append": 1, "combine": 1, "merge": 1, "hopper": 2,
+    "hopper_backward": 4,
 }  # fmt: skip
 PLANTED = "mistakes"  # the group of mistakes that a tool must find
 ROOT = Path(__file__).resolve().parent.parent
@@ -238,7 +239,7 @@ def run_group(
 
 
 def _tree(group: str) -> str:
-    return "hopper" if group == "hopper" else "flash2"
+    return "hopper" if group.startswith("hopper") else "flash2"
 
 
 def _count_launches() -> Counter[str]:
@@ -272,17 +273,18 @@ def groups_here(names: Sequence[str]) -> list[str]:
     """Without those whose tree or GPU is missing; says so."""
     import torch
 
-    kept = list(names)
-    if "hopper" in kept:
-        try:
-            import flash_attn_3  # noqa: F401
-        except ImportError as error:
-            print(f"hopper: left out, the Hopper tree is not installed ({error})")
-            kept.remove("hopper")
-        else:
-            if torch.cuda.get_device_capability() != (9, 0):
-                print(f"hopper: left out, this is a {torch.cuda.get_device_name()}")
-                kept.remove("hopper")
+    reason = ""
+    try:
+        import flash_attn_3  # noqa: F401
+    except ImportError as error:
+        reason = f"the Hopper tree is not installed ({error})"
+    else:
+        if torch.cuda.get_device_capability() != (9, 0):
+            reason = f"this is a {torch.cuda.get_device_name()}"
+    kept = [name for name in names if not reason or _tree(name) != "hopper"]
+    for name in names:
+        if name not in kept:
+            print(f"{name}: left out, {reason}")
     return kept
 
 

@@ -263,11 +263,37 @@ HOPPER = [
     (_GQA.with_dims(64, 64).but(causal=True), {"sm_margin": 8}),
 ]  # fmt: skip
 
+# Joint and split roles, pairs of CTAs, additions from registers and in bulk, sums by several CTAs.
+HOPPER_BACKWARD = [
+    *[DENSE.with_dims(*dims).but(causal=dims[0] != 64)
+      for dims in ((32, 64), (64, 128), (96, 192), (128, 256), (192, 128), (64, 64), (256, 256))],
+    DENSE.with_dims(256, 256),
+    DENSE.with_dims(128, 128).but(seqlen_q=300, seqlen_k=400, causal=True, batch=2),
+    _GQA.with_dims(128, 128).but(causal=True),
+    DENSE.with_dims(64, 128).with_heads(8, 1, 2),
+    DENSE.with_dims(40, 72).with_heads(4, 1, 2).but(window_size=(30, 10)),
+    DENSE.with_dims(64, 64).but(softcap=15.0, causal=True, dtype="fp16"),
+    DENSE.with_dims(64, 128).but(alibi="batched"),
+    DENSE.but(attention_chunk=40),
+    _DROPOUT.with_dims(64, 64),
+    _DROPOUT.with_dims(128, 256).but(causal=True),
+    PACKED.with_dims(64, 128).with_heads(4, 2, 1).but(causal=True),
+    PACKED.with_dims(192, 128).but(window_size=(40, -1)),
+    PACKED.with_dims(64, 64).but(seqused_q=(0, 33, 1, 128), seqused_k=(5, 64, 0, 63)),
+]  # fmt: skip
+
 _FLASH2 = ("flash2_fwd",)
 _BACKWARD_ENTRIES = (
     *_FLASH2,
     "flash2_bwd_preprocess",
     "flash2_bwd",
+    "flash2_bwd_sum",
+    "flash2_bwd_convert",
+)
+_HOPPER_BACKWARD_ENTRIES = (
+    "hopper_fwd",
+    "flash2_bwd_preprocess",
+    "hopper_bwd",
     "flash2_bwd_sum",
     "flash2_bwd_convert",
 )
@@ -299,4 +325,7 @@ GROUPS: dict[str, Group] = {
     "combine": Group("flash2", ("flash2_combine",), _named(combine, **_COMBINES)),
     "merge": Group("flash2", ("flash2_merge",), _named(merge, **_MERGES)),
     "hopper": Group("hopper", ("hopper_fwd",), _attends(HOPPER, backward=False)),
+    "hopper_backward": Group(
+        "hopper", _HOPPER_BACKWARD_ENTRIES, _attends(HOPPER_BACKWARD, backward=True)
+    ),
 }

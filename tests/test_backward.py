@@ -100,11 +100,12 @@ class Call:
         tile: Any = None,
         heads_per_cta: int = 0,
         backend: Any = BACKEND,
-        plan_type: Any = BackwardPlan,
+        plan_type: Any = None,
     ) -> tuple[Grads, Tensor]:
         """(dq, dk, dv), softmax_d of the kernels; the gradients lie in memory like q, k and v.
 
-        plan_type: the backend's, for a tile or heads_per_cta of the caller's choice."""
+        plan_type: makes the plan, whether or not the backend would serve the problem; needed for a
+            tile or heads_per_cta of the caller's choice in another tree than flash2."""
         buffers = make_inputs(self.case, runner.device)
         grads = (buffers.q, buffers.k, buffers.v)
         for grad in grads:
@@ -113,10 +114,13 @@ class Call:
             self.problem, self.dout, *self._qkv(), self.out, *grads, deterministic=deterministic
         )
         target = runner.target(backend.name)
-        assert backend.refuses_backward(problem, target) is None
-        plan = backend.plan_backward(problem, target)
-        if tile is not None or heads_per_cta:
+        if plan_type is not None:
             plan = plan_type(problem, target, tile, heads_per_cta)
+        elif tile is not None or heads_per_cta:
+            plan = BackwardPlan(problem, target, tile, heads_per_cta)
+        else:
+            assert backend.refuses_backward(problem, target) is None
+            plan = backend.plan_backward(problem, target)
         with runner.active():
             softmax_d = plan.run(
                 self.dout, *self._qkv(), self.out, self.softmax_lse, *grads,

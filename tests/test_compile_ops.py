@@ -257,3 +257,17 @@ def test_opcheck_of_the_general_operations(runner: Runner):
             (out, dlse, q, kv, None, 2, [], out, lse, None, None, None, None, None, None, 0, 0,
              0.3, True, -1, 0, 5, 0.0, 0.0, True, None),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("module", [fa2, fa3])
+def test_a_sequence_without_keys_trains(module: Any):
+    q, k, v = draw(24, 4, 16), draw(13, 2, 16), draw(13, 2, 32)
+    function = partial(
+        module.flash_attn_varlen_func,
+        cu_seqlens_q=ends(0, 9, 17, 24),
+        cu_seqlens_k=ends(0, 7, 7, 13),
+        max_seqlen_q=9,
+        max_seqlen_k=7,
+        causal=True,
+    )
+    check_compiled(function, [q, k, v], backend="aot_eager")

@@ -388,6 +388,17 @@ def test_combine_and_metadata(library):
     assert torch.equal(metadata, fa3.get_scheduler_metadata(2, 1, 64, 4, 2, 16, lengths))
 
 
+def test_qv_has_no_gradient_and_says_so(machine):
+    q, qv = draw(machine, 2, 1, 4, 16), draw(machine, 2, 1, 4, 32)
+    k, v = draw(machine, 2, 24, 1, 16), draw(machine, 2, 24, 1, 32)
+    for leaf in (q, k, v, qv):
+        leaf.requires_grad_()
+        out, *_ = call(machine, fa3._flash_attn_forward, q, k, v, qv=qv)
+        with pytest.raises(NotImplementedError, match="no gradient with qv.*concatenate"):
+            out.sum().backward()
+        leaf.requires_grad_(False)
+
+
 def test_a_packed_lse_may_have_a_batch_of_one(machine, library):
     """xformers passes (1, num_heads_q, total_q) to bwd."""
     q, k, v, cu_q, cu_k, *longest = ragged(machine).values()

@@ -7,13 +7,15 @@ from __future__ import annotations
 import cases
 import hopper_tree
 import pytest
+import torch
 from cases import Case
 from conftest import Runner
-from test_backward import SOME_HEAD_DIMS, Call, check
+from test_backward import DETERMINISTIC, SOME_HEAD_DIMS, Call, Grads, check
 from test_hopper_forward import machine, on_hopper, serves
 
 from flash_attn_interface._common.backward_problem import BackwardProblem
 from flash_attn_interface._common.problem import Problem, Target
+from flash_attn_interface._common.sim import launcher
 
 __all__ = ["machine"]
 
@@ -33,9 +35,8 @@ def check_case(
     heads_per_cta: int = 0,
 ) -> None:
     call = Call(case, machine.device, with_dlse)
-    grads, _ = call.run(
-        machine, False, tile, heads_per_cta, backend=BACKEND, plan_type=BackwardPlan
-    )
+    chosen = None if tile is None and not heads_per_cta else BackwardPlan
+    grads, _ = call.run(machine, False, tile, heads_per_cta, backend=BACKEND, plan_type=chosen)
     check(call, grads)
 
 
@@ -127,6 +128,69 @@ def test_tiles(machine: Runner, case: Case, tile: BackwardTile):
 @pytest.mark.parametrize("heads_per_cta", [2, 4, 8])
 def test_ctas_that_share_heads(machine: Runner, case: Case, heads_per_cta: int):
     check_case(machine, case, heads_per_cta=heads_per_cta)
+
+
+ORDERED = [
+    *DETERMINISTIC,
+    Case(causal=True, seqlen_q=290, seqlen_k=310, batch=1).with_heads(4, 2, 1),
+    Case(seqlen_q=290, seqlen_k=470, batch=1, window_size=(130, 20)),
+    Case(seqlen_q=290, seqlen_k=470, batch=1, window_size=(-1, 20)),
+    Case(seqlen_q=290, seqlen_k=470, batch=1, window_size=(70, -1), causal=True),
+    Case(seqlen_q=290, seqlen_k=310, batch=1, attention_chunk=96),
+    *cases.VARLEN[2:4],
+    *cases.VARLEN[9:12],
+    Case(causal=True, lengths_q=(200, 0, 300), lengths_k=(330, 12, 260), tail=5),
+]
+
+
+def same(some: Grads, others: Grads) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(some, others, strict=True))
+
+
+def deterministic(machine: Runner, call: Call, tile: BackwardTile | None, heads: int = 0) -> Grads:
+    return call.run(machine, True, tile, heads, backend=BACKEND, plan_type=BackwardPlan)[0]
+
+
+def check_deterministic(
+    machine: Runner, case: Case, tile: BackwardTile | None = None, heads_per_cta: int = 0
+) -> None:
+    """In the simulator the first run has room for one CTA or cluster, which proves that CTAs wait
+    for earlier ones only, and gives the order that runs of many CTAs at a time must keep.
+    """
+    call = Call(case, machine.device)
+    with launcher.checks(resident_ctas=1 if tile is None else tile.cluster_size):
+        first = deterministic(machine, call, tile, heads_per_cta)
+    check(call, first)
+    if machine.name == "sim":
+        for seed, resident_ctas in enumerate((3, 16, 132)):
+            with launcher.checks(seed=seed, resident_ctas=resident_ctas):
+                assert same(first, deterministic(machine, call, tile, heads_per_cta))
+        return
+    for _ in range(1000):
+        assert same(first, deterministic(machine, call, tile, heads_per_cta))
+
+
+@on_hopper(ORDERED)
+def test_deterministic(machine: Runner, case: Case):
+    check_deterministic(machine, case)
+
+
+@on_hopper(
+    [
+        Case(causal=True, seqlen_q=290, seqlen_k=310, batch=1).with_dims(64, 64),
+        Case(seqlen_q=290, seqlen_k=470, batch=1, window_size=(130, 20)).with_dims(80, 48),
+        cases.VARLEN[1],
+    ]
+)
+@pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
+def test_deterministic_with_every_tile(machine: Runner, case: Case, tile: BackwardTile):
+    check_deterministic(machine, case, tile)
+
+
+@on_hopper([Case(seqlen_q=150, seqlen_k=300, batch=1, causal=True).with_heads(8, 2, 1)])
+@pytest.mark.parametrize("heads_per_cta", [2, 4, 8])
+def test_deterministic_with_ctas_that_share_heads(machine: Runner, case: Case, heads_per_cta: int):
+    check_deterministic(machine, case, heads_per_cta=heads_per_cta)
 
 
 @on_hopper([Case(seqlen_q=70, seqlen_k=100, batch=1).with_dims(64, 64)])

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flash_attn_interface._common import launch_counters
+from flash_attn_interface._common import lasting_memory, launch_counters
 
 
 @pytest.fixture
@@ -15,13 +15,13 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The state of torch's CUDA side, to be changed by the test; pools lie in host memory."""
     state = SimpleNamespace(stream=7, capturing=False, waits=0)
 
-    def wait() -> None:
+    def zeros(count: int, dtype: torch.dtype, device: object) -> torch.Tensor:
         state.waits += 1
+        return torch.zeros(count, dtype=dtype)
 
     monkeypatch.setattr(launch_counters, "_pools", {})
     monkeypatch.setattr(launch_counters, "_BLOCK", 3 * launch_counters.MAX_COUNTERS)
-    monkeypatch.setattr(torch, "device", lambda *_: "cpu")
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(synchronize=wait))
+    monkeypatch.setattr(lasting_memory, "zeros", zeros)
     for name, value in {
         "_cuda_getDevice": lambda: 0,
         "_cuda_isCurrentStreamCapturing": lambda: state.capturing,

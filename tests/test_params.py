@@ -87,9 +87,12 @@ def test_slots_patch_in_place() -> None:
     assert block.get("batch") == 7
 
 
-def test_a_slot_keeps_the_memory_alive() -> None:
-    slot = LAYOUT.block(q=5).pointer_slot("q")
+def test_a_slot_is_a_view_of_its_block() -> None:
+    block = LAYOUT.block(q=5)
+    slot = block.pointer_slot("q")
     assert slot.value == 5
+    slot.value = 2**40
+    assert block.get("q") == 2**40
 
 
 @pytest.mark.parametrize(

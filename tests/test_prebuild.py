@@ -115,6 +115,8 @@ def test_ordinary_calls_of_a_listed_pair_are_prebuilt_for_hopper(dims: tuple[int
             forward = forward_problem(dims, dtype, heads_k, varlen, causal, seqlen)
             assert backend.refuses_forward(forward, target) is None
             assert backend.plan_forward(forward, target).spec in prebuilt
+            backward = replace(backward_problem(forward), vector_bytes=16)
+            assert set(backend.plan_backward(backward, target).specs) <= prebuilt
 
 
 def cache_specs(

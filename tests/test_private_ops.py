@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import gradients
@@ -366,3 +367,54 @@ def test_a_forced_reference_serves_them(monkeypatch):
         grads = [torch.empty_like(x) for x in (q, k, v)]
         fa2._flash_attn_backward(out, q, k, v, out, lse, *grads, **options(), deterministic=False)
     gradients.check(grads, (q, k, v), (out,), softmax_scale=0.3)
+
+
+def test_the_backward_of_a_sequence_without_keys(machine):
+    """Its gradients are zero, and those of its neighbours as always."""
+    q, k, v = draw(machine, 24, 4, 16), draw(machine, 13, 2, 16), draw(machine, 13, 2, 32)
+    lengths = {
+        f"cu_seqlens_{name}": torch.tensor(ends, dtype=torch.int32, device=q.device)
+        for name, ends in {"q": (0, 9, 17, 24), "k": (0, 7, 7, 13)}.items()
+    }
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    with nullcontext() if machine is None else machine.active():
+        out, *_ = fa2._flash_attn_varlen_forward(
+            q, k, v, *lengths.values(), 9, 7, **options(causal=True)
+        )
+        dout = draw(machine, *out.shape)
+        grads = torch.autograd.grad(out, leaves, dout)
+    assert not grads[0][9:17].any()
+    plain = [x.detach() for x in leaves]
+    gradients.check(grads, plain, (dout,), softmax_scale=0.3, causal=True, **lengths)
+
+
+OPERATIONS = [
+    *(f"flash_attn::{name}" for name in SIGNATURES),
+    "flash_attn_3::_flash_attn_forward",
+    "flash_attn_3::_flash_attn_backward",
+    "flash_attn_interface::attention_forward",
+    "flash_attn_interface::attention_backward",
+    "flash_attn_interface::append_and_attend",
+    "flash_attn_interface::attend_over_cache",
+    "flash_attn_interface::combine",
+]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_one_meta_tensor_among_others_is_an_error(name: str):
+    """Of every operation, every tensor: torch asks the meta implementation for shapes then."""
+    namespace, operation = name.split("::")
+    packet = getattr(getattr(torch.ops, namespace), operation)
+    arguments = packet.default._schema.arguments
+    values: dict[str, Any] = {"Tensor": torch.zeros(2, 4, 2, 16, dtype=BF16), "int": 1}
+    values |= {"float": 0.5, "bool": False, "SymInt": 1, "str": "flash2"}
+    given = {}
+    for argument in arguments:
+        kind = str(argument.type).removeprefix("Optional[").removesuffix("]")
+        value = torch.float32 if "dtype" in argument.name else values.get(kind, 1)
+        value = [] if argument.name == "packing_heads" else value
+        given[argument.name] = value.clone() if isinstance(value, Tensor) else value
+    for name, value in given.items():
+        if isinstance(value, Tensor):
+            with pytest.raises(ValueError, match="move them to one device"):
+                packet(**given | {name: value.to("meta")})

@@ -111,6 +111,23 @@ def test_a_driver_that_refuses_is_quoted(monkeypatch: pytest.MonkeyPatch) -> Non
         tensor_map.encode("device", **GOOD)
 
 
+def test_a_thread_without_a_context_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As autograd's, when a backward is the first thing that it runs on a GPU."""
+    driver = FakeDriver(status=201)
+    monkeypatch.setattr(tensor_map, "_driver", lambda: driver)
+
+    def make_current(cuda: Any) -> None:
+        assert cuda is driver
+        driver.status = 0
+
+    monkeypatch.setattr(tensor_map.driver, "make_context_current", make_current)
+    assert tensor_map.encode("device", **GOOD) == driver.memory
+    driver.status = 201
+    monkeypatch.setattr(tensor_map.driver, "make_context_current", lambda cuda: None)
+    with pytest.raises(RuntimeError, match="cuTensorMapEncodeTiled failed: 201"):
+        tensor_map.encode("device", **GOOD)
+
+
 def test_patching_is_off_where_the_address_is_not_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensor_map, "_driver", lambda: FakeDriver())
     tensor_map.address_comes_first.cache_clear()

@@ -49,6 +49,24 @@ DEVICE f32* accum_rows(const BwdParams& p, const SeqlenInfo& seq, i32 batch_idx,
          (accum_row<Cfg>(seq, batch_idx) + first_row) * Cfg::kAccumColumns;
 }
 
+// Cfg::kOrdered: behind dq_accum lies a counter for each strip of kAccumRows rows, of the key tiles
+// that have been added to it. Where one counter serves several strips, it is the first one's.
+template <class Cfg>
+DEVICE u32* strip_counter(const BwdParams& p, const f32* strip) {
+  constexpr u32 kUnits = Cfg::kAccumColumns / 16;  // of 256 floats, in a strip
+  static_assert(Cfg::kAccumColumns % 16 == 0);
+  const u32 unit = u32(u64(strip - p.dq_accum) / (kAccumRows * 16));
+  return reinterpret_cast<u32*>(p.dq_accum + p.accum_split_stride) + unit / kUnits;
+}
+
+// The first of the key tiles of num_keys that see query tile m_block, according to query_tiles(),
+// if any do: the one with the first key of the first query, because neither end of a range goes
+// back from one query to the next. For the same reason those that see it are neighbours.
+template <class Cfg, class Params>
+DEVICE i32 first_key_tile(const Params& p, const SeqlenInfo& seq, i32 m_block, i32 num_keys) {
+  return imax(row_keys<Cfg>(p, seq, m_block * Cfg::kBlockM).begin, 0) / num_keys;
+}
+
 // Row first_row of a sequence in part `split` of dk_accum or dv_accum. heads: of K or V.
 template <class Cfg>
 DEVICE f32* key_accum_rows(f32* accum, i32 columns, const BwdParams& p, const SeqlenInfo& seq,

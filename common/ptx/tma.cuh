@@ -77,3 +77,6 @@ DEVICE void tma_store_wait_group() {
 DEVICE void fence_proxy_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
+
+// The same for global memory. PTX: fence.proxy.async.global (sm_90+).
+DEVICE void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
