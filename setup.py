@@ -148,7 +148,7 @@ EXTRAS = {
         "pytest-xdist>=3.2",
         "hypothesis>=6.80",
         f"nvidia-cuda-nvdisasm>=13.0; {NOT_MACOS}",  # to check our own reading of cubins
-        "transformers>=5.24",  # 14 MB; tests of the integrations are skipped without
+        'transformers>=5.24; python_version >= "3.11"',  # 14 MB; its tests are skipped without
         "kernels>=0.17",
     ],
     # Formatters change their minds between releases: one release line each, so that all agree.
