@@ -46,6 +46,7 @@ PACKAGES = {
     "flash_attn.ops.triton": "flash_attn/ops/triton",
     "flash_attn_interface": "flash_attn_interface",
     "flash_attn_interface.context_parallel": "flash_attn_interface/context_parallel",
+    "flash_attn_interface.integrations": "flash_attn_interface/integrations",
     "flash_attn_interface._common": "common",
     "flash_attn_interface._common.ptx": "common/ptx",
     "flash_attn_interface._common.sim": "common/sim",
@@ -147,6 +148,8 @@ EXTRAS = {
         "pytest-xdist>=3.2",
         "hypothesis>=6.80",
         f"nvidia-cuda-nvdisasm>=13.0; {NOT_MACOS}",  # to check our own reading of cubins
+        'transformers>=5.24; python_version >= "3.11"',  # 14 MB; its tests are skipped without
+        "kernels>=0.17",
     ],
     # Formatters change their minds between releases: one release line each, so that all agree.
     "lint": ["ruff==0.17.*", "mypy==2.4.*", "clang-format==23.1.*"],

@@ -3,7 +3,7 @@
 Prints versions, driver, compiler, GPUs, kernel trees and the kernel cache, says what does not fit
 together and what to do, then runs `selfcheck.py`: on the GPU if there is one, else in the
 simulator. Exit status 0: everything passed; 1: something failed; 2: nothing could be checked, or
-wrong usage. Further commands: `build`, `cache` and `tune`, each with --help.
+wrong usage. Further commands: `build`, `cache`, `kernels` and `tune`, each with --help.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ._common import env
 from .version import RELEASE, __version__
 
 SIMULATED_ARCH = "sm_80"
-COMMANDS = ("build", "cache", "tune")
+COMMANDS = ("build", "cache", "kernels", "tune")
 
 
 @command.guarded

@@ -234,13 +234,35 @@ def test_build_flags(answers, site: str):
     assert flags["FLASHATTENTION_DISABLE_FP8"] is True
 
 
-def test_another_distribution_may_add_to_flash_attn(sites, tmp_path: Path):
-    """flash-attn-4 installs flash_attn/cute, and no __init__.py, elsewhere on the path."""
-    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
-    (tmp_path / "flash_attn" / "cute" / "__init__.py").write_text("here = True\n")
-    program = "import flash_attn.cute; assert flash_attn.cute.here and flash_attn.flash_attn_func"
-    path = f"{sites['main alone']}{os.pathsep}{tmp_path}"
-    run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=path)
+@pytest.mark.parametrize("site", [ALONE, "both"])
+@pytest.mark.parametrize("place", ["beside", "elsewhere"])
+def test_flash_attn_4_keeps_working(sites, tmp_path: Path, site: str, place: str):
+    """It installs flash_attn/cute and no flash_attn/__init__.py, into the same folder or another of
+    the path. (Beside an editable installation Python does not find ours: docs/clients.md.)"""
+    folders = [tmp_path / "ours", tmp_path / place]
+    shutil.copytree(sites[site], folders[0])
+    target = folders[0] if place == "beside" else folders[1]
+    metadata_of_4 = "Metadata-Version: 2.1\nName: flash-attn-4\nVersion: 4.0.0\n"
+    for name, text in {
+        "flash_attn/cute/__init__.py": "def flash_attn_func(): return 4\n",
+        "flash_attn_4-4.0.0.dist-info/METADATA": metadata_of_4,
+        "flash_attn_4-4.0.0.dist-info/top_level.txt": "flash_attn\n",
+    }.items():
+        file = target / name
+        assert not file.exists()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    program = """
+import flash_attn, flash_attn.cute
+assert flash_attn.cute.flash_attn_func() == 4 and flash_attn.__version__ == "2.8.3"
+assert flash_attn.flash_attn_func is not flash_attn.cute.flash_attn_func
+from importlib import metadata
+owners = {x.replace("_", "-") for x in metadata.packages_distributions()["flash_attn"]}
+assert {"flash-attn", "flash-attn-4"} <= owners, owners
+"""
+    for order in (folders, folders[::-1]):
+        path = os.pathsep.join(map(str, order))
+        run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=path)
 
 
 # ---- the two distributions and each other ------------------------------------------------------

@@ -29,7 +29,7 @@ from flash_attn_interface.selection import Device, decide
 
 __all__ = ["own_cache", "tiny_tree"]
 
-COMMANDS = [[], ["build"], ["cache"], ["tune"]]
+COMMANDS = [[], ["build"], ["cache"], ["kernels"], ["tune"]]
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
