@@ -36,6 +36,13 @@ def check_tensors(q: Any, k: Any, v: Any) -> None:
         require_tensor(name, value)
 
 
+def refuse_layouts(**tensors: Any) -> None:
+    """Names the first of these arguments that is nested or sparse. Others pass, None too."""
+    for name, value in tensors.items():
+        if isinstance(value, Tensor):
+            require_tensor(name, value)
+
+
 def check_qkv_kind(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Tensors, strided, of one supported dtype and one device."""
     check_kinds({"q": q, "k": k, "v": v})

@@ -166,10 +166,17 @@ _SMALLEST, _LARGEST = 2.0**-126, 2.0**126
 _CAP_RANGE = 2.0**60
 
 
+def default_softmax_scale(head_dim_qk: int) -> float:
+    """What softmax_scale=None stands for, of a size that a compiler may trace."""
+    size = int(head_dim_qk)
+    head_dim("q and k", size)
+    return float(size**-0.5)
+
+
 def softmax_scale(value: Any, head_dim_qk: int) -> float:
     """0, or a number of either sign that float32 holds; None means head_dim_qk ** -0.5."""
     if value is None:
-        return float(head_dim_qk**-0.5)
+        return default_softmax_scale(head_dim_qk)
     scale = real("softmax_scale", value)
     if scale != 0.0 and not _SMALLEST <= abs(scale) <= _LARGEST:
         raise ValueError(

@@ -166,18 +166,24 @@ def _check_qkv_shapes(call: ForwardCall) -> Heads:
     for name, tensor, cu_seqlens, cu_name in layouts:
         if call.page_table is not None and name != "q":
             check_paged.check_pages(name, tensor, cu_seqlens)
-        elif cu_seqlens is None and tensor.ndim != 4:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}: expected "
-                "(batch, seqlen, num_heads, head_dim); packed sequences need "
-                f"{cu_name}, an argument of flash_attn_varlen_func"
-            )
-        elif cu_seqlens is not None and tensor.ndim != 3:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}: expected (total, num_heads, head_dim) "
-                f"because {cu_name} is given{_PAGES if tensor.ndim == 4 and name != 'q' else ''}"
-            )
+        else:
+            check_rows(name, tensor, cu_seqlens, cu_name)
     return check_heads(q, k, v, "k", "v")
+
+
+def check_rows(name: str, tensor: Tensor, cu_seqlens: Tensor | None, cu_name: str) -> None:
+    """That rows are dense, or packed where there is `cu_seqlens`, an argument called `cu_name`."""
+    if cu_seqlens is None and tensor.ndim != 4:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}: expected "
+            "(batch, seqlen, num_heads, head_dim); packed sequences need "
+            f"{cu_name}, an argument of flash_attn_varlen_func"
+        )
+    if cu_seqlens is not None and tensor.ndim != 3:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}: expected (total, num_heads, head_dim) "
+            f"because {cu_name} is given{_PAGES if tensor.ndim == 4 and name != 'q' else ''}"
+        )
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor, name_k: str, name_v: str) -> Heads:
@@ -289,7 +295,7 @@ def host_max_seqlen(max_seqlen: Any, packed: Tensor) -> Any:
     if not isinstance(max_seqlen, Tensor):
         return max_seqlen
     if max_seqlen.device.type != "cpu":
-        return packed.shape[0]
+        return packed.shape[0] if packed.ndim else 0  # none: `check_rows` will say so
     try:
         return operator.index(max_seqlen)
     except (TypeError, RuntimeError, ValueError):  # several numbers, a fraction: `seqlen_bound`

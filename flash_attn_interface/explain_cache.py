@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._common.check_cache import CacheCall, check_cache, check_cache_tensors, check_dense
+from ._common.check_tensors import require_tensor
 from ._common.check_values import flag, optional_flag
 from .explain import TensorOrShape, _device, _stand_in
 from .explanation import CacheExplanation
@@ -20,6 +21,11 @@ from .selection import select_cache
 
 _FLOATING = ("q", "k_cache", "v_cache", "k", "v", "qv", "rotary_cos", "rotary_sin")
 _FLOAT32 = ("alibi_slopes",)
+_INT32 = (
+    "cache_seqlens", "cache_batch_idx", "cache_leftpad", "page_table", "cu_seqlens_q",
+    "cu_seqlens_k_new", "rotary_seqlens", "scheduler_metadata",
+)  # fmt: skip
+_TENSORS = (*_FLOATING, *_FLOAT32, *_INT32)
 _VALUES = ("softmax_scale", "causal", "window_size", "attention_chunk", "softcap")
 _OTHERS = ("q_descale", "k_descale", "v_descale", "pack_gqa", "scheduler_metadata", "block_table")
 
@@ -106,6 +112,9 @@ def explain_with_kvcache(
         floating = torch.float32 if name in _FLOAT32 else dtype
         kind = floating if name in _FLOATING + _FLOAT32 else torch.int32
         fields[name] = value if name in _VALUES else _stand_in(value, kind)
+    for name, value in fields.items():
+        if isinstance(value, Tensor) and name in _TENSORS:
+            require_tensor(name, value)
     if any(isinstance(value, Tensor) and value.is_meta for value in fields.values()):
         fields = {
             name: value.to("meta") if isinstance(value, Tensor) and name not in _VALUES else value

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import autocast
-from ._common.check_cache import check_cache_tensors, check_dense
-from ._common.check_tensors import check_int32_vector, require_tensor
+from ._common.check_cache import CacheCall, check_cache_tensors, check_dense
+from ._common.check_tensors import check_int32_vector, refuse_layouts, require_tensor
 from ._common.check_values import flag, non_negative, optional_flag
 from .cache_plans import CacheResult
 from .functions import _refuse_fa3_features
@@ -207,6 +207,7 @@ def _attend_traced(q: Tensor, k_cache: Tensor, v_cache: Tensor, *arguments: Any)
 
 def _attend_watched(q: Tensor, k_cache: Tensor, v_cache: Tensor, *arguments: Any) -> CacheResult:
     check_cache_tensors(q, k_cache, v_cache)
+    refuse_layouts(**CacheCall(q, k_cache, v_cache, *arguments)._asdict())
     tensors = [x for x in (q, k_cache, v_cache, *arguments) if isinstance(x, Tensor)]
     refuse_forward_mode(*tensors)
     if a_transform_is("Grad"):

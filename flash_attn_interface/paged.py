@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import autocast, dispatch
-from ._common.check_tensors import check_tensors
-from ._common.check_values import flag, window_pair
+from ._common.check_tensors import check_tensors, refuse_layouts
+from ._common.check_values import default_softmax_scale, flag, window_pair
+from ._common.checks import check_rows
 from .backends import ForwardResult
 from .gradients import refuse_alibi_gradient
 from .inference_only import inference_only
@@ -63,6 +64,11 @@ def paged_attention(
     from .private_ops import _flash_attn_varlen_forward
 
     if not is_compiling():
+        refuse_layouts(
+            q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+            block_table=block_table, alibi_slopes=alibi_slopes,
+        )  # fmt: skip
+        check_rows("q", q, cu_seqlens_q, "cu_seqlens_q")
         refuse_forward_mode(q, k, v)
         q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, alibi_slopes = on_one_mesh(
             (q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, alibi_slopes), dropout_p
@@ -73,7 +79,7 @@ def paged_attention(
     ]
     out, softmax_lse, s_dmask, _ = _flash_attn_varlen_forward(
         q, k, v, cu_seqlens_q, cu_seqlens_k, *longest, dropout_p,
-        int(q.shape[-1]) ** -0.5 if softmax_scale is None else softmax_scale, causal,
+        default_softmax_scale(q.shape[-1]) if softmax_scale is None else softmax_scale, causal,
         *window_pair(window_size), softcap, alibi_slopes, return_attn_probs and dropout_p > 0.0,
         block_table,
     )  # fmt: skip

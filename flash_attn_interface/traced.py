@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ._common.check_values import window_pair
+from ._common.check_values import default_softmax_scale, window_pair
 from .dispatch import ForwardState
 from .gradients import Gradients
 from .ops import Results, attention_backward, attention_forward
@@ -85,7 +85,7 @@ def operators(
     left, right = window_pair(window_size)
     return_softmax = return_softmax and dropout_p > 0.0
     common = (causal, left, right, softcap, alibi_slopes, return_softmax)
-    scale = int(q.shape[-1]) ** -0.5 if softmax_scale is None else softmax_scale
+    scale = default_softmax_scale(q.shape[-1]) if softmax_scale is None else softmax_scale
     longest = (_bound(max_seqlen_q, q), _bound(max_seqlen_k, k))
     lacking = attention_chunk != 0 or seqused_q is not None
     if not lacking and cu_seqlens_q is None and cu_seqlens_k is None and seqused_k is None:

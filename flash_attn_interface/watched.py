@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from . import dispatch, traced
-from ._common.check_values import flag, window_pair
+from ._common.check_tensors import refuse_layouts
+from ._common.check_values import flag, probability, window_pair
+from ._common.checks import check_rows
 from .backends import ForwardResult
 from .packing import unpack
 from .sharding import on_one_mesh
@@ -23,6 +25,11 @@ from .watchers import a_transform_is, differentiates, refuse_forward_mode, traci
 
 if TYPE_CHECKING:
     from .autograd import Options
+
+
+_NAMES = (
+    "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "alibi_slopes",
+)  # fmt: skip
 
 
 def attention(tensors: tuple[Any, ...], o: Options) -> ForwardResult:
@@ -37,17 +44,20 @@ def attention(tensors: tuple[Any, ...], o: Options) -> ForwardResult:
         out, softmax_lse, s_dmask, _ = _forward(dispatch.forward, tensors, o, o.return_lse)
         return out, softmax_lse, s_dmask
     refuse_forward_mode(*tensors)
+    refuse_layouts(**dict(zip(_NAMES, tensors, strict=True)))
+    check_rows("q", tensors[0], tensors[3], "cu_seqlens_q")
+    o = o._replace(
+        causal=flag("causal", o.causal),
+        window_size=window_pair(o.window_size),
+        dropout_p=probability("dropout_p", o.dropout_p),
+        deterministic=flag("deterministic", o.deterministic),
+    )
     if o.dropout_p > 0.0 and a_transform_is("Vmap"):
         raise NotImplementedError(
             "dropout_p > 0 under torch.vmap: its randomness argument does not reach the kernels. "
             "Put the mapped dimension into the batch, or pass dropout_p=0.0."
         )
     tensors = on_one_mesh(tensors, o.dropout_p)
-    o = o._replace(
-        causal=flag("causal", o.causal),
-        window_size=window_pair(o.window_size),
-        deterministic=flag("deterministic", o.deterministic),
-    )
     differentiable = a_transform_is("Grad") or (
         torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors[:3])
     )

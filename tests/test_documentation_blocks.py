@@ -82,8 +82,9 @@ def parameters() -> list[object]:
 
 @pytest.mark.parametrize("page, device", parameters())
 def test_python_blocks_run_as_printed(
-    page: Path, device: str, rank: None, monkeypatch: pytest.MonkeyPatch
+    page: Path, device: str, rank: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # some blocks write files
     if device == "cpu":
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     run(page, device)

@@ -15,13 +15,15 @@ import flash_attn_interface
 from flash_attn_interface import context_parallel
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
 CONFIG = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
 
 
 def test_every_page_is_in_the_table_of_contents() -> None:
     listed = re.findall(r"\S+\.md\b", CONFIG.partition("\nnav:\n")[2])
-    pages = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/api").glob("*.md")]
-    there = {page.relative_to(ROOT / "docs").as_posix() for page in pages}
+    folders = (DOCS, DOCS / "api", DOCS / "integrations")
+    pages = [page for folder in folders for page in folder.glob("*.md")]
+    there = {page.relative_to(DOCS).as_posix() for page in pages}
     from_the_root = {"index.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"}
     assert len(listed) == len(set(listed))
     assert set(listed) == there | from_the_root | {"performance/README.md"}

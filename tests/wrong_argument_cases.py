@@ -41,6 +41,9 @@ ALSO_NAMED = {
     "sequed_q": ("seqused_q",),
     "sequed_k": ("seqused_k",),
     "seqlen_offset": ("seqlen_offsets",),
+    "k": ("k_cache",),  # of a private function that serves caches too
+    "v": ("v_cache",),
+    "seqused_k": ("cache_seqlens",),
 }
 
 
