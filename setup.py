@@ -10,7 +10,7 @@ about how pyproject.toml spells a licence, and all of them must build this proje
 
 The checkout's folders differ from the import names: `common/` and `flash2/` are installed inside
 `flash_attn_interface`, so that no generic top-level name such as `common` reaches an environment.
-tests/test_packaging.py compares PACKAGES and DATA with the tree.
+tests/prebuild/test_packaging.py compares PACKAGES and DATA with the tree.
 """
 
 import ast
@@ -45,11 +45,28 @@ PACKAGES = {
     "flash_attn.ops": "flash_attn/ops",
     "flash_attn.ops.triton": "flash_attn/ops/triton",
     "flash_attn_interface": "flash_attn_interface",
-    "flash_attn_interface.context_parallel": "flash_attn_interface/context_parallel",
-    "flash_attn_interface.integrations": "flash_attn_interface/integrations",
+    **{
+        f"flash_attn_interface.{room}": f"flash_attn_interface/{room}"
+        for room in (
+            "api",
+            "call",
+            "compat",
+            "context_parallel",
+            "integrations",
+            "layers",
+            "reference",
+            "tools",
+            "tune",
+        )
+    },
     "flash_attn_interface._common": "common",
+    "flash_attn_interface._common.ask": "common/ask",
+    "flash_attn_interface._common.launch": "common/launch",
+    "flash_attn_interface._common.prebuild": "common/prebuild",
     "flash_attn_interface._common.ptx": "common/ptx",
+    "flash_attn_interface._common.runtime": "common/runtime",
     "flash_attn_interface._common.sim": "common/sim",
+    "flash_attn_interface._common.tiles": "common/tiles",
     "flash_attn_interface._flash2": "flash2",
 }
 
@@ -60,13 +77,14 @@ MODULES = ["flash_attn_2_cuda"]
 DATA = {
     "flash_attn": ["py.typed"],
     "flash_attn_interface": ["py.typed"],
-    "flash_attn_interface._common": ["device/*.cuh", "tuned/*.json"],
+    "flash_attn_interface._common": ["device/*.cuh"],
     "flash_attn_interface._common.ptx": ["*.cuh"],
     "flash_attn_interface._common.sim": [
         "ptx/*.cuh",
         *(f"runtime/*.{x}" for x in ("h", "cpp", "S")),
     ],
-    "flash_attn_interface._flash2": ["*.cu", "*.cuh"],
+    "flash_attn_interface._common.tiles": ["tuned/*.json"],
+    "flash_attn_interface._flash2": ["*.cu", "device/*.cuh"],
 }
 
 # What compiling needs of them; parents first.

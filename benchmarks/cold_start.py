@@ -92,11 +92,12 @@ def _watch_the_first_call(stages: Stages) -> None:
 
     The imports here are those that the call would begin with, so they are part of it.
     """
-    from flash_attn_interface import backends
-    from flash_attn_interface._common import cache, driver, tensor_map
+    from flash_attn_interface._common.launch import driver, tensor_map
+    from flash_attn_interface._common.runtime import cubins
+    from flash_attn_interface.call import backends
 
     stages.watch("import_trees", backends, "flash2", "hopper")
-    stages.watch("fetch_kernel", cache.KernelCache, "image")
+    stages.watch("fetch_kernel", cubins.KernelCache, "image")
     stages.watch("import_bindings", driver, "load_bindings")
     stages.watch("load_module", driver.DeviceKernel, "__init__", "prepare")
     stages.watch("launch", driver.DeviceKernel, "launch")

@@ -318,7 +318,7 @@ class Oracle:
             scores = scores.masked_fill(distance > right, float("-inf"))
         if not problem.dropout_p:
             return scores, None
-        from flash_attn_interface._common.philox import keep_mask
+        from flash_attn_interface._common.launch.philox import keep_mask
 
         torch.manual_seed(SEED)  # what the call draws after the same seed
         state = torch.randint(0, 2**62, (2,), dtype=torch.int64, device=scores.device)

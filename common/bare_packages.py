@@ -33,6 +33,6 @@ def load(packages: Mapping[str, Path | str]) -> None:
 
 
 def load_prebuild(packages: Mapping[str, Path | str]) -> Any:
-    """The module `prebuild.py`, after `load`."""
+    """The module `prebuild/build.py`, after `load`."""
     load(packages)
-    return importlib.import_module("flash_attn_interface._common.prebuild")
+    return importlib.import_module("flash_attn_interface._common.prebuild.build")

@@ -10,9 +10,9 @@ A plan makes one block, sets the fields that its problem fixes, and patches poin
     kernel.launch(grid, block.kernel_params_address, stream)
 
 The struct may hold pointers, ``i32 u32 i64 u64 f32``, fixed arrays of these, and ``TensorMap``
-(``common/tensor_map.py``); nothing else, so that natural C alignment is all there is to know. It
-may extend one other struct, ``struct A : B``, whose fields then come first: a block of A serves a
-kernel that takes B.
+(``common/launch/tensor_map.py``); nothing else, so that natural C alignment is all there is to
+know. It may extend one other struct, ``struct A : B``, whose fields then come first: a block of A
+serves a kernel that takes B.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import sources
+from .runtime import sources
 
 PARAMS_SOURCE = "common/device/params.cuh"
 MAX_PARAMS_BYTES = 4096  # what a kernel's parameters may occupy on every supported toolkit

@@ -4,7 +4,7 @@
 // V, then Q. Change elsewhere: pages -> kv_source.cuh.
 #include "prelude.cuh"  // generated for this problem: struct Cfg
 
-#include "common/device/kv_source.cuh"
+#include "flash2/device/kv_source.cuh"
 #include "common/device/params.cuh"
 #include "common/device/row_io.cuh"
 

@@ -1,6 +1,6 @@
 """Launches flash2_append (append.cu): what precedes attention over a cache.
 
-Called by `cache.py` where a call has new keys or rotary tables.
+Called by `kv.py` where a call has new keys or rotary tables.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._common import kernels
-from .._common.cache_problem import CacheProblem
-from .._common.problem import Problem, Target
-from . import tiles
+from .._common.ask.kv_problem import CacheProblem
+from .._common.ask.problem import Problem, Target
+from .._common.launch import kernels
+from . import fwd_tiles
 from .append_tiles import NUM_THREADS, append_spec
 
 MAX_ITEMS = 2**31 - NUM_THREADS
@@ -33,7 +33,7 @@ def attention_after_append(problem: CacheProblem) -> Problem:
     return replace(
         p,
         q_strides=(0 if p.varlen_q else p.seqlen_q * row, row, head),
-        vector_bytes=gcd(p.vector_bytes, head * tiles.ELEM_BYTES),
+        vector_bytes=gcd(p.vector_bytes, head * fwd_tiles.ELEM_BYTES),
     )
 
 
@@ -65,7 +65,7 @@ class AppendPlan:
         )
         self.rotated_bytes = 0  # of the queries, contiguous
         if problem.rotary:
-            self.rotated_bytes = p.total_q * p.num_heads_q * p.head_dim_qk * tiles.ELEM_BYTES
+            self.rotated_bytes = p.total_q * p.num_heads_q * p.head_dim_qk * fwd_tiles.ELEM_BYTES
         self._launches: dict[int, _Launch] = {}  # by the alignment of the rotary tables
 
     def run(
@@ -167,7 +167,9 @@ class AppendPlan:
         """
         p = self.problem.forward
         size = gcd(
-            p.vector_bytes, p.head_dim_qk * tiles.ELEM_BYTES, p.head_dim_v * tiles.ELEM_BYTES
+            p.vector_bytes,
+            p.head_dim_qk * fwd_tiles.ELEM_BYTES,
+            p.head_dim_v * fwd_tiles.ELEM_BYTES,
         )
         if self.problem.appends:
             size = gcd(size, self.problem.new_vector_bytes)
@@ -215,7 +217,7 @@ class AppendPlan:
         }
         if p.page_size:
             values["page_size"] = p.page_size
-            values["page_magic"], values["page_shift"] = tiles.page_division(p.page_size)
+            values["page_magic"], values["page_shift"] = fwd_tiles.page_division(p.page_size)
         for name, strides in (
             ("q", p.q_strides),
             ("k", p.k_strides),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .._common.cache_problem import CacheProblem
-from .._common.spec import KernelSpec
-from .tiles import ELEM_BYTES
+from .._common.ask.kv_problem import CacheProblem
+from .._common.runtime.spec import KernelSpec
+from .fwd_tiles import ELEM_BYTES
 
 NUM_THREADS = 256
 

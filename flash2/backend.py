@@ -1,21 +1,21 @@
 """The flash2 tree as a backend: what it serves, and its plans.
 
-Called by `flash_attn_interface/dispatch.py`.
+Called by `flash_attn_interface/call/dispatch.py`.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .._common.backward_problem import BackwardProblem
-from .._common.cache_problem import CacheProblem
-from .._common.problem import Problem, Target
+from .._common.ask.backward_problem import BackwardProblem
+from .._common.ask.kv_problem import CacheProblem
+from .._common.ask.problem import Problem, Target
 from .fwd import ForwardPlan
 
 if TYPE_CHECKING:  # imported where they are planned: a process that only infers needs half of it
-    from .._common.tuning import Tunable
+    from .._common.tiles.tuning import Tunable
     from .bwd import BackwardPlan
-    from .cache import CachePlan
+    from .kv import CachePlan
 
 MAX_HEAD_DIM = 256
 # decode.cu divides the columns of V among warps; fwd.cu does not.
@@ -50,7 +50,7 @@ class Flash2Backend:
         return _refuses(problem.forward, MAX_CACHED_HEAD_DIM_V)
 
     def plan_cache(self, problem: CacheProblem, target: Target) -> CachePlan:
-        from .cache import CachePlan
+        from .kv import CachePlan
 
         return CachePlan(problem, target)
 

@@ -15,12 +15,12 @@
 // rules -> mask.cuh, what a CTA works on -> bwd_work.cuh, tile sizes -> bwd_tiles.py.
 #include "prelude.cuh"  // generated for this problem: struct Cfg
 
-#include "common/device/bwd_loads.cuh"
-#include "common/device/bwd_products.cuh"
-#include "common/device/bwd_scores.cuh"
-#include "common/device/bwd_warps.cuh"
+#include "flash2/device/bwd_loads.cuh"
+#include "flash2/device/bwd_products.cuh"
+#include "flash2/device/bwd_scores.cuh"
+#include "flash2/device/bwd_warps.cuh"
 #include "common/device/bwd_work.cuh"
-#include "common/device/gemm.cuh"
+#include "flash2/device/gemm.cuh"
 #include "common/device/mask.cuh"
 #include "common/device/params.cuh"
 #include "common/device/score.cuh"

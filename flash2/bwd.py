@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._common import kernels
-from .._common.backward_problem import BackwardProblem
-from .._common.plan_values import score_values
-from .._common.problem import Target
-from .._common.spec import KernelSpec
+from .._common.ask.backward_problem import BackwardProblem
+from .._common.ask.problem import Target
+from .._common.launch import kernels
+from .._common.launch.plan_values import score_values
+from .._common.runtime.spec import KernelSpec
 from . import bwd_schedule, bwd_tiles
 from .bwd_schedule import BackwardSchedule
 from .bwd_tiles import BackwardTile

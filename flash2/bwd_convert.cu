@@ -4,7 +4,7 @@
 // CTA: kStatRows query rows of one head. Limited by memory bandwidth.
 #include "prelude.cuh"  // generated for this problem: struct Cfg
 
-#include "common/device/bwd_strips.cuh"
+#include "flash2/device/bwd_strips.cuh"
 #include "common/ptx/griddepcontrol.cuh"
 
 KERNEL(Cfg::kNumThreads, Cfg::kMinCtasPerSm) flash2_bwd_convert(GRID_CONSTANT BwdParams p) {

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from math import lcm
 from typing import Protocol
 
-from .._common.backward_problem import BackwardProblem
-from .._common.problem import Problem
-from .tiles import ELEM_BYTES
+from .._common.ask.backward_problem import BackwardProblem
+from .._common.ask.problem import Problem
+from .fwd_tiles import ELEM_BYTES
 
 
 class Kernel(Protocol):

@@ -5,7 +5,7 @@
 // bandwidth.
 #include "prelude.cuh"  // generated for this problem: struct Cfg
 
-#include "common/device/bwd_strips.cuh"
+#include "flash2/device/bwd_strips.cuh"
 #include "common/ptx/griddepcontrol.cuh"
 
 // Of one head of K or V.

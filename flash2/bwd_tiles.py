@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import floor, log2
 
-from .._common import arch as arch_table
-from .._common import tuned_tiles
-from .._common.backward_problem import BackwardProblem
-from .._common.problem import Problem
-from .._common.row_strides import wide_row_strides
-from .._common.spec import KernelSpec
-from .tiles import padded_bytes, row_bytes
+from .._common.ask.backward_problem import BackwardProblem
+from .._common.ask.problem import Problem
+from .._common.runtime import arch as arch_table
+from .._common.runtime.spec import KernelSpec
+from .._common.tiles import tuned_tiles
+from .._common.tiles.row_strides import wide_row_strides
+from .fwd_tiles import padded_bytes, row_bytes
 
 STAT_BYTES = 4  # lse and D of one query, each
 # Split roles hand P^T over as fp16. Times 2^14 (undone at the end, exactly) its normal numbers

@@ -5,7 +5,7 @@
 #include "prelude.cuh"  // generated for this problem: struct Cfg
 
 #include "common/device/elem.cuh"
-#include "common/device/split_merge.cuh"
+#include "flash2/device/split_merge.cuh"
 #include "common/ptx/barrier.cuh"
 
 constexpr i32 kRowsPerCta = Cfg::kNumThreads / 32 / Cfg::kWarpsPerRow;

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._common import kernels
-from .._common.plan_values import TORCH_DTYPES, template
-from .._common.problem import Target
+from .._common.ask.problem import Target
+from .._common.launch import kernels
+from .._common.launch.plan_values import TORCH_DTYPES, template
 from . import decode_tiles
 
 DTYPES = {**TORCH_DTYPES, "fp32": torch.float32}

@@ -15,15 +15,15 @@
 // decode_tiles.py, the number of splits -> decode_splits.py.
 #include "prelude.cuh"  // generated for this problem: struct Cfg
 
-#include "common/device/decode_work.cuh"
-#include "common/device/gemm.cuh"
-#include "common/device/paged_rows.cuh"
+#include "flash2/device/decode_work.cuh"
+#include "flash2/device/gemm.cuh"
+#include "flash2/device/paged_rows.cuh"
 #include "common/device/score.cuh"
 #include "common/device/softmax.cuh"
 #include "common/ptx/barrier.cuh"
-#include "flash2/decode_layout.cuh"
-#include "flash2/decode_output.cuh"
-#include "flash2/decode_wgmma.cuh"
+#include "flash2/device/decode_layout.cuh"
+#include "flash2/device/decode_output.cuh"
+#include "flash2/device/decode_wgmma.cuh"
 
 template <class Layout, i32 kHeadDim, i32 kThreads, bool kReadOnce = false>
 using Rows =

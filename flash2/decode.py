@@ -1,7 +1,7 @@
 """Launches flash2_decode (decode.cu), and flash2_combine where a merge of splits is too large for
 it: parameters are filled once per problem, pointers patched per call.
 
-Called by `cache.py`. Tiles: `decode_tiles.py`, splits: `decode_splits.py`. The large merge:
+Called by `kv.py`. Tiles: `decode_tiles.py`, splits: `decode_splits.py`. The large merge:
 `combine.py`.
 """
 
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._common import kernels, launch_counters
-from .._common.cache_problem import CacheProblem
-from .._common.plan_values import out_template, score_values, template
-from .._common.problem import Target
-from . import decode_merge, decode_splits, decode_tiles, tiles
+from .._common.ask.kv_problem import CacheProblem
+from .._common.ask.problem import Target
+from .._common.launch import kernels, launch_counters
+from .._common.launch.plan_values import out_template, score_values, template
+from . import decode_merge, decode_splits, decode_tiles, fwd_tiles
 from .combine import CombinePlan, CombineProblem, device_of
 
 # What split choices assume when simulated: an A100.
@@ -335,13 +335,13 @@ class DecodePlan:
             "total_q": p.total_q,
             "last_slot": p.cache_slots - 1,
             **score_values(p),
-            "by_units": tiles.division(p.num_heads_q // self.heads_per_unit),
-            "by_heads_per_unit": tiles.division(self.heads_per_unit),
-            "by_tiles": tiles.division(max(1, self.num_tiles)),
-            "by_tiles_per_sequence": tiles.division(max(1, self.num_tiles // p.batch)),
-            "by_splits": tiles.division(self.num_splits),
-            "by_khead": tiles.division(p.qhead_per_khead),
-            "by_vhead": tiles.division(p.qhead_per_vhead),
+            "by_units": fwd_tiles.division(p.num_heads_q // self.heads_per_unit),
+            "by_heads_per_unit": fwd_tiles.division(self.heads_per_unit),
+            "by_tiles": fwd_tiles.division(max(1, self.num_tiles)),
+            "by_tiles_per_sequence": fwd_tiles.division(max(1, self.num_tiles // p.batch)),
+            "by_splits": fwd_tiles.division(self.num_splits),
+            "by_khead": fwd_tiles.division(p.qhead_per_khead),
+            "by_vhead": fwd_tiles.division(p.qhead_per_vhead),
         }
         by_name = {"q": p.q_strides, "k": p.k_strides, "v": p.v_strides, "qv": p.qv_strides}
         for name, strides in by_name.items():
@@ -349,5 +349,5 @@ class DecodePlan:
                 values[f"{name}_{axis}_stride"] = stride
         if p.page_size:
             values["page_size"] = p.page_size
-            values["page_magic"], values["page_shift"] = tiles.page_division(p.page_size)
+            values["page_magic"], values["page_shift"] = fwd_tiles.page_division(p.page_size)
         return values

@@ -5,7 +5,7 @@ Called by `decode.py`. The number of splits: `decode_tiles.py`. The merge: `deco
 
 from __future__ import annotations
 
-from .._common.problem import Problem
+from .._common.ask.problem import Problem
 from .decode_tiles import DecodeTile, expected_ctas, packed_rows, partial_columns
 
 # The last CTAs of a tile to finish merge its splits: as many as get this much to read each, for

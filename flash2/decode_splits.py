@@ -6,9 +6,9 @@ Called by `decode.py`. Tiles: `decode_tiles.py`. Who merges the parts: `decode_m
 
 from __future__ import annotations
 
-from .._common.problem import Problem
+from .._common.ask.problem import Problem
 from .decode_tiles import DecodeTile, expected_ctas
-from .tiles import ELEM_BYTES
+from .fwd_tiles import ELEM_BYTES
 
 # Enough for a single sequence on the largest GPUs, less those splits that would be too short.
 MAX_CHOSEN_SPLITS = 192

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import gcd
 
-from .._common import arch as arch_table
-from .._common import tuned_tiles
-from .._common.problem import Problem, Target
-from .._common.row_strides import wide_row_strides
-from .._common.spec import KernelSpec
-from .tiles import COLUMN_MULTIPLE, ELEM_BYTES, ROW_PAD_BYTES, row_bytes
+from .._common.ask.problem import Problem, Target
+from .._common.runtime import arch as arch_table
+from .._common.runtime.spec import KernelSpec
+from .._common.tiles import tuned_tiles
+from .._common.tiles.row_strides import wide_row_strides
+from .fwd_tiles import COLUMN_MULTIPLE, ELEM_BYTES, ROW_PAD_BYTES, row_bytes
 
 # What the merges have room for (kMaxSplits), and what callers may ask for.
 MAX_SPLITS = 256

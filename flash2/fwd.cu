@@ -2,19 +2,19 @@
 // flash2/fwd.py. CTA: Cfg::kNumWarps equal warps, each owning kMTiles * 16 query rows of one
 // kBlockM x kHeadDimV tile of O. K and V tiles stream through rings of kNumStages tiles each, last
 // keys first. Change here: loop order, pipeline, epilogue. Change elsewhere: mask rules ->
-// mask.cuh, tile layout and copies -> tile_copy.cuh, PTX -> common/ptx, tile sizes -> tiles.py.
+// mask.cuh, tile layout and copies -> tile_copy.cuh, PTX -> common/ptx, tile sizes -> fwd_tiles.py.
 #include "prelude.cuh"  // generated for this problem: struct Cfg
 
 #include "common/device/dropout.cuh"
-#include "common/device/gemm.cuh"
-#include "common/device/kv_source.cuh"
+#include "flash2/device/gemm.cuh"
+#include "flash2/device/kv_source.cuh"
 #include "common/device/mask.cuh"
 #include "common/device/params.cuh"
 #include "common/device/row_io.cuh"
 #include "common/device/score.cuh"
 #include "common/device/softmax.cuh"
-#include "common/device/tile_copy.cuh"
-#include "common/device/tile_scheduler.cuh"
+#include "flash2/device/tile_copy.cuh"
+#include "flash2/device/tile_scheduler.cuh"
 #include "common/ptx/barrier.cuh"
 
 using LayoutQ = CopiedTileLayout<Cfg::kLines, Cfg::kBlockM, Cfg::kHeadDimQk>;
@@ -30,7 +30,7 @@ struct Smem {
   static_assert(kK % 128 == 0 && kV % 128 == 0 && LayoutV::kBytes % 128 == 0);
 };
 static_assert(Smem::kBytes == Cfg::kSmemBytes,
-              "flash2/tiles.py and this file agree on shared memory");
+              "flash2/fwd_tiles.py and this file agree on shared memory");
 
 constexpr i32 kWarpRows = Cfg::kBlockM / Cfg::kNumWarps;
 constexpr i32 kMTiles = kWarpRows / 16;

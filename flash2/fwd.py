@@ -1,7 +1,7 @@
 """Launches flash2_fwd (fwd.cu): fills its parameters once per problem, patches pointers per call.
 
-Called by `flash_attn_interface/dispatch.py`, which keeps one plan per problem and thread. Tile
-choices: `tiles.py`.
+Called by `flash_attn_interface/call/dispatch.py`, which keeps one plan per problem and thread. Tile
+choices: `fwd_tiles.py`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._common import kernels
-from .._common.plan_values import dropout_values, out_template, score_values, template
-from .._common.problem import Problem, Target
-from . import tiles
+from .._common.ask.problem import Problem, Target
+from .._common.launch import kernels
+from .._common.launch.plan_values import dropout_values, out_template, score_values, template
+from . import fwd_tiles
 
 # K and V of the units that run together should stay in L2 (A100 2 x 20 MB, H100 50 MB), with room
 # for Q and O.
@@ -36,12 +36,12 @@ class ForwardPlan:
     """
 
     def __init__(
-        self, problem: Problem, target: Target, tile: tiles.ForwardTile | None = None
+        self, problem: Problem, target: Target, tile: fwd_tiles.ForwardTile | None = None
     ) -> None:
         """tile: instead of the tables' choice."""
         self.problem = problem
         self.target = target
-        self.spec = tiles.forward_spec(problem, target.arch, tile, target.gpu)
+        self.spec = fwd_tiles.forward_spec(problem, target.arch, tile, target.gpu)
         self.tiles_per_unit, self.num_units = _work(problem, int(self.spec["block_m"]))
         self.grid = self.tiles_per_unit * self.num_units
         if self.grid >= 2**31:
@@ -144,8 +144,8 @@ class ForwardPlan:
     def _units_per_group(self) -> int:
         """Query heads whose K and V fit the L2 budget; those of one K or V head share it."""
         p = self.problem
-        k_bytes = p.seqlen_k * p.head_dim_qk * tiles.ELEM_BYTES * p.num_heads_k
-        v_bytes = p.seqlen_k * p.head_dim_v * tiles.ELEM_BYTES * p.num_heads_v
+        k_bytes = p.seqlen_k * p.head_dim_qk * fwd_tiles.ELEM_BYTES * p.num_heads_k
+        v_bytes = p.seqlen_k * p.head_dim_v * fwd_tiles.ELEM_BYTES * p.num_heads_v
         bytes_per_unit = max((k_bytes + v_bytes) / p.num_heads_q, 1.0)
         return max(1, min(self.num_units, int(L2_BUDGET_BYTES / bytes_per_unit)))
 
@@ -178,7 +178,7 @@ class ForwardPlan:
         values["last_slot"] = p.cache_slots - 1
         if p.page_size:
             values["page_size"] = p.page_size
-            values["page_magic"], values["page_shift"] = tiles.page_division(p.page_size)
+            values["page_magic"], values["page_shift"] = fwd_tiles.page_division(p.page_size)
         if p.return_softmax:
             values["dmask_rows"], values["dmask_cols"] = self._dmask_shape()[2:]
         return values

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .._common import kernels
-from .._common.problem import Target
-from .._common.spec import KernelSpec
+from .._common.ask.problem import Target
+from .._common.launch import kernels
+from .._common.runtime.spec import KernelSpec
 from .combine import DTYPE_NAMES
 
 _NUM_THREADS = 256

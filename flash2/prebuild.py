@@ -1,31 +1,26 @@
-"""Which kernels of this folder an installation prebuilds. Called by `common/prebuild.py`."""
+"""Which kernels of this folder an installation prebuilds. Called by `common/prebuild/build.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
 
-from .._common import arch as arch_table
-from .._common.headdim import MAX_HEAD_DIM, Pair, Wanted
-from .._common.prebuilt_problems import (
+from .._common.ask.problem import Problem, Target
+from .._common.prebuild.headdim import MAX_HEAD_DIM, Pair, Wanted
+from .._common.prebuild.problems import (
     backward_problems,
     cache_problems,
     forward_problems,
     gpus,
     paged_problems,
 )
-from .._common.problem import Problem, Target
-from .._common.spec import KernelSpec
+from .._common.runtime import arch as arch_table
+from .._common.runtime.spec import KernelSpec
 from .append_tiles import append_spec
 from .bwd_tiles import backward_specs
 from .decode_splits import MAX_CHOSEN_SPLITS
-from .decode_tiles import (
-    PARTIAL_COLUMN_MULTIPLE,
-    chosen_tile,
-    combine_spec,
-    decode_spec,
-)
-from .tiles import forward_spec
+from .decode_tiles import PARTIAL_COLUMN_MULTIPLE, chosen_tile, combine_spec, decode_spec
+from .fwd_tiles import forward_spec
 
 
 def specs(pair: Pair, wanted: Wanted, arch: str) -> list[KernelSpec]:

@@ -10,18 +10,18 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
-from .._common.backward_problem import BackwardProblem
-from .._common.cache_problem import CacheProblem
-from .._common.problem import Problem, Strides, Target
-from .._common.spec import KernelSpec
-from .._common.tuning import Tunable, register_budget
-from . import bwd_tiles, decode_tiles, tiles
+from .._common.ask.backward_problem import BackwardProblem
+from .._common.ask.kv_problem import CacheProblem
+from .._common.ask.problem import Problem, Strides, Target
+from .._common.runtime.spec import KernelSpec
+from .._common.tiles.tuning import Tunable, register_budget
+from . import bwd_tiles, decode_tiles, fwd_tiles
 from .bwd import BackwardPlan
 from .bwd_tiles import BackwardTile
 from .decode import DecodePlan
 from .decode_tiles import DecodeTile
 from .fwd import ForwardPlan
-from .tiles import ForwardTile
+from .fwd_tiles import ForwardTile
 
 # Of an SM, per cycle: multiply-adds of mma.sync, bytes of shared memory.
 MMA_PER_CYCLE, SMEM_BYTES_PER_CYCLE = 1024, 128
@@ -51,7 +51,7 @@ def _forward_registers(tile: ForwardTile, problem: Problem) -> int:
 
 
 def _forward_space(problem: Problem, arch: str) -> Iterator[ForwardTile]:
-    lines = tiles.gains_by_lines(problem, arch)
+    lines = fwd_tiles.gains_by_lines(problem, arch)
     for warps, rows, block_n, stages, in_registers in product(
         (4, 8), (16, 32), range(16, 193, 16), (1, 2, 3), (False, True)
     ):
@@ -63,12 +63,12 @@ def _forward_space(problem: Problem, arch: str) -> Iterator[ForwardTile]:
                 warps * rows, block_n, warps, stages, in_registers, ctas, lines=lines
             )
             if _forward_registers(tile, problem) <= register_budget(arch, 32 * warps, ctas):
-                if tiles.refuses_tile(tile, problem, arch) is None:
+                if fwd_tiles.refuses_tile(tile, problem, arch) is None:
                     fitting.append(tile)
         yield from fitting[-2:]
         if stages == 2:
             yield from (replace(tile, one_barrier=True) for tile in fitting[-2:])
-        chunks = tiles.prologue_chunks(problem.head_dim_qk)
+        chunks = fwd_tiles.prologue_chunks(problem.head_dim_qk)
         if chunks > 1 and stages == 1 and not in_registers:
             yield from (replace(tile, prologue_chunks=chunks) for tile in fitting[-2:])
 
@@ -191,7 +191,7 @@ def backward_problem(forward: Problem) -> BackwardProblem:
 
 
 def _forward_specs(problem: Problem, arch: str, tile: ForwardTile) -> tuple[KernelSpec, ...]:
-    return (tiles.forward_spec(problem, arch, tile),)
+    return (fwd_tiles.forward_spec(problem, arch, tile),)
 
 
 def _backward_specs(problem: Problem, arch: str, tile: BackwardTile) -> tuple[KernelSpec, ...]:
@@ -262,8 +262,8 @@ TUNABLES = (
         "flash2",
         "fwd",
         ForwardTile,
-        tiles.forward_tile,
-        tiles.refuses_tile,
+        fwd_tiles.forward_tile,
+        fwd_tiles.refuses_tile,
         _forward_space,
         _forward_cost,
         _forward_specs,

@@ -1,9 +1,9 @@
 """Drop-in for FlashAttention-2: re-exports, no logic. The code is in
-`flash_attn_interface/fa2.py`."""
+`flash_attn_interface/api/fa2.py`."""
 
 from pkgutil import extend_path
 
-from flash_attn_interface.missing_modules import install as _name_what_is_missing
+from flash_attn_interface.compat.missing_modules import install as _name_what_is_missing
 
 from .flash_attn_interface import (
     flash_attn_func,

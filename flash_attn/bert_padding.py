@@ -1,7 +1,7 @@
-"""FlashAttention-2's module of this name: re-exports of `flash_attn_interface.padding` and
-`flash_attn_interface.rearrange`."""
+"""FlashAttention-2's module of this name: re-exports of
+`flash_attn_interface.layers.bert_padding` and `flash_attn_interface.layers.rearrange`."""
 
-from flash_attn_interface.padding import (
+from flash_attn_interface.layers.bert_padding import (
     IndexFirstAxis,
     IndexFirstAxisResidual,
     IndexPutFirstAxis,
@@ -12,7 +12,7 @@ from flash_attn_interface.padding import (
     unpad_input,
     unpad_input_for_concatenated_sequences,
 )
-from flash_attn_interface.rearrange import rearrange
+from flash_attn_interface.layers.rearrange import rearrange
 
 __all__ = [
     "IndexFirstAxis",

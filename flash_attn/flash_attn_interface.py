@@ -2,16 +2,16 @@
 `flash_attn_interface`."""
 
 import flash_attn_2_cuda as flash_attn_gpu
-from flash_attn_interface.fa2 import (
+from flash_attn_interface.api.fa2 import (
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
-    flash_attn_with_kvcache,
 )
-from flash_attn_interface.private_ops import (
+from flash_attn_interface.api.fa2_kvcache import flash_attn_with_kvcache
+from flash_attn_interface.call.fa2_ops import (
     _flash_attn_backward,
     _flash_attn_forward,
     _flash_attn_varlen_backward,

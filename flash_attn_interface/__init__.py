@@ -5,16 +5,16 @@ GPUs.
 installation.
 """
 
-from .combine import flash_attn_combine
-from .explain import explain
-from .explain_cache import explain_with_kvcache
-from .f3b2 import flash_attn_f3b2_func, flash_attn_f3b2_varlen_func
-from .fa3_library import register_where_hopper_is_installed
-from .fa3_private_ops import _flash_attn_backward, _flash_attn_forward
-from .flops import register as _register_flop_formulas
-from .functions import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
-from .kvcache import flash_attn_with_kvcache, get_scheduler_metadata
-from .simulation import simulate
+from .api.combine import flash_attn_combine
+from .api.f3b2 import flash_attn_f3b2_func, flash_attn_f3b2_varlen_func
+from .api.fa3 import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
+from .api.kvcache import flash_attn_with_kvcache, get_scheduler_metadata
+from .call.flops import register as _register_flop_formulas
+from .call.simulation import simulate
+from .compat.fa3_library import register_where_hopper_is_installed
+from .compat.fa3_ops import _flash_attn_backward, _flash_attn_forward
+from .tools.explain import explain
+from .tools.explain_kv import explain_with_kvcache
 from .version import __version__
 
 __all__ = [

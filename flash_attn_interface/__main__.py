@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from . import command, report, selfcheck
-from ._common import arch as arch_table
 from ._common import env
+from ._common.runtime import arch as arch_table
+from .tools import command, report, selfcheck
 from .version import RELEASE, __version__
 
 SIMULATED_ARCH = "sm_80"

@@ -1,6 +1,6 @@
 """`python -m flash_attn_interface build`: compile kernels ahead of their first use.
 
-Without --out they go to this user's cache. With it, to a folder that can be copied to any machine
+Without --out they go to this user's cubins. With it, to a folder that can be copied to any machine
 with this release, or mounted there, and named in FLASH_ATTN_INTERFACE_PREBUILT_DIR: neither NVRTC
 nor a GPU of the kind is needed where it is made. docs/prebuild.md shows both.
 """
@@ -15,13 +15,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from . import backends, command
-from ._common import arch as arch_table
-from ._common import cache, env, headdim, prebuild, sources
-from ._common.headdim import HeadDimError, Wanted
-from ._common.prebuild import PrebuildError, Trees
-from ._common.spec import KernelSpec
-from .command import of_bytes, of_seconds
+from ._common import env
+from ._common.prebuild import build as prebuild
+from ._common.prebuild import headdim
+from ._common.prebuild.build import PrebuildError, Trees
+from ._common.prebuild.headdim import HeadDimError, Wanted
+from ._common.runtime import arch as arch_table
+from ._common.runtime import cubins, sources
+from ._common.runtime.spec import KernelSpec
+from .call import backends
+from .tools import command
+from .tools.command import of_bytes, of_seconds
 
 _PACKAGES = ("flash_attn_interface", "flash_attn_interface._common", "flash_attn_interface._flash2")
 
@@ -62,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     if out is not None:
         print(f"To use them: {env.PREBUILT_DIR.name}={out.resolve()}")
-        problem = cache.why_not_prebuilt(out.resolve())
+        problem = cubins.why_not_prebuilt(out.resolve())
         if problem is not None:
             print(f"warning: they will be refused there: {problem}", file=sys.stderr)
     return 0
@@ -80,7 +84,7 @@ def _list(
         built += is_built
         if not is_built:
             missing.append(spec)
-        print("built  " if is_built else "missing", cache.prebuilt_entry(spec))
+        print("built  " if is_built else "missing", cubins.prebuilt_entry(spec))
     print(f"{len(specs)} kernels for {', '.join(archs)}; {wanted.describe()}")
     of_each = Counter(f"{spec.entry} {spec.arch}" for spec in specs)
     print("; ".join(f"{count} {name}" for name, count in sorted(of_each.items())))

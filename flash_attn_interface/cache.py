@@ -14,12 +14,12 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import command
-from ._common import cache as kernel_cache
-from ._common import entries as store_entries
-from ._common import env, sources
-from ._common.entries import DamagedEntryError, check_entry, discard_entry, entries
-from .command import of_bytes
+from ._common import env
+from ._common.runtime import cubins, sources
+from ._common.runtime import entries as store_entries
+from ._common.runtime.entries import DamagedEntryError, check_entry, discard_entry, entries
+from .tools import command
+from .tools.command import of_bytes
 
 _SECONDS_PER_DAY = 86400.0
 
@@ -48,7 +48,7 @@ def show(with_entries: bool) -> int:
     if folder is not None:
         _show_folder(folder, with_entries)
     for folder in prebuilt_folders():
-        print(f"prebuilt  {kernel_cache.describe_prebuilt(folder)}")
+        print(f"prebuilt  {cubins.describe_prebuilt(folder)}")
         _show_folder(folder, with_entries)
     return 0
 
@@ -168,7 +168,7 @@ def _is_intact(entry: Path) -> bool:
 
 def prebuilt_folders() -> list[Path]:
     """Those of the environment and of the installed distributions, as far as they exist."""
-    from . import backends
+    from .call import backends
 
     chosen = env.PREBUILT_DIR.get()
     folders = [] if chosen is None else [chosen]

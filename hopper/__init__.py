@@ -1,8 +1,8 @@
 """Attention kernels for Hopper (sm_90a): WGMMA and TMA. Distribution `flash-attn-3`.
 
 Nobody needs to import this: `flash_attn_interface` finds `BACKEND` through the entry point group
-`flash_attn_interface.backends` and sends it what it serves. Problem -> KernelSpec is `tiles.py`,
-launching is `fwd.py`.
+`flash_attn_interface.backends` and sends it what it serves. Problem -> KernelSpec is
+`fwd_tiles.py`, launching is `fwd.py`; `bwd_tiles.py` and `bwd.py` likewise.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if INTERFACE_RELEASE != RELEASE:
         f"is of release {INTERFACE_RELEASE}. Install both from the same checkout."
     )
 
-from flash_attn_interface._common import source_state
+from flash_attn_interface._common.runtime import source_state
 
 source_state.check(Path(__file__).resolve().parent)
 

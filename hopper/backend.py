@@ -1,6 +1,6 @@
 """The Hopper tree as a backend: what it serves, and its plans.
 
-Called by `flash_attn_interface/dispatch.py`.
+Called by `flash_attn_interface/call/dispatch.py`.
 """
 
 from __future__ import annotations
@@ -8,18 +8,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from flash_attn_interface._common import sources
-from flash_attn_interface._common.backward_problem import BackwardProblem
-from flash_attn_interface._common.cache_problem import CacheProblem
-from flash_attn_interface._common.problem import Problem, Target
+from flash_attn_interface._common.ask.backward_problem import BackwardProblem
+from flash_attn_interface._common.ask.kv_problem import CacheProblem
+from flash_attn_interface._common.ask.problem import Problem, Target
+from flash_attn_interface._common.runtime import sources
 
-from . import bwd, tensor_maps, tiles
+from . import bwd, fwd_tiles, tensor_maps
 from .bwd import BackwardPlan
 from .fwd import ForwardPlan
 from .version import RELEASE
 
 if TYPE_CHECKING:
-    from flash_attn_interface._common.tuning import Tunable
+    from flash_attn_interface._common.tiles.tuning import Tunable
 
 # Row and column arithmetic in the kernels is 32-bit: row + seqlen_k + window must not wrap.
 MAX_SEQLEN = 2**29
@@ -36,9 +36,9 @@ class HopperBackend:
     def refuses_forward(self, problem: Problem, target: Target) -> str | None:
         """Why this problem cannot be served on this target; None if it can."""
         p = problem
-        if target.arch != tiles.ARCH:
-            return f"its kernels are {tiles.ARCH} code"
-        reason = tiles.refuses_head_dims(p.head_dim_qk, p.head_dim_v)
+        if target.arch != fwd_tiles.ARCH:
+            return f"its kernels are {fwd_tiles.ARCH} code"
+        reason = fwd_tiles.refuses_head_dims(p.head_dim_qk, p.head_dim_v)
         if reason is not None:
             return reason
         if max(p.seqlen_q, p.seqlen_k, p.total_q, p.total_k) >= MAX_SEQLEN:
@@ -58,8 +58,8 @@ class HopperBackend:
         reason = p.refuses_backward()
         if reason is not None:
             return reason
-        if target.arch != tiles.ARCH:
-            return f"its kernels are {tiles.ARCH} code"
+        if target.arch != fwd_tiles.ARCH:
+            return f"its kernels are {fwd_tiles.ARCH} code"
         if max(p.seqlen_q, p.seqlen_k, p.total_q, p.total_k) >= MAX_SEQLEN:
             return f"sequences and packed buffers are limited to {MAX_SEQLEN - 1} tokens"
         if problem.deterministic and not target.simulated:

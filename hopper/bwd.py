@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
-from flash_attn_interface._common import tensor_map
-from flash_attn_interface._common.backward_problem import BackwardProblem
-from flash_attn_interface._common.spec import KernelSpec
+from flash_attn_interface._common.ask.backward_problem import BackwardProblem
+from flash_attn_interface._common.launch import tensor_map
+from flash_attn_interface._common.runtime.spec import KernelSpec
 from flash_attn_interface._flash2 import bwd_schedule
 from flash_attn_interface._flash2.bwd import BackwardPlan as StreamedBackwardPlan
 from flash_attn_interface._flash2.bwd_schedule import BackwardSchedule

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from flash_attn_interface._common import arch as arch_table
-from flash_attn_interface._common import tuned_tiles
-from flash_attn_interface._common.backward_problem import BackwardProblem
-from flash_attn_interface._common.problem import Problem
-from flash_attn_interface._common.spec import KernelSpec
+from flash_attn_interface._common.ask.backward_problem import BackwardProblem
+from flash_attn_interface._common.ask.problem import Problem
+from flash_attn_interface._common.runtime import arch as arch_table
+from flash_attn_interface._common.runtime.spec import KernelSpec
+from flash_attn_interface._common.tiles import tuned_tiles
 from flash_attn_interface._flash2.bwd_tiles import ds_shift, streaming_specs
 
-from .tiles import ELEM_BYTES, WG_ROWS
+from .fwd_tiles import ELEM_BYTES, WG_ROWS
 
 MAX_HEAD_DIM = 256
 CHUNK_COLUMNS = 64  # of the 128-byte swizzle: tiles in shared memory have whole ones

@@ -5,7 +5,7 @@
 // docs/hopper_forward_schedule.md shows who does what when.
 // Change here: loop order, consumers. Change elsewhere: loads -> fwd_producer.cuh, stores of O and
 // softmax_lse -> fwd_epilogue.cuh, memory map -> fwd_layout.cuh, mask rules -> mask.cuh, order of
-// work -> tile_scheduler.cuh, rings -> pipeline.cuh, PTX -> common/ptx, tile sizes -> tiles.py.
+// work -> tile_scheduler.cuh, rings -> pipeline.cuh, PTX -> common/ptx, tile sizes -> fwd_tiles.py.
 #include "prelude.cuh"  // generated for this problem: struct Cfg
 
 #include "common/device/params.cuh"

@@ -1,7 +1,7 @@
 """Launches hopper_fwd (fwd.cu): fills its parameters once per problem, patches addresses per call.
 
-Called by `flash_attn_interface/dispatch.py`, which keeps one plan per problem and thread. Tile
-choices: `tiles.py`. Tensor maps: `tensor_maps.py`.
+Called by `flash_attn_interface/call/dispatch.py`, which keeps one plan per problem and thread. Tile
+choices: `fwd_tiles.py`. Tensor maps: `tensor_maps.py`.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_attn_interface._common import kernels, launch_counters, tensor_map
-from flash_attn_interface._common.plan_values import (
+from flash_attn_interface._common.ask.problem import Problem, Target
+from flash_attn_interface._common.launch import kernels, launch_counters, tensor_map
+from flash_attn_interface._common.launch.plan_values import (
     dropout_values,
     out_template,
     score_values,
     template,
 )
-from flash_attn_interface._common.problem import Problem, Target
 
-from . import tensor_maps, tiles
+from . import fwd_tiles, tensor_maps
 from .gqa_packing import stored_heads
 from .tensor_maps import MapPlan
 
 # K and V of the units that run together should stay in L2 (50 MB), with room for Q and O.
 L2_BUDGET_BYTES = 32 * 2**20
 # CTAs, where no device can be asked: of an H100 SXM, and few, so that each draws several tiles.
-DEFAULT_SMS, SIMULATED_SMS = tiles.SMS, 2
+DEFAULT_SMS, SIMULATED_SMS = fwd_tiles.SMS, 2
 
 # Tensor arguments of `run` that a problem may lack, in its order: fields of HopperFwdParams.
 _OPTIONAL = (
@@ -44,13 +44,13 @@ class ForwardPlan:
     """
 
     def __init__(
-        self, problem: Problem, target: Target, tile: tiles.ForwardTile | None = None
+        self, problem: Problem, target: Target, tile: fwd_tiles.ForwardTile | None = None
     ) -> None:
         """tile: instead of the tables' choice."""
         p = problem
         self.problem = p
         self.target = target
-        self.spec = tiles.forward_spec(p, target.arch, tile, target.gpu)
+        self.spec = fwd_tiles.forward_spec(p, target.arch, tile, target.gpu)
         self.gqa_group = int(self.spec["gqa_group"])
         self.tiles_per_unit, self.num_units = _work(p, int(self.spec["query_rows"]), self.gqa_group)
         self.num_tiles = self.tiles_per_unit * self.num_units
@@ -163,7 +163,7 @@ class ForwardPlan:
         return (
             tensor_maps.plan_map(
                 "q_map", p.dtype, p.head_dim_qk, (*rows_q, p.num_heads_q), p.q_strides,
-                ragged_rows=ragged_q, box_rows=tiles.WG_ROWS, swizzle_bytes=swizzle_qk,
+                ragged_rows=ragged_q, box_rows=fwd_tiles.WG_ROWS, swizzle_bytes=swizzle_qk,
             )
             if self.gqa_group == 1
             else tensor_maps.plan_packed_heads_map(
@@ -180,7 +180,7 @@ class ForwardPlan:
             ),
             tensor_maps.plan_map(
                 "out_map", p.dtype, p.head_dim_v, (*rows_q, p.num_heads_q), p.out_strides,
-                ragged_rows=ragged_q, box_rows=tiles.WG_ROWS, swizzle_bytes=swizzle_v,
+                ragged_rows=ragged_q, box_rows=fwd_tiles.WG_ROWS, swizzle_bytes=swizzle_v,
             ),
         )  # fmt: skip
 
@@ -235,7 +235,7 @@ def _units_per_group(problem: Problem, num_units: int, gqa_group: int) -> int:
     if not p.causal:
         return min(shared, num_units) if p.varlen_q else 1
     rows = min(p.seqlen_k, p.total_k)
-    bytes_per_unit = rows * (p.head_dim_qk + p.head_dim_v) * tiles.ELEM_BYTES / shared
+    bytes_per_unit = rows * (p.head_dim_qk + p.head_dim_v) * fwd_tiles.ELEM_BYTES / shared
     limit = max(shared, min(num_units, int(L2_BUDGET_BYTES / max(bytes_per_unit, 1.0))))
     divisors = [g for g in range(shared, limit + 1, shared) if num_units % g == 0]
     return max(divisors, default=limit)

@@ -70,7 +70,7 @@ struct Smem {
 };
 static_assert(!Cfg::kPInSmem || Smem::kP % ChunkP::kAtomBytes == 0);
 static_assert(Smem::kEnd <= Cfg::kSmemBytes,
-              "hopper/tiles.py and this file agree on shared memory");
+              "hopper/fwd_tiles.py and this file agree on shared memory");
 
 using KRing = TileRing<Cfg::kNumStages, Smem::kK, Smem::kKBytes, Smem::kBarKFull, Smem::kBarKEmpty>;
 using VRing = TileRing<Cfg::kNumStages, Smem::kV, Smem::kVBytes, Smem::kBarVFull, Smem::kBarVEmpty>;

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from math import gcd
 
-from flash_attn_interface._common.problem import Problem
+from flash_attn_interface._common.ask.problem import Problem
 
 WG_ROWS = 64  # rows of a consumer warpgroup, whole query rows of all heads that share them
 # CTAs that run at once on an H100: below that, fewer tiles only leave more SMs idle.

@@ -1,20 +1,20 @@
-"""Which kernels of this folder an installation prebuilds. Called by `common/prebuild.py`."""
+"""Which kernels of this folder an installation prebuilds. Called by `common/prebuild/build.py`."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from flash_attn_interface._common.headdim import Pair, Wanted
-from flash_attn_interface._common.prebuilt_problems import (
+from flash_attn_interface._common.ask.problem import Problem
+from flash_attn_interface._common.prebuild.headdim import Pair, Wanted
+from flash_attn_interface._common.prebuild.problems import (
     backward_problems,
     forward_problems,
     gpus,
 )
-from flash_attn_interface._common.problem import Problem
-from flash_attn_interface._common.spec import KernelSpec
+from flash_attn_interface._common.runtime.spec import KernelSpec
 
 from . import bwd_tiles
-from .tiles import ARCH, forward_spec, refuses_head_dims
+from .fwd_tiles import ARCH, forward_spec, refuses_head_dims
 
 
 def specs(pair: Pair, wanted: Wanted, arch: str) -> list[KernelSpec]:

@@ -49,7 +49,7 @@ class EggInfo(egg_info):
 
 
 def load_prebuild() -> Any:
-    """common/prebuild.py of the checkout; None without one."""
+    """common/prebuild/build.py of the checkout; None without one."""
     common = KERNEL_PACKAGES["flash_attn_interface._common"]
     if not common.is_dir():
         return None

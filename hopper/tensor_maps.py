@@ -18,12 +18,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from flash_attn_interface._common import tensor_map
-from flash_attn_interface._common.backward_problem import BackwardProblem
+from flash_attn_interface._common.ask.backward_problem import BackwardProblem
+from flash_attn_interface._common.ask.problem import Problem, Strides
+from flash_attn_interface._common.launch import tensor_map
 from flash_attn_interface._common.params import ParamBlock
-from flash_attn_interface._common.problem import Problem, Strides
 
-from .tiles import ELEM_BYTES, WG_ROWS
+from .fwd_tiles import ELEM_BYTES, WG_ROWS
 
 # TMA: addresses and strides are multiples of this.
 VECTOR_BYTES = 16

@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 
-from flash_attn_interface._common.problem import Problem, Target
-from flash_attn_interface._common.spec import KernelSpec
-from flash_attn_interface._common.tuning import Tunable
+from flash_attn_interface._common.ask.problem import Problem, Target
+from flash_attn_interface._common.runtime.spec import KernelSpec
+from flash_attn_interface._common.tiles.tuning import Tunable
 from flash_attn_interface._flash2.tuning import backward_problem
 
-from . import bwd_tiles, tiles
+from . import bwd_tiles, fwd_tiles
 from .bwd import BackwardPlan
 from .bwd_tiles import BackwardTile
 from .fwd import ForwardPlan
-from .tiles import ForwardTile
+from .fwd_tiles import ForwardTile
 
 # Of an SM, per cycle: multiply-adds of WGMMA, bytes of shared memory.
 WGMMA_PER_CYCLE, SMEM_BYTES_PER_CYCLE = 2048, 128
@@ -29,9 +29,9 @@ ADD_BYTES_PER_CYCLE = 16
 
 
 def _consumer_registers(tile: ForwardTile, problem: Problem) -> int:
-    """O, S and P of a consumer's thread, see tiles.py."""
+    """O, S and P of a consumer's thread, see fwd_tiles.py."""
     of_scores = tile.block_n // 2 + (0 if tile.p_in_smem else tile.block_n // 4)
-    return tiles.wgmma_pv_n(problem.head_dim_v) // 2 + of_scores + OTHER_REGISTERS
+    return fwd_tiles.wgmma_pv_n(problem.head_dim_v) // 2 + of_scores + OTHER_REGISTERS
 
 
 def _swizzles(head_dim: int) -> tuple[int, ...]:
@@ -42,8 +42,8 @@ def _swizzles(head_dim: int) -> tuple[int, ...]:
 def _forward_space(problem: Problem, arch: str) -> Iterator[ForwardTile]:
     step = 32 if problem.dropout else 16
     for fields in product(
-        tiles.CONSUMER_REGISTERS,
-        range(32, tiles.MAX_WGMMA_N + 1, step),
+        fwd_tiles.CONSUMER_REGISTERS,
+        range(32, fwd_tiles.MAX_WGMMA_N + 1, step),
         (1, 2, 3, 4),
         (1, 2),
         (False, True),  # ping_pong
@@ -52,7 +52,10 @@ def _forward_space(problem: Problem, arch: str) -> Iterator[ForwardTile]:
         (False, True),  # p_in_smem
     ):
         tile = ForwardTile(*fields)
-        if _consumer_registers(tile, problem) <= tiles.CONSUMER_REGISTERS[tile.num_mma_warpgroups]:
+        if (
+            _consumer_registers(tile, problem)
+            <= fwd_tiles.CONSUMER_REGISTERS[tile.num_mma_warpgroups]
+        ):
             yield tile
 
 
@@ -60,8 +63,8 @@ def _forward_cost(tile: ForwardTile, problem: Problem) -> float:
     """Cycles of an SM per query and key."""
     qk, v = problem.head_dim_qk, problem.head_dim_v
     products = (qk + v) / WGMMA_PER_CYCLE
-    rows = tiles.WG_ROWS * tile.num_mma_warpgroups // tiles.v_split(v)
-    bytes_moved = (2 * qk + 2 * v) / tiles.WG_ROWS + 2 * qk / tile.block_n
+    rows = fwd_tiles.WG_ROWS * tile.num_mma_warpgroups // fwd_tiles.v_split(v)
+    bytes_moved = (2 * qk + 2 * v) / fwd_tiles.WG_ROWS + 2 * qk / tile.block_n
     bytes_moved += 4 if tile.p_in_smem else 0  # written once, read once
     traffic = bytes_moved / SMEM_BYTES_PER_CYCLE
     step = STEP_CYCLES + (COPY_CYCLES if tile.num_stages == 1 else 0)
@@ -79,7 +82,7 @@ def _backward_needs(tile: BackwardTile, problem: Problem) -> tuple[int, int]:
     )
     copies = 1 if problem.softcap == 0.0 and not problem.dropout else 2
     scores = tile.block_m // 2 + tile.block_m // 4 * copies + BACKWARD_OTHER_REGISTERS
-    blocks = tile.block_n // tiles.WG_ROWS
+    blocks = tile.block_n // fwd_tiles.WG_ROWS
     if tile.split_roles:
         return blocks * v + scores, blocks * qk + scores
     return qk + v + scores, qk + v + scores
@@ -137,11 +140,11 @@ TUNABLES = (
         "hopper",
         "fwd",
         ForwardTile,
-        lambda problem, arch: tiles.forward_tile(problem),
-        tiles.refuses_tile,
+        lambda problem, arch: fwd_tiles.forward_tile(problem),
+        fwd_tiles.refuses_tile,
         _forward_space,
         _forward_cost,
-        lambda problem, arch, tile: (tiles.forward_spec(problem, arch, tile),),
+        lambda problem, arch, tile: (fwd_tiles.forward_spec(problem, arch, tile),),
         ForwardPlan,
     ),
     Tunable(

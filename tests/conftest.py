@@ -23,7 +23,7 @@ import torch
 from ranks import Ranks
 
 if TYPE_CHECKING:  # markers and options need no package
-    from flash_attn_interface._common.problem import Target
+    from flash_attn_interface._common.ask.problem import Target
 
 # setuptools, which torch's inductor imports, insists on replacing distutils and fails where a test
 # has got hold of it first; so it comes first.
@@ -117,8 +117,8 @@ class Runner:
 
     def target(self, tree: str = "flash2") -> Target:
         """What this tree's kernels are compiled for here."""
-        from flash_attn_interface import selection
-        from flash_attn_interface._common.problem import Target
+        from flash_attn_interface._common.ask.problem import Target
+        from flash_attn_interface.call import selection
 
         if self.name == "sim":
             return Target(self.arch, 0, simulated=True)
@@ -185,7 +185,7 @@ def ranks() -> Iterator[Ranks]:
 @pytest.fixture
 def ampere_tree(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """All calls go to flash2, where another tree would serve some: for bitwise comparisons."""
-    from flash_attn_interface import dispatch
+    from flash_attn_interface.call import dispatch
 
     monkeypatch.setenv("FLASH_ATTN_INTERFACE_FORCE_BACKEND", "flash2")
     dispatch.forget_plans()
@@ -198,7 +198,8 @@ def device(request: pytest.FixtureRequest, monkeypatch) -> Iterator[torch.device
     """cpu: the reference. sim: kernels are asked for, a stand-in computes with the reference."""
     from fakes import FakeBackend
 
-    from flash_attn_interface import backends, dispatch, simulate
+    from flash_attn_interface import simulate
+    from flash_attn_interface.call import backends, dispatch
 
     dispatch.forget_plans()
     if request.param == "sim":

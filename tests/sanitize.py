@@ -244,7 +244,7 @@ def _tree(group: str) -> str:
 
 def _count_launches() -> Counter[str]:
     """Entries by the number of their launches from now on."""
-    from flash_attn_interface._common.driver import DeviceKernel
+    from flash_attn_interface._common.launch.driver import DeviceKernel
     from flash_attn_interface._common.sim.launcher import SimKernel
 
     counts: Counter[str] = Counter()

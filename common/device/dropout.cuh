@@ -1,6 +1,6 @@
 // Dropout's keep mask: a pure function of (seed, offset, batch, query head, row, column),
-// independent of tiles, kernel and arch, so that any backward replays any forward. common/philox.py
-// is its twin for the reference.
+// independent of tiles, kernel and arch, so that any backward replays any forward.
+// common/launch/philox.py is its twin for the reference.
 //
 // One Philox4x32-10 call gives the 16 random bytes of one lane in a 16-row x 32-column patch, in
 // the order in which the lane holds these elements in its mma accumulators: no element's byte is

@@ -11,7 +11,7 @@ constexpr DEVICE i32 round_up(i32 a, i32 b) { return ceil_div(a, b) * b; }
 DEVICE i32 imin(i32 a, i32 b) { return a < b ? a : b; }
 DEVICE i32 imax(i32 a, i32 b) { return a > b ? a : b; }
 
-// n / divisor for 0 <= n < 2^31, without the 100 cycles of a division. by: flash2/tiles.py
+// n / divisor for 0 <= n < 2^31, without the 100 cycles of a division. by: flash2/fwd_tiles.py
 // division(divisor).
 DEVICE i32 divide(i32 n, u64 by) {
   return i32(u32(u64(2u * u32(n)) * u32(by) >> 32) >> u32(by >> 32));

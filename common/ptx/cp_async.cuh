@@ -1,5 +1,5 @@
 // Asynchronous copies global -> shared past the registers. Called by
-// common/device/tile_copy.cuh.
+// flash2/device/tile_copy.cuh.
 //   dst: shared address, aligned to the copy's size.
 //   src: global, aligned to the copy's size; nothing is read from it when valid_bytes is 0.
 //   valid_bytes: 0..size are read from src, the rest of dst becomes zero: this pads tails.

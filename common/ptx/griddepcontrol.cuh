@@ -1,6 +1,7 @@
 // Overlap of a launch with the one before it on its stream ("programmatic dependent launch"). It
-// takes place where the later kernel is launched with `programmatic` (common/kernels.py); in any
-// other launch these do nothing. sm_90+: leave them out (`if constexpr`) for older architectures.
+// takes place where the later kernel is launched with `programmatic` (common/launch/kernels.py); in
+// any other launch these do nothing. sm_90+: leave them out (`if constexpr`) for older
+// architectures.
 #pragma once
 #include "common/ptx/base.cuh"
 

@@ -1,5 +1,5 @@
 // Loads of 8 x 8 matrices of 16-bit elements from shared memory into mma fragments.
-// Called by common/device/gemm.cuh. All 32 lanes take part.
+// Called by flash2/device/gemm.cuh. All 32 lanes take part.
 //   addr: shared address of one row (8 elements), 16-byte aligned. Lane i names row i % 8 of matrix
 //         i / 8; the x2 forms use lanes 0..15 and ignore the addresses of the others.
 // Register i of lane l receives the pair at (row l / 4, columns 2 * (l % 4) and + 1) of matrix i.

@@ -1,5 +1,5 @@
 // Warp-level tensor core products, d += a * b with fp32 accumulation.
-// Called by common/device/gemm.cuh. Elements of lane l, with row = l / 4 and col = 2 * (l % 4):
+// Called by flash2/device/gemm.cuh. Elements of lane l, with row = l / 4 and col = 2 * (l % 4):
 //   a, 16 x 16: a[0] at (row, col), a[1] (row + 8, col), a[2] (row, col + 8),
 //               a[3] (row + 8, col + 8); each holds that element and its right neighbour
 //   b, 16 x 8:  b0 at (col, row), b1 (col + 8, row); each holds that element and the one below

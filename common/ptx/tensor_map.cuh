@@ -1,5 +1,6 @@
-// The tensor map of a TMA transfer as a kernel sees it: opaque, encoded by common/tensor_map.py.
-// A field of a parameter block, whose address the instructions of tma.cuh take.
+// The tensor map of a TMA transfer as a kernel sees it: opaque, encoded by
+// common/launch/tensor_map.py. A field of a parameter block, whose address the instructions of
+// tma.cuh take.
 #pragma once
 #include "common/ptx/base.cuh"
 

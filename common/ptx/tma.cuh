@@ -1,6 +1,7 @@
 // TMA: boxes of a tensor between global and shared memory, moved by one thread's request.
 // Called by the kernels of hopper/.
-//   map: in a parameter block (GRID_CONSTANT), encoded by common/tensor_map.py: address, dims,
+//   map: in a parameter block (GRID_CONSTANT), encoded by common/launch/tensor_map.py: address,
+//   dims,
 //        strides, box, swizzle.
 //   dst, src: shared address of the box, 128-byte aligned; aligned to 8 rows of the swizzle (1024,
 //        512 or 256 bytes) for the pattern to start with the box.

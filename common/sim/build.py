@@ -16,10 +16,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import env, sources
-from ..compiler import announce_if_slow
-from ..spec import KernelSpec
-from ..store import Artifact, Built, content_key, default_store
+from .. import env
+from ..runtime import sources
+from ..runtime.compiler import announce_if_slow
+from ..runtime.spec import KernelSpec
+from ..runtime.store import Artifact, Built, content_key, default_store
 
 ENTRY = "flash_sim_run_thread"
 

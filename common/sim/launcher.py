@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .. import env
-from ..spec import KernelSpec
+from ..runtime.spec import KernelSpec
 from . import build
 from .build import SimulatorError
 

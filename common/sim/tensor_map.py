@@ -1,6 +1,6 @@
 """The simulator's tensor maps, read by ``struct EncodedTensorMap`` of runtime/tma.cpp.
 
-Called by ``common/tensor_map.py``, which has checked the arguments.
+Called by ``common/launch/tensor_map.py``, which has checked the arguments.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""FlashAttention-2's module of this name: a re-export of `flash_attn_interface.cross_entropy`."""
+"""FlashAttention-2's module of this name: a re-export of
+`flash_attn_interface.layers.cross_entropy`."""
 
-from flash_attn_interface.cross_entropy import CrossEntropyLoss
+from flash_attn_interface.layers.cross_entropy import CrossEntropyLoss
 
 __all__ = ["CrossEntropyLoss"]

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._common import check_values
-from .._common.checks import Heads, check_heads
-from ..simulation import simulated_arch
+from .._common.ask import check_values
+from .._common.ask.checks import Heads, check_heads
+from ..call.simulation import simulated_arch
 from . import all_to_all, kernels, ring
 from .all_to_all import AllToAll, Exchanged
 from .kernels import Options

@@ -14,13 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import dispatch, selection
 from .._common import env
-from .._common.problem import Target
+from .._common.ask.problem import Target
 from .._flash2.merge import MergePlan, MergeProblem
-from ..functions import flash_attn_func, flash_attn_varlen_func
-from ..reference import attention_reference
-from ..simulation import simulate, simulated_arch
+from ..api.fa3 import flash_attn_func, flash_attn_varlen_func
+from ..call import dispatch, selection
+from ..call.simulation import simulate, simulated_arch
+from ..reference.forward import attention_reference
 
 
 class Options(NamedTuple):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .._common.checks import shorten
+from .._common.ask.checks import shorten
 from . import all_to_all, gathering
 from .agreement import agree
 from .division import SCHEMES, Division

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from ..fa2 import flash_attn_func
-from ..private_ops import (
+from ..api.fa2 import flash_attn_func
+from ..call.fa2_ops import (
     _flash_attn_backward,
     _flash_attn_forward,
     _flash_attn_varlen_backward,

@@ -19,9 +19,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.flash_attention import get_target_dtype
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
-from ..fa2 import flash_attn_func, flash_attn_varlen_func
-from ..kvcache import flash_attn_with_kvcache
-from ..sinks import apply_sinks
+from ..api.fa2 import flash_attn_func, flash_attn_varlen_func
+from ..api.kvcache import flash_attn_with_kvcache
+from ..reference.sinks import apply_sinks
 
 NAME = "flexible_attention"
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import functions, kvcache
-from ..sinks import apply_sinks
+from ..api import fa3, kvcache
+from ..reference.sinks import apply_sinks
 
 
 def _with_sinks(function: Callable[..., Any], lse_argument: str) -> Callable[..., Any]:
@@ -39,6 +39,6 @@ def _with_sinks(function: Callable[..., Any], lse_argument: str) -> Callable[...
     return call
 
 
-flash_attn_func = _with_sinks(functions.flash_attn_func, "return_attn_probs")
-flash_attn_varlen_func = _with_sinks(functions.flash_attn_varlen_func, "return_attn_probs")
+flash_attn_func = _with_sinks(fa3.flash_attn_func, "return_attn_probs")
+flash_attn_varlen_func = _with_sinks(fa3.flash_attn_varlen_func, "return_attn_probs")
 flash_attn_with_kvcache = _with_sinks(kvcache.flash_attn_with_kvcache, "return_softmax_lse")

@@ -1,4 +1,4 @@
-// Parameter block of the sm_90 wrapper tests' kernels. Read by tests/hopper_probes.py too.
+// Parameter block of the sm_90 wrapper tests' kernels. Read by tests/support/hopper_probes.py too.
 #pragma once
 #include "common/ptx/base.cuh"
 #include "common/ptx/tensor_map.cuh"

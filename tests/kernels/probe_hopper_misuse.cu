@@ -1,6 +1,6 @@
 // One mistake per value of p.which, and its corrected form where the order is the point, as in
-// probe_misuse.cu: run by tests/test_sim_checker_hopper.py, on the simulator only; lines that the
-// error may name end in "BAD" and the value. Two warpgroups.
+// probe_misuse.cu: run by tests/sim/test_sim_checker_hopper.py, on the simulator only; lines that
+// the error may name end in "BAD" and the value. Two warpgroups.
 //   map_a, map_b: (64, 64) bf16, boxes of all of it with a swizzle of 128 bytes, to load and store.
 //   map_c: reaches past its tensor.  map_d: not encoded.  map_e: of 60 columns.
 #include "prelude.cuh"

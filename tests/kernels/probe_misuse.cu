@@ -1,6 +1,6 @@
 // One mistake per value of p.which, and its corrected form where the order of accesses is the
-// point. Run by tests/test_sim_checker.py, on the simulator only. Lines that the error may name end
-// in "BAD" and that value. Two warps, 1024 bytes of shared memory.
+// point. Run by tests/sim/test_sim_checker.py, on the simulator only. Lines that the error may name
+// end in "BAD" and that value. Two warps, 1024 bytes of shared memory.
 //   in, out: (64,) words, with memory of others right before and after.  aux: as the case says.
 #include "prelude.cuh"
 

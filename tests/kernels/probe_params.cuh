@@ -1,4 +1,4 @@
-// Parameter block of the wrapper tests' kernels. Read by tests/probes.py too.
+// Parameter block of the wrapper tests' kernels. Read by tests/support/probes.py too.
 #pragma once
 #include "common/ptx/base.cuh"
 

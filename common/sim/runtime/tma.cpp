@@ -120,7 +120,7 @@ void for_each_piece(const Transfer& transfer, Visit visit) {
   }
 }
 
-// What an H100 does not store as it loads: see tests/test_sim_wrappers_hopper.py.
+// What an H100 does not store as it loads: see tests/sim/test_sim_wrappers_hopper.py.
 void check_storable(Cta& cta, const Transfer& transfer, const Site& site) {
   const EncodedTensorMap& map = transfer.map;
   for (i32 dim = 0; dim < map.rank; ++dim) {

@@ -1,0 +1,1 @@
+"""From machine code and tensors to a launch, on a GPU or in the simulator."""

@@ -1,0 +1,1 @@
+"""Kernels compiled ahead of the first call, from `headdim.json`."""

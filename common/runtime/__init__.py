@@ -1,0 +1,1 @@
+"""From a KernelSpec to machine code: sources, compiler, and the store of compiled kernels."""

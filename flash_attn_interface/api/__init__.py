@@ -1,0 +1,1 @@
+"""What users call: signatures, docstrings, and one call each of `call/`."""

@@ -1,0 +1,1 @@
+"""Shapes that other programs expect: upstream's compiled extensions and private operators."""

@@ -1,0 +1,1 @@
+"""Upstream's helpers around attention: padding, rotary embedding, norms, losses."""

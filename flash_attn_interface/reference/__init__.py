@@ -1,0 +1,1 @@
+"""Attention in plain PyTorch, for CPU tensors and as the tests' oracle."""

@@ -1,0 +1,1 @@
+"""Explaining a call, checking and reporting an installation."""

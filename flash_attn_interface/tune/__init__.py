@@ -1,0 +1,1 @@
+"""`python -m flash_attn_interface.tune`: measures tiles and writes tables of the fastest."""
