@@ -29,7 +29,13 @@ from .tools import report, selfcheck
 from .version import RELEASE, __version__
 
 SIMULATED_ARCH = "sm_80"
-COMMANDS = ("build", "cache", "kernels", "tune")
+COMMANDS = {
+    "build": "build",
+    "cache": "cache",
+    "kernels": "integrations.kernels",
+    "tune": "tune.command",
+}
+"""Command -> its module in this package."""
 
 
 @command_line.guarded
@@ -37,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and given[0] in COMMANDS:
-        other = importlib.import_module(f"{__package__}.{given[0]}")
+        other = importlib.import_module(f"{__package__}.{COMMANDS[given[0]]}")
         if arguments is None:
             sys.argv = [sys.argv[0], *given[1:]]  # as if the module had been run
         return int(other.main(None if arguments is None else given[1:]))
