@@ -61,6 +61,7 @@ PACKAGES = {
     },
     "flash_attn_interface._common": "common",
     "flash_attn_interface._common.ask": "common/ask",
+    "flash_attn_interface._common.features": "common/features",
     "flash_attn_interface._common.launch": "common/launch",
     "flash_attn_interface._common.prebuild": "common/prebuild",
     "flash_attn_interface._common.ptx": "common/ptx",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._common.ask.kv_problem import CacheProblem
 from .._common.ask.problem import Problem, Target
+from .._common.features import kv
 from .._common.launch import kernels
 from . import fwd_tiles
 from .append_tiles import NUM_THREADS, append_spec
@@ -198,7 +199,6 @@ class AppendPlan:
         """The fields of AppendParams that the problem fixes."""
         problem, p = self.problem, self.problem.forward
         values: dict[str, Any] = {
-            "seqlen_new": problem.seqlen_new,
             "new_rows": self._new_rows,
             "num_heads_k": p.num_heads_k,
             "num_heads_v": p.num_heads_v,
@@ -207,17 +207,11 @@ class AppendPlan:
             "seqlen_q": p.seqlen_q,
             "q_rows": self._q_rows,
             "num_heads_q": p.num_heads_q,
-            "rotary_dim": problem.rotary_dim,
-            "rotary_rows": problem.rotary_rows,
-            "rotary_per_row": problem.rotary_per_row,
-            "last_slot": p.cache_slots - 1,
             "batch": p.batch,
             "seqlen_k": p.seqlen_k,
-            "cached_keys": p.seqlen_k,
+            **kv.values(p),
+            **kv.append_values(problem),
         }
-        if p.page_size:
-            values["page_size"] = p.page_size
-            values["page_magic"], values["page_shift"] = fwd_tiles.page_division(p.page_size)
         for name, strides in (
             ("q", p.q_strides),
             ("k", p.k_strides),

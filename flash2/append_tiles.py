@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .._common.ask.kv_problem import CacheProblem
+from .._common.features import dtype, kv
 from .._common.runtime.spec import KernelSpec
 from .fwd_tiles import ELEM_BYTES
 
@@ -23,12 +24,11 @@ def append_spec(problem: CacheProblem, arch: str, vector_bytes: int) -> KernelSp
         "flash2_append",
         "AppendParams",
         arch,
-        bf16=problem.forward.dtype == "bf16",
         vector_bytes=vector_bytes,
         threads_per_row=threads_per_row,
-        rotary=problem.rotary,
-        rotary_interleaved=problem.rotary and problem.rotary_interleaved,
         num_threads=NUM_THREADS,
         min_ctas_per_sm=1,
         smem_bytes=0,
+        **dtype.element(problem.forward.dtype),
+        **kv.append_constants(problem),
     )

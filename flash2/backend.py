@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from .._common.ask.backward_problem import BackwardProblem
 from .._common.ask.kv_problem import CacheProblem
 from .._common.ask.problem import Problem, Target
+from .._common.features import union
 from .fwd import ForwardPlan
 
 if TYPE_CHECKING:  # imported where they are planned: a process that only infers needs half of it
@@ -23,6 +24,20 @@ MAX_CACHED_HEAD_DIM_V = 512
 # Row and column arithmetic in the kernels is 32-bit: row + seqlen_k + window must not wrap.
 MAX_SEQLEN = 2**29
 
+# Features by direction; what is not here is refused by its name.
+_ANY_DIRECTION = frozenset(
+    {
+        "fp16", "bf16", "varlen", "seqused", "causal", "window", "attention_chunk", "softcap",
+        "alibi", "softmax_lse",
+    }
+)  # fmt: skip
+_OF_A_CACHE = frozenset({"pages", "cache_batch_idx", "leftpad_k"})
+SERVES: union.Serves = {
+    "forward": _ANY_DIRECTION | _OF_A_CACHE | {"dropout", "s_dmask"},
+    "backward": _ANY_DIRECTION | {"dropout", "s_dmask", "deterministic"},
+    "decode": _ANY_DIRECTION | _OF_A_CACHE | {"qv", "append", "rotary"},
+}
+
 
 class Flash2Backend:
     """Forward and backward for any head dims up to 256 on sm_80 and up."""
@@ -31,14 +46,15 @@ class Flash2Backend:
 
     def refuses_forward(self, problem: Problem, target: Target) -> str | None:
         """Why this problem cannot be served on this target; None if it can."""
-        return _refuses(problem, MAX_HEAD_DIM)
+        return _refuses(problem, MAX_HEAD_DIM) or union.refuses(problem, SERVES, "forward")
 
     def plan_forward(self, problem: Problem, target: Target) -> ForwardPlan:
         return ForwardPlan(problem, target)
 
     def refuses_backward(self, problem: BackwardProblem, target: Target) -> str | None:
-        """As refuses_forward; what the forward serves, the backward does, but for caches."""
-        return problem.forward.refuses_backward() or self.refuses_forward(problem.forward, target)
+        """As refuses_forward; its limits are those of the forward."""
+        reason = problem.forward.refuses_backward() or _refuses(problem.forward, MAX_HEAD_DIM)
+        return reason or union.refuses(problem, SERVES, "backward")
 
     def plan_backward(self, problem: BackwardProblem, target: Target) -> BackwardPlan:
         from .bwd import BackwardPlan
@@ -47,7 +63,8 @@ class Flash2Backend:
 
     def refuses_cache(self, problem: CacheProblem, target: Target) -> str | None:
         """As refuses_forward, of attention over a key and value cache."""
-        return _refuses(problem.forward, MAX_CACHED_HEAD_DIM_V)
+        reason = _refuses(problem.forward, MAX_CACHED_HEAD_DIM_V)
+        return reason or union.refuses(problem, SERVES, "decode")
 
     def plan_cache(self, problem: CacheProblem, target: Target) -> CachePlan:
         from .kv import CachePlan

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from .._common.ask.kv_problem import CacheProblem
 from .._common.ask.problem import Target
+from .._common.features import union
 from .._common.launch import kernels, launch_counters
-from .._common.launch.plan_values import out_template, score_values, template
+from .._common.launch.plan_values import out_template, template
 from . import decode_merge, decode_splits, decode_tiles, fwd_tiles
 from .combine import CombinePlan, CombineProblem, device_of
 
@@ -329,12 +330,7 @@ class DecodePlan:
             "num_splits": self.num_splits,
             "num_mergers": self.num_mergers,
             "refill_first": int(self.grid <= num_sms(self.target)),
-            "batch": p.batch,
-            "seqlen_q": p.seqlen_q,
-            "seqlen_k": p.seqlen_k,
-            "total_q": p.total_q,
-            "last_slot": p.cache_slots - 1,
-            **score_values(p),
+            **union.values(p),
             "by_units": fwd_tiles.division(p.num_heads_q // self.heads_per_unit),
             "by_heads_per_unit": fwd_tiles.division(self.heads_per_unit),
             "by_tiles": fwd_tiles.division(max(1, self.num_tiles)),
@@ -347,7 +343,4 @@ class DecodePlan:
         for name, strides in by_name.items():
             for axis, stride in zip(("batch", "row", "head"), strides, strict=True):
                 values[f"{name}_{axis}_stride"] = stride
-        if p.page_size:
-            values["page_size"] = p.page_size
-            values["page_magic"], values["page_shift"] = fwd_tiles.page_division(p.page_size)
         return values

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .._common.ask.problem import Problem, Target
+from .._common.features import union
 from .._common.launch import kernels
-from .._common.launch.plan_values import dropout_values, out_template, score_values, template
+from .._common.launch.plan_values import out_template, template
 from . import fwd_tiles
 
 # K and V of the units that run together should stay in L2 (A100 2 x 20 MB, H100 50 MB), with room
@@ -159,26 +160,17 @@ class ForwardPlan:
             "out_head_stride": out_head,
             "lse_batch_stride": 0 if p.varlen_q else p.num_heads_q * p.seqlen_q,
             "lse_head_stride": p.total_q if p.varlen_q else p.seqlen_q,
-            "batch": p.batch,
-            "seqlen_q": p.seqlen_q,
-            "seqlen_k": p.seqlen_k,
-            "total_q": p.total_q,
             "num_heads_q": p.num_heads_q,
             "qhead_per_khead": p.num_heads_q // p.num_heads_k,
             "qhead_per_vhead": p.num_heads_q // p.num_heads_v,
             "tiles_per_unit": self.tiles_per_unit,
             "num_units": self.num_units,
             "units_per_group": self._units_per_group(),
-            **score_values(p),
-            **dropout_values(p),
+            **union.values(p),
         }
         for name, strides in (("q", p.q_strides), ("k", p.k_strides), ("v", p.v_strides)):
             for axis, stride in zip(("batch", "row", "head"), strides, strict=True):
                 values[f"{name}_{axis}_stride"] = stride
-        values["last_slot"] = p.cache_slots - 1
-        if p.page_size:
-            values["page_size"] = p.page_size
-            values["page_magic"], values["page_shift"] = fwd_tiles.page_division(p.page_size)
         if p.return_softmax:
             values["dmask_rows"], values["dmask_cols"] = self._dmask_shape()[2:]
         return values

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 from flash_attn_interface._common.ask.backward_problem import BackwardProblem
 from flash_attn_interface._common.ask.kv_problem import CacheProblem
 from flash_attn_interface._common.ask.problem import Problem, Target
+from flash_attn_interface._common.features import union
 from flash_attn_interface._common.runtime import sources
 
 from . import bwd, fwd_tiles, tensor_maps
@@ -23,6 +24,19 @@ if TYPE_CHECKING:
 
 # Row and column arithmetic in the kernels is 32-bit: row + seqlen_k + window must not wrap.
 MAX_SEQLEN = 2**29
+
+# Features by direction; what is not here is refused, by its name where nothing below says more.
+_BOTH_WAYS = frozenset(
+    {
+        "fp16", "bf16", "varlen", "seqused", "causal", "window", "attention_chunk", "softcap",
+        "alibi", "dropout", "softmax_lse",
+    }
+)  # fmt: skip
+SERVES: union.Serves = {
+    "forward": _BOTH_WAYS,
+    "backward": _BOTH_WAYS | {"s_dmask", "deterministic"},
+    "decode": frozenset(),
+}
 
 sources.register_root("hopper", Path(__file__).resolve().parent)
 
@@ -47,7 +61,7 @@ class HopperBackend:
             return "it reads contiguous keys and values, without pages, indices or left padding"
         if p.return_softmax:
             return "S_dmask, a debugging output, is written by the flash2 kernels only"
-        return tensor_maps.refuses_layout(p)
+        return tensor_maps.refuses_layout(p) or union.refuses(p, SERVES, "forward")
 
     def plan_forward(self, problem: Problem, target: Target) -> ForwardPlan:
         return ForwardPlan(problem, target)
@@ -64,7 +78,7 @@ class HopperBackend:
             return f"sequences and packed buffers are limited to {MAX_SEQLEN - 1} tokens"
         if problem.deterministic and not target.simulated:
             return "its deterministic mode has run in the simulator only so far"
-        return bwd.refuses(problem)
+        return bwd.refuses(problem) or union.refuses(problem, SERVES, "backward")
 
     def plan_backward(self, problem: BackwardProblem, target: Target) -> BackwardPlan:
         return BackwardPlan(problem, target)

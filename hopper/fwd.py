@@ -13,13 +13,9 @@ import torch
 from torch import Tensor
 
 from flash_attn_interface._common.ask.problem import Problem, Target
+from flash_attn_interface._common.features import union
 from flash_attn_interface._common.launch import kernels, launch_counters, tensor_map
-from flash_attn_interface._common.launch.plan_values import (
-    dropout_values,
-    out_template,
-    score_values,
-    template,
-)
+from flash_attn_interface._common.launch.plan_values import out_template, template
 
 from . import fwd_tiles, tensor_maps
 from .gqa_packing import stored_heads
@@ -194,10 +190,6 @@ class ForwardPlan:
             "v_batch_rows": tensor_maps.batch_rows(p, p.v_strides),
             "lse_batch_stride": 0 if p.varlen_q else p.num_heads_q * p.seqlen_q,
             "lse_head_stride": p.total_q if p.varlen_q else p.seqlen_q,
-            "batch": p.batch,
-            "seqlen_q": p.seqlen_q,
-            "seqlen_k": p.seqlen_k,
-            "total_q": p.total_q,
             "num_heads_q": p.num_heads_q,
             "qhead_per_khead": p.num_heads_q // heads_k,
             "qhead_per_vhead": p.num_heads_q // heads_v,
@@ -205,8 +197,7 @@ class ForwardPlan:
             "tiles_per_unit": self.tiles_per_unit,
             "num_units": self.num_units,
             "units_per_group": self.units_per_group,
-            **score_values(p),
-            **dropout_values(p),
+            **union.values(p),
             **{f"out_{axis}_stride": stride for axis, stride in out_strides},
         }
         return values

@@ -77,7 +77,7 @@ struct BwdParams {
   // dropout.cuh
   const i64* rng_state;
   u32 keep_threshold;
-  f32 keep_probability;  // 1 - dropout_p = 1 / keep_scale
+  f32 keep_scale, keep_probability;
 
   f32 ds_scale;  // Cfg::kScaleDs: dS in 16 bits is times this power of two, lest it overflow
 };

@@ -52,6 +52,7 @@ struct FwdParams {
   const i64* rng_state;  // Cfg::kDropout; (2,) = seed, offset
   u32 keep_threshold;    // an element is kept when its random byte is <= this
   f32 keep_scale;        // 1 / (1 - dropout_p)
+  f32 keep_probability;  // 1 - dropout_p
 
   // kv_source.cuh: keys and values in a cache. k and v are then (last_slot + 1, rows, heads,
   // head_dim): a slot holds a sequence or, paged, one page. seqlen_k is what a sequence has room
@@ -102,7 +103,7 @@ struct HopperFwdParams {
   i64 alibi_batch_stride, alibi_head_stride;
   const i64* rng_state;
   u32 keep_threshold;
-  f32 keep_scale;
+  f32 keep_scale, keep_probability;
 
   // Cfg::kGqaGroup > 1: out by address instead of out_map. As in FwdParams.
   void* out;

@@ -19,6 +19,7 @@ from .._common.ask.backward_problem import BackwardProblem
 from .._common.ask.kv_problem import CacheProblem
 from .._common.ask.out_layout import new_out
 from .._common.ask.problem import Problem, Target
+from .._common.features import union
 from .._common.runtime.spec import KernelSpec
 from .._common.tiles.tuning import Tunable
 from ..version import RELEASE
@@ -131,25 +132,41 @@ class Backend(Protocol):
         """The kernels that the autotuner can find tiles for."""
 
 
+# Features of the reference by direction; what is not here is refused by its name.
+_ANY_DIRECTION = frozenset(
+    {
+        "fp16", "bf16", "varlen", "seqused", "causal", "window", "attention_chunk", "softcap",
+        "alibi", "softmax_lse",
+    }
+)  # fmt: skip
+_OF_A_CACHE = frozenset({"pages", "cache_batch_idx", "leftpad_k"})
+SERVES: union.Serves = {
+    "forward": _ANY_DIRECTION | _OF_A_CACHE | {"dropout", "s_dmask"},
+    "backward": _ANY_DIRECTION | {"dropout", "s_dmask", "deterministic"},
+    "decode": _ANY_DIRECTION | _OF_A_CACHE | {"qv", "append", "rotary"},
+}
+
+
 class ReferenceBackend:
     """PyTorch's own operations: serves CPU tensors, and any device when forced. Slow and exact."""
 
     name = "reference"
 
     def refuses_forward(self, problem: Problem, target: Target | None) -> str | None:
-        return None
+        return union.refuses(problem, SERVES, "forward")
 
     def plan_forward(self, problem: Problem, target: Target | None) -> Plan:
         return _ReferencePlan(problem)
 
     def refuses_backward(self, problem: BackwardProblem, target: Target | None) -> str | None:
-        return problem.forward.refuses_backward()
+        reason = problem.forward.refuses_backward()
+        return reason or union.refuses(problem, SERVES, "backward")
 
     def plan_backward(self, problem: BackwardProblem, target: Target | None) -> BackwardPlan:
         return _ReferenceBackwardPlan(problem.forward)
 
     def refuses_cache(self, problem: CacheProblem, target: Target | None) -> str | None:
-        return None
+        return union.refuses(problem, SERVES, "decode")
 
     def plan_cache(self, problem: CacheProblem, target: Target | None) -> CachePlan:
         return ReferenceCachePlan(problem)
