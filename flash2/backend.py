@@ -28,7 +28,7 @@ MAX_SEQLEN = 2**29
 _ANY_DIRECTION = frozenset(
     {
         "fp16", "bf16", "varlen", "seqused", "causal", "window", "attention_chunk", "softcap",
-        "alibi", "softmax_lse",
+        "alibi", "sink", "softmax_lse",
     }
 )  # fmt: skip
 _OF_A_CACHE = frozenset({"pages", "cache_batch_idx", "leftpad_k"})

@@ -29,7 +29,7 @@ SIMULATED_SMS = 108
 COUNTERS_PER_TILE = 2
 
 # Tensor arguments that few problems have: fields of DecodeParams.
-_RARE = ("qv", "cache_batch_idx", "leftpad_k", "cu_seqlens_q", "alibi_slopes")
+_RARE = ("qv", "cache_batch_idx", "leftpad_k", "cu_seqlens_q", "alibi_slopes", "s_aux")
 
 
 @cache
@@ -105,7 +105,7 @@ class DecodePlan:
         merged_later = self.num_splits > 1 and not self.merges_in_place
         self.combine = self._combine_plan() if merged_later else None
         self._reserved_bytes = reserved_bytes
-        self._has_rare = p.qv or p.cache_batch_idx or p.leftpad_k or p.varlen_q or p.alibi
+        self._has_rare = p.qv or p.cache_batch_idx or p.leftpad_k or p.varlen_q or p.alibi or p.sink
         self._kernel: kernels.Kernel | None = None  # loaded, maybe compiled, by the first run
 
     def _combine_plan(self) -> CombinePlan:
@@ -125,6 +125,7 @@ class DecodePlan:
                 wide_loads=True,
                 wide_stores=p.head_dim_v % 4 == 0,
                 return_lse=p.return_lse,
+                sink=p.sink,
             ),
             self.target,
         )
@@ -190,6 +191,7 @@ class DecodePlan:
         cu_seqlens_q: Tensor | None = None,
         alibi_slopes: Tensor | None = None,
         qv: Tensor | None = None,
+        s_aux: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """(out, softmax_lse or None) of tensors that fit the problem.
 
@@ -207,7 +209,7 @@ class DecodePlan:
             self._seqlen_k.value = seqused_k
         return self.launch(
             q.data_ptr(), address, (q, lengths), scratch, k_cache, v_cache, cache_batch_idx,
-            leftpad_k, page_table, cu_seqlens_q, alibi_slopes, qv,
+            leftpad_k, page_table, cu_seqlens_q, alibi_slopes, qv, s_aux,
         )  # fmt: skip
 
     def scratch(self) -> Tensor:
@@ -231,6 +233,7 @@ class DecodePlan:
         cu_seqlens_q: Tensor | None,
         alibi_slopes: Tensor | None,
         qv: Tensor | None = None,
+        s_aux: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """As `run`, with q and seqused_k at addresses, which lie in the tensors `memory`.
 
@@ -243,7 +246,7 @@ class DecodePlan:
             self._page_table.value = page_table.data_ptr()
             self._page_table_stride.value = page_table.stride()[0]
             self._last_table_row.value = page_table.shape[0] - 1
-        rare = (qv, cache_batch_idx, leftpad_k, cu_seqlens_q, alibi_slopes)
+        rare = (qv, cache_batch_idx, leftpad_k, cu_seqlens_q, alibi_slopes, s_aux)
         if self._has_rare:
             for slot, tensor in zip(self._rare, rare, strict=True):
                 if tensor is not None:
@@ -267,7 +270,7 @@ class DecodePlan:
         self._out.value, self._lse.value = partial, lse_partial
         if self.combine is not None:
             kernel.launch(self.grid, self._block, (*inputs, scratch))
-            lse = self.combine.launch(partial, lse_partial, (scratch,), out)
+            lse = self.combine.launch(partial, lse_partial, (scratch,), out, s_aux)
             return out, lse[0] if lse is not None and self.problem.varlen_q else lse
         self._merged_out.value = out.data_ptr()
         if lse is not None:

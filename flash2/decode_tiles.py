@@ -315,7 +315,13 @@ def _wide_row_strides(problem: Problem) -> bool:
 
 
 def combine_spec(
-    arch: str, out_dtype: str, head_dim_v: int, num_splits: int, wide_loads: bool, wide_stores: bool
+    arch: str,
+    out_dtype: str,
+    head_dim_v: int,
+    num_splits: int,
+    wide_loads: bool,
+    wide_stores: bool,
+    sink: bool = False,
 ) -> KernelSpec:
     """The merge of num_splits splits into out of out_dtype ("fp32", "fp16" or "bf16").
 
@@ -342,4 +348,5 @@ def combine_spec(
         smem_bytes=rows * MAX_SPLITS * 4 + sums,
         wide_loads=wide_loads,
         wide_stores=wide_stores,
+        sink=sink,
     )

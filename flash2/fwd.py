@@ -25,7 +25,7 @@ DMASK_MULTIPLE = 128
 # Tensor arguments of `run` that a problem may lack, in its order: fields of FwdParams.
 _OPTIONAL = (
     "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "alibi_slopes", "rng_state",
-    "page_table", "cache_batch_idx", "leftpad_k",
+    "page_table", "cache_batch_idx", "leftpad_k", "s_aux",
 )  # fmt: skip
 
 
@@ -56,7 +56,7 @@ class ForwardPlan:
         self._has_optional = any(
             (
                 p.varlen_q, p.varlen_k, p.has_seqused_q, p.has_seqused_k, p.alibi, p.dropout,
-                p.page_size, p.cache_batch_idx, p.leftpad_k,
+                p.page_size, p.cache_batch_idx, p.leftpad_k, p.sink,
             )
         )  # fmt: skip
         self._kernel: kernels.Kernel | None = None  # loaded, maybe compiled, by the first run
@@ -93,10 +93,11 @@ class ForwardPlan:
         page_table: Tensor | None = None,
         cache_batch_idx: Tensor | None = None,
         leftpad_k: Tensor | None = None,
+        s_aux: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(out, softmax_lse or None, s_dmask or None) of tensors that fit the problem.
 
-        page_table: (batch, or more with cache_batch_idx; seqlen_k / page_size).
+        page_table: (batch, or more with cache_batch_idx; seqlen_k / page_size). s_aux: float32.
         """
         kernel = self._kernel or self._prepare()
         out = torch.empty_like(self._out_like, memory_format=torch.contiguous_format)
@@ -115,7 +116,7 @@ class ForwardPlan:
             self._dmask.value = dmask.data_ptr()
         optional = (
             cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, rng_state, page_table,
-            cache_batch_idx, leftpad_k,
+            cache_batch_idx, leftpad_k, s_aux,
         )  # fmt: skip
         if page_table is not None:
             self._page_table_stride.value = page_table.stride(0)

@@ -92,6 +92,7 @@ class CachePlan:
         rotary_sin: Tensor | None,
         rotary_seqlens: Tensor | None,
         alibi_slopes: Tensor | None,
+        s_aux: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """(out, softmax_lse or None) of tensors that fit the problem; k_cache and v_cache get the
         new rows."""
@@ -100,7 +101,7 @@ class CachePlan:
             if append is None:
                 return decode.run(
                     q, k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, page_table,
-                    cu_seqlens_q, alibi_slopes, qv,
+                    cu_seqlens_q, alibi_slopes, qv, s_aux,
                 )  # fmt: skip
             # One allocation: partial results, then the rotated queries, then the lengths.
             scratch = decode.scratch()
@@ -114,7 +115,7 @@ class CachePlan:
             return decode.launch(
                 q_rotated if append.rotated_bytes else q.data_ptr(), seqused_k, (q, scratch),
                 scratch, k_cache, v_cache, cache_batch_idx, cache_leftpad, page_table,
-                cu_seqlens_q, alibi_slopes, qv,
+                cu_seqlens_q, alibi_slopes, qv, s_aux,
             )  # fmt: skip
         if append is not None:
             q, cache_seqlens = append.run(
@@ -129,7 +130,7 @@ class CachePlan:
             )
         out, softmax_lse, _ = self.forward.run(
             q, k_cache, v_cache, cu_seqlens_q, None, None, cache_seqlens, alibi_slopes, None,
-            page_table, cache_batch_idx, cache_leftpad,
+            page_table, cache_batch_idx, cache_leftpad, s_aux,
         )  # fmt: skip
         return out, softmax_lse
 

@@ -29,7 +29,7 @@ MAX_SEQLEN = 2**29
 _BOTH_WAYS = frozenset(
     {
         "fp16", "bf16", "varlen", "seqused", "causal", "window", "attention_chunk", "softcap",
-        "alibi", "dropout", "softmax_lse",
+        "alibi", "sink", "dropout", "softmax_lse",
     }
 )  # fmt: skip
 SERVES: union.Serves = {

@@ -29,6 +29,7 @@ DEFAULT_SMS, SIMULATED_SMS = fwd_tiles.SMS, 2
 # Tensor arguments of `run` that a problem may lack, in its order: fields of HopperFwdParams.
 _OPTIONAL = (
     "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "alibi_slopes", "rng_state",
+    "s_aux",
 )  # fmt: skip
 
 
@@ -60,7 +61,7 @@ class ForwardPlan:
             torch.device("cpu") if target.simulated else torch.device("cuda", target.device_index)
         )
         self._has_optional = any(
-            (p.varlen_q, p.varlen_k, p.has_seqused_q, p.has_seqused_k, p.alibi, p.dropout)
+            (p.varlen_q, p.varlen_k, p.has_seqused_q, p.has_seqused_k, p.alibi, p.dropout, p.sink)
         )
         self._kernel: kernels.Kernel | None = None  # loaded, maybe compiled, by the first run
 
@@ -106,6 +107,7 @@ class ForwardPlan:
         page_table: None = None,
         cache_batch_idx: None = None,
         leftpad_k: None = None,
+        s_aux: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(out, softmax_lse or None, None) of tensors that fit the problem."""
         kernel = self._kernel or self._prepare(q, k, v)
@@ -120,7 +122,9 @@ class ForwardPlan:
         if self.problem.return_lse:
             lse = torch.empty_like(self._lse_like, memory_format=torch.contiguous_format)
             self._lse.value = lse.data_ptr()
-        optional = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, rng_state)
+        optional = (
+            cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, rng_state, s_aux,
+        )  # fmt: skip
         if self._has_optional:
             for slot, tensor in zip(self._optional, optional, strict=True):
                 if tensor is not None:

@@ -69,6 +69,7 @@ class Problem:
     alibi: bool = False
     # (batch, head) of alibi_slopes, those of packed (num_heads_q,) where nothing else matters.
     alibi_strides: tuple[int, int] = (0, 1)
+    sink: bool = False  # s_aux: one more logit per query head in the denominator
     dropout_p: float = 0.0
     return_lse: bool = True
     return_softmax: bool = False  # S_dmask wanted; only with dropout
@@ -170,6 +171,7 @@ class Problem:
             f"attention_chunk={self.attention_chunk}": self.attention_chunk > 0,
             f"softcap={self.softcap:g}": self.softcap > 0,
             "alibi": self.alibi,
+            "sink": self.sink,
             f"dropout={self.dropout_p:g}": self.dropout,
             "varlen": self.varlen,
             "seqused": self.has_seqused_q or self.has_seqused_k,

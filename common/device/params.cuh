@@ -39,14 +39,15 @@ struct FwdParams {
   i32 num_units;
   i32 units_per_group;  // units worked on together, so that their K and V stay in L2
 
-  // mask.cuh, score.cuh, softmax.cuh. Windows are clamped by the host so that index arithmetic fits
-  // 32 bits.
+  // mask.cuh, score.cuh, softmax.cuh, sink.cuh. Windows are clamped by the host so that index
+  // arithmetic fits 32 bits.
   i32 window_left, window_right;  // Cfg::kLocal; negative = unlimited
   i32 attention_chunk;            // Cfg::kChunk
   f32 softmax_scale_log2;         // softmax_scale * log2(e)
   f32 softcap_in, softcap_out;    // Cfg::kSoftcap: softmax_scale / softcap and softcap * log2(e)
   const f32* alibi_slopes;        // Cfg::kAlibi; (num_heads_q,) or (batch, num_heads_q)
   i64 alibi_batch_stride, alibi_head_stride;
+  const f32* s_aux;  // Cfg::kSink; (num_heads_q,), the logit of each head's sink
 
   // dropout.cuh
   const i64* rng_state;  // Cfg::kDropout; (2,) = seed, offset
@@ -101,6 +102,7 @@ struct HopperFwdParams {
   f32 softcap_in, softcap_out;
   const f32* alibi_slopes;
   i64 alibi_batch_stride, alibi_head_stride;
+  const f32* s_aux;  // Cfg::kSink; (num_heads_q,), the logit of each head's sink
   const i64* rng_state;
   u32 keep_threshold;
   f32 keep_scale, keep_probability;
@@ -164,6 +166,7 @@ struct DecodeParams {
   f32 softcap_in, softcap_out;
   const f32* alibi_slopes;
   i64 alibi_batch_stride, alibi_head_stride;
+  const f32* s_aux;  // Cfg::kSink; (num_heads_q,), the logit of each head's sink
 };
 
 // Merge of splits (flash2/combine.cu): attention over disjoint sets of keys into that over all.
@@ -180,6 +183,7 @@ struct CombineParams {
   i64 lse_batch_stride, lse_head_stride;
   i64 num_rows;  // batch * seqlen * num_heads
   i32 seqlen, num_heads, num_splits;
+  const f32* s_aux;  // Cfg::kSink; (num_heads_q,), the logit of each head's sink
 };
 
 // Attention over more keys, added to a result in place (flash2/merge.cu).

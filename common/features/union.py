@@ -13,7 +13,7 @@ from typing import Protocol
 from ..ask.backward_problem import BackwardProblem
 from ..ask.kv_problem import CacheProblem
 from ..ask.problem import Problem
-from . import dropout, dtype, kv, lengths, mask, outputs, score
+from . import dropout, dtype, kv, lengths, mask, outputs, score, sink
 from .direction import Direction
 
 
@@ -36,7 +36,7 @@ class Block(Protocol):
         """
 
 
-BLOCKS: tuple[Block, ...] = (dtype, lengths, mask, score, dropout, kv, outputs)
+BLOCKS: tuple[Block, ...] = (dtype, lengths, mask, score, dropout, sink, kv, outputs)
 
 # Fields of Problem that are no feature: every kernel has some value of them.
 SHAPE_FIELDS = (

@@ -49,6 +49,7 @@ class Plan(Protocol):
         page_table: Tensor | None = None,
         cache_batch_idx: Tensor | None = None,
         leftpad_k: Tensor | None = None,
+        s_aux: Tensor | None = None,
     ) -> ForwardResult:
         """Allocate and compute the results, on torch's current stream of the device.
 
@@ -136,7 +137,7 @@ class Backend(Protocol):
 _ANY_DIRECTION = frozenset(
     {
         "fp16", "bf16", "varlen", "seqused", "causal", "window", "attention_chunk", "softcap",
-        "alibi", "softmax_lse",
+        "alibi", "sink", "softmax_lse",
     }
 )  # fmt: skip
 _OF_A_CACHE = frozenset({"pages", "cache_batch_idx", "leftpad_k"})
@@ -193,9 +194,11 @@ class _ReferencePlan:
         page_table: Tensor | None = None,
         cache_batch_idx: Tensor | None = None,
         leftpad_k: Tensor | None = None,
+        s_aux: Tensor | None = None,
     ) -> ForwardResult:
         from ..reference.forward import attention_reference
         from ..reference.gathered import gathered
+        from ..reference.sinks import apply_sinks
 
         problem = self._problem
         if problem.page_size or problem.cache_batch_idx or problem.leftpad_k:
@@ -203,7 +206,7 @@ class _ReferencePlan:
                 problem, k, v, cu_seqlens_k, seqused_k, page_table, cache_batch_idx, leftpad_k
             )
             seqused_k = None
-        return attention_reference(
+        out, softmax_lse, s_dmask = attention_reference(
             q,
             k,
             v,
@@ -221,9 +224,12 @@ class _ReferencePlan:
             seqused_k=seqused_k,
             max_seqlen_q=problem.seqlen_q,
             max_seqlen_k=problem.seqlen_k,
-            return_lse=problem.return_lse,
+            return_lse=problem.return_lse or problem.sink,
             return_softmax=problem.return_softmax,
         )
+        if s_aux is not None and softmax_lse is not None:
+            out, softmax_lse = apply_sinks(out, softmax_lse, s_aux)
+        return out, softmax_lse if problem.return_lse else None, s_dmask
 
     def describe(self) -> str:
         return (
@@ -286,13 +292,16 @@ class EmptyPlan:
         page_table: Tensor | None = None,
         cache_batch_idx: Tensor | None = None,
         leftpad_k: Tensor | None = None,
+        s_aux: Tensor | None = None,
     ) -> ForwardResult:
-        """out = 0 and softmax_lse = -inf, of which there may be no rows."""
+        """out = 0 and softmax_lse = -inf, or the sink, of which there may be no rows."""
         problem = self._problem
         out = new_out(q, problem.head_dim_v).zero_()
         lse = s_dmask = None
         if problem.return_lse:
             lse = q.new_full(problem.lse_shape, float("-inf"), dtype=torch.float32)
+            if s_aux is not None:
+                lse.copy_(s_aux[:, None])
         if problem.return_softmax:
             s_dmask = q.new_zeros(s_dmask_shape(problem))
         return out, lse, s_dmask

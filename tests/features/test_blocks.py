@@ -47,6 +47,7 @@ ASKING: dict[str, dict[str, Any]] = {
     "attention_chunk": {"attention_chunk": 64},
     "softcap": {"softcap": 30.0},
     "alibi": {"alibi": True},
+    "sink": {"sink": True},
     "dropout": {"dropout_p": 0.1},
     "s_dmask": {"dropout_p": 0.1, "return_softmax": True},
     "softmax_lse": {"return_lse": True},
