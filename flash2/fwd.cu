@@ -201,14 +201,17 @@ DEVICE void store_output(WarpState& state, const FwdParams& p, const Work& work,
       const i32 row = lane.row(m, 2 * r);
       empty[m][r] = row >= queries_left || !(state.softmax.row_sum[m][r] > 0.0f);
       any_empty = any_empty || empty[m][r];
-      with[m][r].lse = empty[m][r] ? bits_as_f32(kNegInfBits) : state.softmax.lse(m, r, to_log2);
       if constexpr (Cfg::kSink) {
-        with[m][r] = with_sink(with[m][r].lse, ld_global_f32(p.s_aux + work.head_idx));
+        with[m][r] =
+            with_sink(empty[m][r] ? bits_as_f32(kNegInfBits) : state.softmax.lse(m, r, to_log2),
+                      ld_global_f32(p.s_aux + work.head_idx));
       }
       if (p.softmax_lse != nullptr && lane.lane_idx % 4 == 0 && row < rows_left) {
         f32* lse = p.softmax_lse + work.batch_idx * p.lse_batch_stride +
                    work.head_idx * p.lse_head_stride + work.seq.q_row;
-        st_global_f32(lse + work.first_row + row, with[m][r].lse);
+        st_global_f32(lse + work.first_row + row, Cfg::kSink    ? with[m][r].lse
+                                                  : empty[m][r] ? bits_as_f32(kNegInfBits)
+                                                                : state.softmax.lse(m, r, to_log2));
       }
     }
   }

@@ -32,18 +32,20 @@ struct Epilogue {
       if constexpr (Cfg::kDropout) {
         scale[r] *= p.keep_scale;
       }
-      const i32 head_idx = work.head_idx + (row + 8 * r) % kGqaGroup;
-      f32 row_lse = empty[r] ? bits_as_f32(kNegInfBits) : done.lse(r, to_log2);
+      SinkRow with;
       if constexpr (Cfg::kSink) {
-        const SinkRow with = with_sink(row_lse, ld_global_f32(p.s_aux + head_idx));
-        row_lse = with.lse;
+        const i32 head_idx = work.head_idx + (row + 8 * r) % kGqaGroup;
+        with = with_sink(empty[r] ? bits_as_f32(kNegInfBits) : done.lse(r, to_log2),
+                         ld_global_f32(p.s_aux + head_idx));
         scale[r] *= with.share;
       }
       if (p.softmax_lse != nullptr && lane_idx % 4 == 0 && wg_idx % Cfg::kVSplit == 0 &&
           owns_row(r) && query_row < work.seq.slot_q) {
         f32* lse = p.softmax_lse + work.batch_idx * p.lse_batch_stride +
-                   head_idx * p.lse_head_stride + work.seq.q_row;
-        st_global_f32(lse + query_row, row_lse);
+                   (work.head_idx + (row + 8 * r) % kGqaGroup) * p.lse_head_stride + work.seq.q_row;
+        st_global_f32(lse + query_row, Cfg::kSink ? with.lse
+                                       : empty[r] ? bits_as_f32(kNegInfBits)
+                                                  : done.lse(r, to_log2));
       }
     }
     if constexpr (kGqaGroup > 1) {

@@ -48,17 +48,16 @@ DEVICE f32 weigh_splits(const f32* lse_partial, i64 split_stride, i32 num_splits
   }
   sum = warp_sum(sum);
   f32 scale = empty ? 0.0f : 1.0f / sum;
-  f32 row_lse = empty ? row_max : row_max + kLn2 * lg2_approx(sum);
+  SinkRow with;
   if constexpr (Cfg::kSink) {
-    const SinkRow with = with_sink(row_lse, ld_global_f32(sink));
-    row_lse = with.lse;
+    with = with_sink(empty ? row_max : row_max + kLn2 * lg2_approx(sum), ld_global_f32(sink));
     scale *= with.share;
   }
 #pragma unroll
   for (i32 i = 0; i < kMaxSplits / 32; ++i) {
     st_shared_f32(s_weights + u32(i * 32 + lane_idx) * 4, lse[i] * scale);
   }
-  return row_lse;
+  return Cfg::kSink ? with.lse : empty ? row_max : row_max + kLn2 * lg2_approx(sum);
 }
 
 // Four columns of a split's row. Without kWide their address is aligned to one only.
