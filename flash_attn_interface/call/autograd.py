@@ -189,11 +189,19 @@ class _Attention(torch.autograd.Function):
             results = traced.backward(dout, dlse, q, k, v, o.packing, out, *others, *numbers)
         else:
             arch = ctx.simulated_arch
+            run = gradients if _direct_backward(dout, dlse, q, k, v) else traced.backward
             with torch.no_grad(), nullcontext() if arch is None else simulate(arch):
-                results = gradients(dout, dlse, q, k, v, o.packing, out, *others, *numbers)
+                results = run(dout, dlse, q, k, v, o.packing, out, *others, *numbers)
             if torch.is_grad_enabled():  # create_graph=True
                 results = NoSecondBackward.apply(*results, q, k, v)  # type: ignore[no-untyped-call]
         return (*results, None, None, None, None, None, None)
+
+
+def _direct_backward(dout: Tensor, dlse: Any, q: Tensor, k: Any, v: Any) -> bool:
+    """Whether the gradients that arrive are plain tensors with memory, and nobody watches the
+    backward. The forward was direct, but a gradient may come from a collective."""
+    zero = dout._is_zerotensor() or (dlse is not None and dlse._is_zerotensor())
+    return unwatched(dout, q, dout) and all_plain(dlse, k, v) and not zero
 
 
 def _three(results: Any) -> ForwardResult:

@@ -16,6 +16,16 @@ from flash_attn_interface.call import backends, watchers
 from flash_attn_interface.call.kv_plans import CacheResult
 
 
+def as_a_kernel_reads(argument: Any) -> Any:
+    """The argument, if memory is all that there is to know about it: kernels take addresses."""
+    if isinstance(argument, PretendCudaTensor):
+        return argument.as_subclass(Tensor)
+    if isinstance(argument, Tensor):
+        assert type(argument) in watchers.PLAIN_TYPES, type(argument)
+        assert not argument.is_neg() and not argument._is_zerotensor()
+    return argument
+
+
 @dataclass
 class FakePlan:
     """Computes with the reference and counts its runs."""
@@ -34,7 +44,7 @@ class FakePlan:
 
     def run(self, *tensors: Tensor | None) -> backends.ForwardResult:
         self.runs.append(tensors)
-        plain = [t.as_subclass(Tensor) if isinstance(t, PretendCudaTensor) else t for t in tensors]
+        plain = [as_a_kernel_reads(tensor) for tensor in tensors]
         plan: Any = backends.REFERENCE.plan_forward(self.problem, None)
         return plan.run(*plain)
 
@@ -52,7 +62,7 @@ class FakeBackwardPlan:
 
     def run(self, *tensors: Tensor | None) -> Tensor:
         self.runs.append(tensors)
-        plain = [t.as_subclass(Tensor) if isinstance(t, PretendCudaTensor) else t for t in tensors]
+        plain = [as_a_kernel_reads(tensor) for tensor in tensors]
         plan: Any = backends.REFERENCE.plan_backward(self.problem, None)
         return plan.run(*plain)
 
@@ -70,7 +80,7 @@ class FakeCachePlan:
 
     def run(self, *tensors: Tensor | None) -> CacheResult:
         self.runs.append(tensors)
-        plain = [t.as_subclass(Tensor) if isinstance(t, PretendCudaTensor) else t for t in tensors]
+        plain = [as_a_kernel_reads(tensor) for tensor in tensors]
         plan: Any = backends.REFERENCE.plan_cache(self.problem, None)
         return plan.run(*plain)
 
