@@ -78,7 +78,7 @@ MODULES = ["flash_attn_2_cuda"]
 DATA = {
     "flash_attn": ["py.typed"],
     "flash_attn_interface": ["py.typed"],
-    "flash_attn_interface._common": ["device/*.cuh"],
+    "flash_attn_interface._common": ["device/*.cuh", "device/params/*.cuh"],
     "flash_attn_interface._common.ptx": ["*.cuh"],
     "flash_attn_interface._common.sim": [
         "ptx/*.cuh",
