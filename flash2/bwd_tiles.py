@@ -81,7 +81,7 @@ class BackwardTile:
         return _round_up(head_dim_v, self.column_multiples()[1])
 
     def smem_bytes(self, head_dim_qk: int, head_dim_v: int) -> int:
-        """Shared memory of `Smem` in bwd.cu."""
+        """Shared memory of `Smem` in bwd_warps.cuh."""
         multiple_qk, multiple_v = self.column_multiples()
         columns_qk = _round_up(head_dim_qk, multiple_qk)
         columns_v = _round_up(head_dim_v, multiple_v)

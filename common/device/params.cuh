@@ -51,7 +51,7 @@ struct FwdParams : FwdTensorParams,
                    KvParams {};
 
 // Attention forward on Hopper (hopper/fwd.cu). Tensors are known by their maps, whose dims
-// row_coords in hopper/fwd_layout.cuh names.
+// row_coords in hopper/row_coords.cuh names.
 struct HopperFwdTensorParams {
   TensorMap q_map;    // boxes of 64 rows
   TensorMap k_map;    // boxes of Cfg::kBlockN rows
@@ -88,7 +88,7 @@ struct HopperFwdParams : HopperFwdTensorParams,
 
 // Attention of few query rows over a cache (flash2/decode.cu). The keys of a sequence are divided
 // into splits, which CTAs work on independently.
-struct DecodeTensorParams {
+struct DecodeParams : LengthsParams, MaskParams, SoftmaxParams, ScoreParams, SinkParams, KvParams {
   const void* q;  // (batch, seqlen_q, num_heads_q, head_dim_qk) or (total_q, ...)
   const void* k;  // (last_slot + 1, rows, num_heads_k, head_dim_qk): a slot is a sequence or a page
   const void* v;  // (last_slot + 1, rows, num_heads_v, head_dim_v)
@@ -104,8 +104,7 @@ struct DecodeTensorParams {
   i64 qv_batch_stride, qv_row_stride, qv_head_stride;
   i64 out_split_stride, out_batch_stride, out_row_stride, out_head_stride;
   i64 lse_split_stride, lse_batch_stride, lse_head_stride;
-};
-struct DecodeWorkParams {
+
   // decode_work.cuh: what a CTA works on.
   i32 num_units, heads_per_unit;  // heads_per_unit query heads share one K head and one V head
   i32 num_tiles;                  // of all sequences of a unit
@@ -121,14 +120,6 @@ struct DecodeWorkParams {
   f32* merged_lse;      // nullable; as softmax_lse without Cfg::kSplit, strides as above
   i64 merged_batch_stride, merged_row_stride, merged_head_stride;  // of merged_out
 };
-struct DecodeParams : DecodeTensorParams,
-                      DecodeWorkParams,
-                      LengthsParams,
-                      KvParams,
-                      MaskParams,
-                      SoftmaxParams,
-                      ScoreParams,
-                      SinkParams {};
 
 // Merge of splits (flash2/combine.cu): attention over disjoint sets of keys into that over all.
 struct CombineParams : SinkParams {
