@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from .._common.backward_problem import BackwardProblem
 from .._common.cache_problem import CacheProblem
 from .._common.problem import Problem, Target
+from . import tiles
 from .fwd import ForwardPlan
 
 if TYPE_CHECKING:  # imported where they are planned: a process that only infers needs half of it
@@ -17,28 +18,35 @@ if TYPE_CHECKING:  # imported where they are planned: a process that only infers
     from .bwd import BackwardPlan
     from .cache import CachePlan
 
-MAX_HEAD_DIM = 256
 # decode.cu divides the columns of V among warps; fwd.cu does not.
 MAX_CACHED_HEAD_DIM_V = 512
+MAX_HEAD_DIM_QK_WITH_QV = 256
 # Row and column arithmetic in the kernels is 32-bit: row + seqlen_k + window must not wrap.
 MAX_SEQLEN = 2**29
 
 
 class Flash2Backend:
-    """Forward and backward for any head dims up to 256 on sm_80 and up."""
+    """On sm_80 and up, forward and backward for any head dims up to 256; forward for head_dim_qk up
+    to 576; attention over a cache for head_dim_v up to 512, too.
+    """
 
     name = "flash2"
 
     def refuses_forward(self, problem: Problem, target: Target) -> str | None:
         """Why this problem cannot be served on this target; None if it can."""
-        return _refuses(problem, MAX_HEAD_DIM)
+        return _refuses(problem, tiles.MAX_HEAD_DIM_V)
 
     def plan_forward(self, problem: Problem, target: Target) -> ForwardPlan:
         return ForwardPlan(problem, target)
 
     def refuses_backward(self, problem: BackwardProblem, target: Target) -> str | None:
         """As refuses_forward; what the forward serves, the backward does, but for caches."""
-        return problem.forward.refuses_backward() or self.refuses_forward(problem.forward, target)
+        from .bwd_tiles import MAX_HEAD_DIM
+
+        p = problem.forward
+        if max(p.head_dim_qk, p.head_dim_v) > MAX_HEAD_DIM:
+            return f"head dims of its backward are limited to {MAX_HEAD_DIM}"
+        return p.refuses_backward() or self.refuses_forward(p, target)
 
     def plan_backward(self, problem: BackwardProblem, target: Target) -> BackwardPlan:
         from .bwd import BackwardPlan
@@ -47,7 +55,11 @@ class Flash2Backend:
 
     def refuses_cache(self, problem: CacheProblem, target: Target) -> str | None:
         """As refuses_forward, of attention over a key and value cache."""
-        return _refuses(problem.forward, MAX_CACHED_HEAD_DIM_V)
+        p = problem.forward
+        reason = _refuses(p, MAX_CACHED_HEAD_DIM_V)
+        if reason is None and p.qv and p.head_dim_qk > MAX_HEAD_DIM_QK_WITH_QV:
+            return f"beside qv, head_dim_qk is limited to {MAX_HEAD_DIM_QK_WITH_QV}"
+        return reason
 
     def plan_cache(self, problem: CacheProblem, target: Target) -> CachePlan:
         from .cache import CachePlan
@@ -62,10 +74,8 @@ class Flash2Backend:
 
 
 def _refuses(problem: Problem, max_head_dim_v: int) -> str | None:
-    if problem.head_dim_qk > MAX_HEAD_DIM or problem.head_dim_v > max_head_dim_v:
-        return f"head dims are limited to {MAX_HEAD_DIM}" + (
-            f", that of v to {max_head_dim_v}" if max_head_dim_v > MAX_HEAD_DIM else ""
-        )
+    if problem.head_dim_qk > tiles.MAX_HEAD_DIM_QK or problem.head_dim_v > max_head_dim_v:
+        return f"head dims are limited to {tiles.MAX_HEAD_DIM_QK}, that of v to {max_head_dim_v}"
     packed_k = 0 if problem.cache_slots else problem.total_k
     if max(problem.seqlen_q, problem.seqlen_k, problem.total_q, packed_k) >= MAX_SEQLEN:
         return f"sequences and packed buffers are limited to {MAX_SEQLEN - 1} tokens"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from .._common import arch as arch_table
-from .._common.headdim import MAX_HEAD_DIM, Pair, Wanted
+from .._common.headdim import Pair, Wanted
 from .._common.prebuilt_problems import (
     backward_problems,
     cache_problems,
@@ -17,7 +17,7 @@ from .._common.prebuilt_problems import (
 from .._common.problem import Problem, Target
 from .._common.spec import KernelSpec
 from .append_tiles import append_spec
-from .bwd_tiles import backward_specs
+from .bwd_tiles import MAX_HEAD_DIM, backward_specs
 from .decode_splits import MAX_CHOSEN_SPLITS
 from .decode_tiles import (
     PARTIAL_COLUMN_MULTIPLE,
@@ -25,17 +25,15 @@ from .decode_tiles import (
     combine_spec,
     decode_spec,
 )
-from .tiles import forward_spec
+from .tiles import MAX_HEAD_DIM_V, forward_spec
 
 
 def specs(pair: Pair, wanted: Wanted, arch: str) -> list[KernelSpec]:
-    """The kernels for a pair of head dims on an arch; none for a pair beyond this tree.
+    """The kernels for a pair of head dims on an arch, for what this tree serves of that pair.
 
     "sm_90a" means sm_90 here, whose kernels serve an H100 wherever the Hopper tree does not. Newer
     GPUs that run an arch's machine code may prefer other tiles: those are compiled for it too.
     """
-    if max(pair) > MAX_HEAD_DIM:
-        return []
     arch = arch.rstrip("af")
     found: dict[KernelSpec, None] = {}
     for runs_on in (arch, *arch_table.newer_compatible(arch)):
@@ -48,12 +46,15 @@ def specs(pair: Pair, wanted: Wanted, arch: str) -> list[KernelSpec]:
 
 
 def _planned(pair: Pair, wanted: Wanted, arch: str, gpu: str) -> Iterator[KernelSpec]:
-    for problem in forward_problems(pair, wanted):
-        yield forward_spec(problem, arch, gpu=gpu)
-    for backward in backward_problems(pair, wanted):
-        yield from backward_specs(backward, arch, gpu=gpu)
-    for problem in paged_problems(pair, wanted):
-        yield forward_spec(problem, arch, gpu=gpu)
+    if pair[1] <= MAX_HEAD_DIM_V:
+        for problem in forward_problems(pair, wanted):
+            yield forward_spec(problem, arch, gpu=gpu)
+    if max(pair) <= MAX_HEAD_DIM:
+        for backward in backward_problems(pair, wanted):
+            yield from backward_specs(backward, arch, gpu=gpu)
+    if pair[1] <= MAX_HEAD_DIM_V:
+        for problem in paged_problems(pair, wanted):
+            yield forward_spec(problem, arch, gpu=gpu)
     for cache in cache_problems(pair, wanted):
         yield append_spec(cache, arch, cache.new_vector_bytes)
         yield from _decode_specs(cache.forward, arch, gpu)

@@ -23,6 +23,8 @@ COLUMN_MULTIPLE = 16
 LINE_COLUMNS = 64
 ROW_PAD_BYTES = 16
 CHUNK_COLUMNS = 64  # what the threads of a row copy at a time, or twice that
+# A warp holds O of all columns of its rows: 128 registers a thread at 256.
+MAX_HEAD_DIM_QK, MAX_HEAD_DIM_V = 576, 256
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,10 @@ def _candidates(problem: Problem) -> Iterator[ForwardTile]:
     yield ForwardTile(128, 64, 8)
     yield ForwardTile(64, 64, 4)
     yield ForwardTile(64, 32, 4)
+    if qk > 256:  # 99 KB of shared memory: sm_86, sm_89, sm_120
+        if not problem.dropout:
+            yield ForwardTile(64, 16, 4)
+        yield ForwardTile(32, 32, 2)
 
 
 def prologue_chunks(head_dim_qk: int) -> int:

@@ -27,6 +27,8 @@ from ._common import compiler, driver, prebuild, trust, tuned_tiles
 from ._common.problem import Problem, Target
 from ._common.spec import KernelSpec
 from ._common.tuning import Tunable
+from ._flash2.tuning import backward_problem, cache_problem
+from .backends import Backend
 from .selection import Device, device_of, installed_backends, target_for
 from .simulation import capability_of
 from .tune_compile import Report
@@ -274,12 +276,22 @@ def subjects(options: argparse.Namespace, device: Device) -> list[Subject]:
                     for causal in _masks(options, tunable.direction):
                         settings = _settings(options, tunable, (dims[0], dims[1]), dtype, causal)
                         subject = Subject(tunable, target, settings)
-                        refusal = backend.refuses_forward(subject.problem, target)
+                        refusal = _refuses(backend, subject)
                         if refusal is None:
                             found.append(subject)
                         else:
                             print(f"{subject.key}: left out, {refusal}", file=sys.stderr)
     return found
+
+
+def _refuses(backend: Backend, subject: Subject) -> str | None:
+    """Why the tree does not serve the direction that would be tuned; None if it does."""
+    problem, target = subject.problem, subject.target
+    if subject.tunable.direction == "bwd":
+        return backend.refuses_backward(backward_problem(problem), target)
+    if subject.tunable.direction == "decode":
+        return backend.refuses_cache(cache_problem(problem), target)
+    return backend.refuses_forward(problem, target)
 
 
 def _masks(options: argparse.Namespace, direction: str) -> tuple[bool, ...]:

@@ -23,7 +23,7 @@ MAX_SECONDS = 15.0  # on a machine shared by others; alone it is below 5
 SERIALISED = re.compile(r"C75(10|12|14|15|16|17|18|20)|instructions are serialized")
 FEATURE_NAMES = [name for name in FEATURES if name != "dmask"]
 MAY_SPILL = {"everything"}
-WIDE_PAIRS = [(256, 256), (64, 512)]
+WIDE_PAIRS = [(256, 256), (64, 512), (320, 64), (384, 256), (512, 64), (512, 128), (576, 256)]
 UNTUNED_PAIRS = [(16, 16), (80, 80), (112, 48), (160, 224), (256, 64), (72, 200)]
 
 
@@ -65,7 +65,7 @@ def params(pairs: list[tuple[int, int]], features: list[str], dtypes: list[str])
 SAMPLE = [
     *params([(64, 64), (64, 128), (128, 256), (256, 256)], ["causal"], ["bf16"]),
     *params([(128, 128)], ["plain", "varlen"], ["fp16"]),
-    *params([(64, 512)], ["causal"], ["bf16"]),
+    *params([(64, 512), (512, 64), (576, 256)], ["causal"], ["bf16"]),
     *params([(192, 128)], ["dropout"], ["bf16"]),
     *params([(64, 64)], ["softcap", "window"], ["bf16"]),
 ]
@@ -137,7 +137,7 @@ def test_packed_gqa(dims: tuple[int, int], feature: str, group: int):
 def test_every_pair_of_head_dims_has_a_tile():
     """Planning only; validate() checks shared memory and threads."""
     for feature in FEATURE_NAMES:
-        for head_dim_qk in range(8, 257, 8):
+        for head_dim_qk in range(8, 577, 8):
             for head_dim_v in range(8, 513 if head_dim_qk <= 64 else 257, 24):
                 asked = problem((head_dim_qk, head_dim_v), feature, "bf16")
                 spec = TREE.tiles.forward_spec(asked, ARCH)
