@@ -10,34 +10,36 @@ from typing import TYPE_CHECKING
 from .._common.backward_problem import BackwardProblem
 from .._common.cache_problem import CacheProblem
 from .._common.problem import Problem, Target
-from . import tiles
+from . import part_tiles, tiles
 from .fwd import ForwardPlan
+from .fwd_parts import PartsPlan
 
 if TYPE_CHECKING:  # imported where they are planned: a process that only infers needs half of it
     from .._common.tuning import Tunable
     from .bwd import BackwardPlan
     from .cache import CachePlan
 
-# decode.cu divides the columns of V among warps; fwd.cu does not.
-MAX_CACHED_HEAD_DIM_V = 512
+# fwd.cu takes the columns of V in up to two parts, decode.cu divides them among warps.
+MAX_HEAD_DIM_V = part_tiles.MAX_PARTS * tiles.MAX_HEAD_DIM_V
 MAX_HEAD_DIM_QK_WITH_QV = 256
 # Row and column arithmetic in the kernels is 32-bit: row + seqlen_k + window must not wrap.
 MAX_SEQLEN = 2**29
 
 
 class Flash2Backend:
-    """On sm_80 and up, forward and backward for any head dims up to 256; forward for head_dim_qk up
-    to 576; attention over a cache for head_dim_v up to 512, too.
+    """On sm_80 and up, forward and attention over a cache for head dims up to 576 of q and k and
+    512 of v, backward for any up to 256.
     """
 
     name = "flash2"
 
     def refuses_forward(self, problem: Problem, target: Target) -> str | None:
         """Why this problem cannot be served on this target; None if it can."""
-        return _refuses(problem, tiles.MAX_HEAD_DIM_V)
+        return _refuses(problem)
 
-    def plan_forward(self, problem: Problem, target: Target) -> ForwardPlan:
-        return ForwardPlan(problem, target)
+    def plan_forward(self, problem: Problem, target: Target) -> ForwardPlan | PartsPlan:
+        wide = problem.head_dim_v > tiles.MAX_HEAD_DIM_V
+        return PartsPlan(problem, target) if wide else ForwardPlan(problem, target)
 
     def refuses_backward(self, problem: BackwardProblem, target: Target) -> str | None:
         """As refuses_forward; what the forward serves, the backward does, but for caches."""
@@ -56,7 +58,7 @@ class Flash2Backend:
     def refuses_cache(self, problem: CacheProblem, target: Target) -> str | None:
         """As refuses_forward, of attention over a key and value cache."""
         p = problem.forward
-        reason = _refuses(p, MAX_CACHED_HEAD_DIM_V)
+        reason = _refuses(p)
         if reason is None and p.qv and p.head_dim_qk > MAX_HEAD_DIM_QK_WITH_QV:
             return f"beside qv, head_dim_qk is limited to {MAX_HEAD_DIM_QK_WITH_QV}"
         return reason
@@ -73,9 +75,9 @@ class Flash2Backend:
         return TUNABLES
 
 
-def _refuses(problem: Problem, max_head_dim_v: int) -> str | None:
-    if problem.head_dim_qk > tiles.MAX_HEAD_DIM_QK or problem.head_dim_v > max_head_dim_v:
-        return f"head dims are limited to {tiles.MAX_HEAD_DIM_QK}, that of v to {max_head_dim_v}"
+def _refuses(problem: Problem) -> str | None:
+    if problem.head_dim_qk > tiles.MAX_HEAD_DIM_QK or problem.head_dim_v > MAX_HEAD_DIM_V:
+        return f"head dims are limited to {tiles.MAX_HEAD_DIM_QK}, that of v to {MAX_HEAD_DIM_V}"
     packed_k = 0 if problem.cache_slots else problem.total_k
     if max(problem.seqlen_q, problem.seqlen_k, problem.total_q, packed_k) >= MAX_SEQLEN:
         return f"sequences and packed buffers are limited to {MAX_SEQLEN - 1} tokens"

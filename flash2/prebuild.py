@@ -25,7 +25,7 @@ from .decode_tiles import (
     combine_spec,
     decode_spec,
 )
-from .tiles import MAX_HEAD_DIM_V, forward_spec
+from .part_tiles import forward_specs
 
 
 def specs(pair: Pair, wanted: Wanted, arch: str) -> list[KernelSpec]:
@@ -46,15 +46,13 @@ def specs(pair: Pair, wanted: Wanted, arch: str) -> list[KernelSpec]:
 
 
 def _planned(pair: Pair, wanted: Wanted, arch: str, gpu: str) -> Iterator[KernelSpec]:
-    if pair[1] <= MAX_HEAD_DIM_V:
-        for problem in forward_problems(pair, wanted):
-            yield forward_spec(problem, arch, gpu=gpu)
+    for problem in forward_problems(pair, wanted):
+        yield from forward_specs(problem, arch, gpu)
     if max(pair) <= MAX_HEAD_DIM:
         for backward in backward_problems(pair, wanted):
             yield from backward_specs(backward, arch, gpu=gpu)
-    if pair[1] <= MAX_HEAD_DIM_V:
-        for problem in paged_problems(pair, wanted):
-            yield forward_spec(problem, arch, gpu=gpu)
+    for problem in paged_problems(pair, wanted):
+        yield from forward_specs(problem, arch, gpu)
     for cache in cache_problems(pair, wanted):
         yield append_spec(cache, arch, cache.new_vector_bytes)
         yield from _decode_specs(cache.forward, arch, gpu)

@@ -50,8 +50,8 @@ def flash_attn_func(
             cast to autocast's dtype, q, k and v alike.
         k: (batch, seqlen_k, num_heads_k, head_dim_qk); num_heads_q is a multiple of num_heads_k.
         v: (batch, seqlen_k, num_heads_v, head_dim_v); num_heads_q is a multiple of num_heads_v.
-            num_heads_v and head_dim_v need not equal k's. Head dims: any from 1 to 256; beyond, up
-            to 576 of q and k and 512 of v, forward only, where docs/features.md says so.
+            num_heads_v and head_dim_v need not equal k's. Head dims: any from 1 to 576 of q and
+            k and to 512 of v; beyond 256 there is no backward on a GPU yet.
         softmax_scale: None means head_dim_qk ** -0.5. This is the fourth positional parameter here,
             whereas in `flash_attn.flash_attn_func` it is dropout_p.
         causal: query i sees key j when j <= i + seqlen_k - seqlen_q (bottom-right alignment).

@@ -291,7 +291,13 @@ def _refuses(backend: Backend, subject: Subject) -> str | None:
         return backend.refuses_backward(backward_problem(problem), target)
     if subject.tunable.direction == "decode":
         return backend.refuses_cache(cache_problem(problem), target)
-    return backend.refuses_forward(problem, target)
+    refusal = backend.refuses_forward(problem, target)
+    if refusal is None:
+        try:
+            subject.tunable.builtin(problem, target.arch)
+        except NotImplementedError as error:  # served by a kernel that has no tiles to choose from
+            return str(error)
+    return refusal
 
 
 def _masks(options: argparse.Namespace, direction: str) -> tuple[bool, ...]:

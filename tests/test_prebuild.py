@@ -181,8 +181,10 @@ def test_each_tree_prebuilds_what_it_serves_of_a_pair() -> None:
     decoding = {"flash2_append", "flash2_decode", "flash2_combine"}
     for pair in ((64, 512), (576, 512)):
         entries = {spec.entry for spec in flash2_prebuild.specs(pair, Wanted(), "sm_90a")}
-        assert entries == decoding
-    assert len(planner.specs((64, 512), Wanted(), "sm_90a")) >= 8
+        assert entries == decoding | {"flash2_fwd"}
+    for pair, entry in (((64, 512), "hopper_fwd"), ((576, 512), "hopper_fwd_wide")):
+        specs = planner.specs(pair, Wanted(), "sm_90a")
+        assert len(specs) >= 8 and {spec.entry for spec in specs} == {entry}
     wide_q = {spec.entry for spec in flash2_prebuild.specs((576, 64), Wanted(), "sm_80")}
     assert wide_q == decoding | {"flash2_fwd"}
     assert {s.entry for s in planner.specs((576, 64), Wanted(), "sm_90a")} == {"hopper_fwd"}

@@ -6,23 +6,26 @@ own: test_hopper_forward.py and test_hopper_forward_wide.py.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import cache_cases
+import calls
 import oracle
 import pytest
 import torch
 from cache_cases import CacheCase, call, make_cache
 from cases import Case
 from conftest import Runner
+from inputs import make_inputs
 from test_compile_flash2 import FEATURES, problem
 from test_forward import check_case
 
+import flash_attn
 import flash_attn_interface
 from flash_attn_interface import backends, dispatch, explain
 from flash_attn_interface._common import arch as arch_table
-from flash_attn_interface._common.problem import Target
-from flash_attn_interface._flash2 import BACKEND, tiles
+from flash_attn_interface._flash2 import part_tiles
 
 PAIRS = [(512, 512), (576, 512), (256, 512), (512, 64), (320, 384), (264, 40)]
 SIM_ARCHS = ("sm_80", "sm_86", "sm_90")
@@ -94,6 +97,13 @@ FORWARD = [
     _SMALL.with_dims(320, 192).but(alibi="heads"),
     _SMALL.with_dims(575, 33),
     Case(lengths_q=(37, 0, 65), lengths_k=(41, 12, 90), causal=True).with_dims(512, 128),
+    # V in two parts.
+    _SMALL.with_dims(512, 512).but(causal=True),
+    _SMALL.with_dims(576, 512).with_heads(4, 2, 1),
+    _SMALL.with_dims(320, 384).but(softcap=3.0, window_size=(30, 9)),
+    _SMALL.with_dims(40, 300).but(alibi="heads", layout="bhsd"),
+    _SMALL.with_dims(33, 257).but(dtype="fp16", align_bytes=2, layout="gaps"),
+    Case(lengths_q=(37, 0, 65), lengths_k=(41, 12, 90), tail=5).with_dims(256, 512),
 ]
 
 
@@ -102,14 +112,60 @@ def test_forward(machine: Runner, case: Case):
     check_case(machine, case)
 
 
+@everywhere(
+    [
+        _SMALL.with_dims(512, 256).but(dropout_p=0.17),
+        _SMALL.with_dims(264, 320).but(dropout_p=0.17, causal=True),
+    ],
+    ("sm_80", "sm_86"),
+)
+def test_dropout(machine: Runner, case: Case):
+    """The mask is exactly the reference's."""
+    inputs = make_inputs(case, machine.device)
+    torch.manual_seed(1234)
+    rng_state = calls.draw_rng_state(machine.device)
+    torch.manual_seed(1234)
+    out, _, _ = calls.forward(machine, case, inputs, return_attn_probs=False)
+    oracle.check(oracle.expect(case, inputs, rng_state), out, None)
+
+
+@everywhere([_SMALL.with_dims(72, 320).but(dropout_p=0.17)], ("sm_80",))
+def test_s_dmask_of_a_v_in_two_parts(machine: Runner, case: Case):
+    inputs = make_inputs(case, machine.device)
+    narrow = replace(inputs, v=inputs.v[..., :64])
+    torch.manual_seed(7)
+    want = calls.forward(machine, case, narrow)
+    torch.manual_seed(7)
+    got = calls.forward(machine, case, inputs)
+    assert torch.allclose(got[1], want[1]) and torch.allclose(got[2], want[2])
+
+
+def test_pages_of_a_v_in_two_parts():
+    """The bits of packed keys, as of narrower values."""
+    q = torch.randn(70, 2, 72).to(torch.bfloat16)
+    k, v = (torch.randn(5 * 16, 1, dim).to(torch.bfloat16) for dim in (72, 320))
+    ends_q, ends_k = (torch.tensor(ends, dtype=torch.int32) for ends in ((0, 70), (0, 80)))
+    order = torch.tensor([3, 0, 4, 1, 2])
+    pages = [torch.empty(5, 16, *x.shape[1:], dtype=x.dtype) for x in (k, v)]
+    for x, of_x in zip((k, v), pages, strict=True):
+        of_x[order] = x.view(5, 16, *x.shape[1:])
+    runner = Runner("sim", torch.device("cpu"))
+    function = flash_attn.flash_attn_varlen_func
+    packed = runner.call(function, q, k, v, ends_q, ends_k, 70, 80, causal=True)
+    table = order.to(torch.int32)[None]
+    paged = runner.call(function, q, *pages, ends_q, ends_k, 70, 80, causal=True, block_table=table)
+    assert torch.equal(packed, paged)
+
+
 @pytest.mark.parametrize("arch", arch_table.known_archs())
 def test_every_pair_has_a_forward_tile(arch: str):
     """Planning only; validate() checks shared memory and threads against the arch."""
     for feature in FEATURES:
         for head_dim_qk in range(264, 577, 24):
-            for head_dim_v in (8, 64, 128, 200, 256):
+            for head_dim_v in (8, 64, 128, 200, 256, 257, 384, 512):
                 asked = problem((head_dim_qk, head_dim_v), feature, "bf16")
-                tiles.forward_spec(asked, arch)
+                specs = part_tiles.forward_specs(asked, arch)
+                assert sum(int(spec["head_dim_v"]) for spec in specs) == head_dim_v
 
 
 # ---- decoding ------------------------------------------------------------------------------------
@@ -153,15 +209,6 @@ def test_qv_goes_with_narrower_queries():
 
 
 # ---- refusals ------------------------------------------------------------------------------------
-
-
-def test_a_wide_v_is_refused_by_the_ampere_forward():
-    asked = problem((512, 512), "plain", "bf16")
-    reason = BACKEND.refuses_forward(asked, Target("sm_80", 0))
-    assert reason == "head dims are limited to 576, that of v to 256"
-    q, k, v = (torch.zeros(1, 4, 1, 512, dtype=torch.bfloat16) for _ in range(3))
-    with pytest.raises(NotImplementedError, match=r"that of v to 256\. Way out: .*=reference"):
-        Runner("sim", torch.device("cpu")).call(flash_attn_interface.flash_attn_func, q, k, v)
 
 
 @pytest.mark.sim
