@@ -26,7 +26,6 @@ ONE_TILE_ROWS = 64
 # With more rows, the forward serves unless it leaves the machine emptier than this.
 FORWARD_MIN_OCCUPANCY = 0.75
 LENGTH_BYTES = 4
-MAX_HEAD_DIM_V_OF_FORWARD = 256
 
 
 def attends_by_decode(problem: CacheProblem, target: Target) -> bool:
@@ -37,7 +36,7 @@ def attends_by_decode(problem: CacheProblem, target: Target) -> bool:
     its results too do not depend on what else is in the batch when there is one split.
     """
     p = problem.forward
-    if p.qv or p.head_dim_v > MAX_HEAD_DIM_V_OF_FORWARD:
+    if p.qv or p.head_dim_v > fwd_tiles.MAX_HEAD_DIM_V:
         return True
     if problem.num_splits > 0:
         return problem.num_splits > 1
