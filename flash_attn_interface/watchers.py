@@ -57,7 +57,9 @@ def all_plain(*arguments: Any) -> bool:
 
 def has_plain_type(argument: Any) -> bool:
     """As `all_plain`, of one tensor of integers, say lengths."""
-    return type(argument) in PLAIN_TYPES or not isinstance(argument, Tensor)
+    if type(argument) in PLAIN_TYPES:
+        return not argument.is_neg()
+    return not isinstance(argument, Tensor)
 
 
 def differentiates(*arguments: Any) -> bool:
