@@ -79,6 +79,17 @@ def a_transform_is(kind: str) -> bool:
     return any(interpreter.key().name == kind for interpreter in _interpreters())
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether a check may look at the values: they are in CPU memory, and nobody traces."""
+    plain = type(tensor) in PLAIN_TYPES and tensor.device.type == "cpu"
+    return plain and traced_or_transformed() is None
+
+
+def transforming() -> bool:
+    """Whether any transform of torch.func runs."""
+    return bool(_transforms_active())
+
+
 def tracing() -> bool:
     """Whether torch.jit.trace records."""
     return bool(_tracing())
