@@ -118,7 +118,8 @@ def _reaches(distance: int, axes: list[_Axis], run: tuple[int, int], trivially: 
 
 
 class _Span(NamedTuple):
-    """From the first byte of a tensor to behind its last."""
+    """From the first byte of a tensor to behind its last; empty where there is no memory to speak
+    of: meta and fake tensors, wrappers of other tensors, the tensors of torch.func's transforms."""
 
     name: str
     tensor: Tensor
@@ -127,7 +128,12 @@ class _Span(NamedTuple):
 
     @staticmethod
     def of(name: str, tensor: Tensor) -> _Span:
-        begin = tensor.data_ptr()
+        try:
+            begin = tensor.data_ptr()
+        except RuntimeError:
+            begin = 0
+        if begin == 0:
+            return _Span(name, tensor, 0, 0)
         nbytes = tensor.nbytes if tensor.is_contiguous() else Layout.of(tensor).nbytes
         return _Span(name, tensor, begin, begin + nbytes)
 

@@ -189,7 +189,7 @@ class _Attention(torch.autograd.Function):
             results = traced.backward(dout, dlse, q, k, v, o.packing, out, *others, *numbers)
         else:
             arch = ctx.simulated_arch
-            run = gradients if _direct_backward(dout, dlse, q, k, v) else traced.backward
+            run = gradients if _direct_backward(dout, dlse, q) else traced.backward
             with torch.no_grad(), nullcontext() if arch is None else simulate(arch):
                 results = run(dout, dlse, q, k, v, o.packing, out, *others, *numbers)
             if torch.is_grad_enabled():  # create_graph=True
@@ -197,11 +197,11 @@ class _Attention(torch.autograd.Function):
         return (*results, None, None, None, None, None, None)
 
 
-def _direct_backward(dout: Tensor, dlse: Any, q: Tensor, k: Any, v: Any) -> bool:
+def _direct_backward(dout: Tensor, dlse: Tensor | None, q: Tensor) -> bool:
     """Whether the gradients that arrive are plain tensors with memory, and nobody watches the
-    backward. The forward was direct, but a gradient may come from a collective."""
-    zero = dout._is_zerotensor() or (dlse is not None and dlse._is_zerotensor())
-    return unwatched(dout, q, dout) and all_plain(dlse, k, v) and not zero
+    backward. The forward was direct, but a gradient may come from a collective, or be zero."""
+    other = dout if dlse is None else dlse
+    return unwatched(dout, q, other) and dout.data_ptr() != 0 and other.data_ptr() != 0
 
 
 def _three(results: Any) -> ForwardResult:

@@ -87,15 +87,17 @@ def forward(
     """
     try:
         q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
+        addresses = q.data_ptr() | k.data_ptr() | v.data_ptr()
         gaps = q_strides[-1] != 1 or k_strides[-1] != 1 or v_strides[-1] != 1
     except IndexError:  # no dimensions, which the checks will name
         gaps = True
-    except (AttributeError, RuntimeError):  # no tensor, or one without strides
+    except (AttributeError, RuntimeError):  # no tensor, or one without strides or address
         check_qkv_kind(q, k, v)
         raise
     if gaps:
         q, k, v = (checks.last_dim_contiguous(tensor) for tensor in (q, k, v))
         q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
+        addresses = q.data_ptr() | k.data_ptr() | v.data_ptr()
     if not is_unlimited(window_size):
         window_size = window_pair(window_size)
     ragged = None
@@ -114,7 +116,7 @@ def forward(
         key = (  # flat, since hashing nested tuples is slower
             "forward", q.shape, k.shape, v.shape, q_strides, k_strides, v_strides, q.dtype,
             k.dtype, v.dtype, device, k.get_device(), v.get_device(),
-            (q.data_ptr() | k.data_ptr() | v.data_ptr()) & _ADDRESS_BITS,
+            addresses & _ADDRESS_BITS,
             softmax_scale, causal, window_size, attention_chunk, softcap, dropout_p,
             return_lse, return_softmax, ragged, sm_margin, pack_gqa,
             None if seqused_q is None else layout_of(seqused_q),
@@ -229,7 +231,10 @@ def backward(
                 cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, rng_state, dlse
             ),
         )  # fmt: skip
-        slot = plans.find(key)
+        try:
+            slot = plans.find(key)
+        except TypeError:  # an unhashable argument, a list say: the checks will name it
+            key = None
         if slot is not None:
             slot.used = plans.clock
             try:
@@ -264,8 +269,11 @@ def _layouts(*tensors: Tensor | None) -> list[Hashable]:
     for tensor in tensors:
         if tensor is None:
             found.append(None)
-        else:
+            continue
+        try:
             found += tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device()
+        except (AttributeError, RuntimeError):  # no tensor, or one without strides
+            found.append(layout_of(tensor))
     return found
 
 

@@ -57,7 +57,9 @@ def all_plain(*arguments: Any) -> bool:
 
 def has_plain_type(argument: Any) -> bool:
     """As `all_plain`, of one tensor of integers, say lengths."""
-    return type(argument) in PLAIN_TYPES or not isinstance(argument, Tensor)
+    if type(argument) in PLAIN_TYPES:
+        return not argument.is_neg()
+    return not isinstance(argument, Tensor)
 
 
 def differentiates(*arguments: Any) -> bool:
@@ -75,6 +77,17 @@ def differentiates(*arguments: Any) -> bool:
 def a_transform_is(kind: str) -> bool:
     """Whether one of the running transforms of torch.func is of that kind: Grad, Vmap or Jvp."""
     return any(interpreter.key().name == kind for interpreter in _interpreters())
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether a check may look at the values: they are in CPU memory, and nobody traces."""
+    plain = type(tensor) in PLAIN_TYPES and tensor.device.type == "cpu"
+    return plain and traced_or_transformed() is None
+
+
+def transforming() -> bool:
+    """Whether any transform of torch.func runs."""
+    return bool(_transforms_active())
 
 
 def tracing() -> bool:

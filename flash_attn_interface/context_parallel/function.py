@@ -259,7 +259,7 @@ def _check_sinks(s_aux: Any, q: Tensor) -> None:
         raise TypeError(f"s_aux has dtype {s_aux.dtype}: expected float32, bfloat16 or float16")
     if s_aux.shape != (q.shape[-2],):
         raise ValueError(
-            f"s_aux has shape {tuple(s_aux.shape)}: expected ({q.shape[-2]},), one per query head"
+            f"s_aux has shape {tuple(s_aux.shape)}: expected ({q.shape[-2]},), one per head of q"
         )
     if s_aux.device != q.device:
         raise ValueError(f"s_aux is on {s_aux.device} but q is on {q.device}: move it there")

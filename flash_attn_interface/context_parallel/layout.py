@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .._common.ask.check_tensors import require_tensor
-from .._common.ask.check_values import flag, integer, shown
+from .._common.ask.check_values import check_factory, flag, integer, shown
 from .._common.ask.checks import shorten
 from . import all_to_all, gathering
 from .agreement import agree
@@ -71,8 +71,8 @@ class Layout:
     ) -> None:
         self.group = _process_group(group)
         self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
-        if scheme not in SCHEMES:
-            raise ValueError(f"scheme is {scheme!r}: expected 'zigzag' or 'contiguous'")
+        if not isinstance(scheme, str) or scheme not in SCHEMES:
+            raise ValueError(f"scheme is {shown(scheme)}: expected 'zigzag' or 'contiguous'")
         if (seqlen is None) == (cu_seqlens is None):
             raise ValueError("expected either seqlen or cu_seqlens")
         self.scheme, self.verify = scheme, flag("verify", verify)
@@ -229,6 +229,7 @@ class Layout:
         return self._tensors[key]
 
     def _numbers(self, name: str, device: torch.device | str | None) -> Tensor:
+        check_factory(device, None)
         where = torch.device("cpu" if device is None else device)
         key = (name, where)
         if key not in self._tensors:
@@ -278,7 +279,8 @@ def _process_group(group: Any) -> dist.ProcessGroup:
     if group is None:
         group = dist.group.WORLD
     if not isinstance(group, dist.ProcessGroup):
-        if group == dist.GroupMember.NON_GROUP_MEMBER:
+        nobody = dist.GroupMember.NON_GROUP_MEMBER
+        if type(group) is type(nobody) and group == nobody:
             raise ValueError("group: this rank is not in it")
         raise TypeError(
             f"group is {type(group).__name__}: expected a torch.distributed process group, a "
@@ -302,6 +304,9 @@ def _count(name: str, value: Any, least: int) -> int:
 def _lengths(cu_seqlens: Sequence[int] | Tensor) -> list[int]:
     """Of documents, from their starts and the total."""
     if isinstance(cu_seqlens, Tensor):
+        require_tensor("cu_seqlens", cu_seqlens)
+        if cu_seqlens.is_meta:
+            raise ValueError("cu_seqlens is on meta: expected values, on the CPU if possible")
         if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
             raise ValueError(
                 f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}: expected "

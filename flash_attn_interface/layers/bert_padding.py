@@ -17,6 +17,7 @@ from torch.compiler import is_compiling
 
 from .._common.ask.check_tensors import require_device, require_tensor
 from .._common.ask.check_values import non_negative
+from ..call.watchers import readable
 
 # ---- rows of a tensor ---------------------------------------------------------------------------
 
@@ -24,11 +25,17 @@ from .._common.ask.check_values import non_negative
 class IndexFirstAxis(torch.autograd.Function):
     """The row gather behind `index_first_axis`."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, input: Tensor, indices: Tensor) -> Tensor:
+    def forward(input: Tensor, indices: Tensor) -> Tensor:
+        return input.index_select(0, indices)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        input, indices = inputs
         ctx.save_for_backward(indices)
         ctx.first_axis_dim = input.shape[0]
-        return input.index_select(0, indices)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
@@ -40,14 +47,19 @@ class IndexFirstAxis(torch.autograd.Function):
 class IndexPutFirstAxis(torch.autograd.Function):
     """The row scatter behind `index_put_first_axis`."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
-        ctx.save_for_backward(indices)
+    def forward(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
         zeros = values.new_zeros(first_axis_dim, *values.shape[1:])
         if values.dtype.is_floating_point and values.dtype.itemsize == 1:  # torch cannot copy fp8
             bits = zeros.view(torch.uint8).index_copy_(0, indices, values.view(torch.uint8))
             return bits.view(values.dtype)
         return zeros.index_copy_(0, indices, values)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
@@ -58,10 +70,15 @@ class IndexPutFirstAxis(torch.autograd.Function):
 class IndexFirstAxisResidual(torch.autograd.Function):
     """The row gather behind `index_first_axis_residual`."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, input: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(indices)
+    def forward(input: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         return input.index_select(0, indices), input.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Any) -> None:
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, grad_residual: Tensor) -> tuple[Tensor, None]:
@@ -284,7 +301,7 @@ def _row_indices(
         raise ValueError(f"indices has shape {tuple(indices.shape)}: expected one dim")
     require_device("indices", indices, rows.device, name)
     count = rows.shape[0] if count is None else count
-    if indices.device.type == "cpu" and not is_compiling() and indices.numel():
+    if not is_compiling() and readable(indices) and indices.numel():
         least, greatest = (int(x) for x in indices.aminmax())
         if least < 0 or greatest >= count:
             raise ValueError(

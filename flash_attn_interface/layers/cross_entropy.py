@@ -20,6 +20,7 @@ from .._common.ask.check_tensors import (
     require_tensor,
 )
 from .._common.ask.check_values import flag, integer, real, shown
+from ..call.watchers import readable
 
 
 def cross_entropy_loss(
@@ -67,7 +68,7 @@ def cross_entropy_loss(
             "no cross entropy here. Gather them first, or use "
             "torch.distributed.tensor.parallel.loss_parallel."
         )
-    if labels.device.type == "cpu" and not is_compiling():
+    if not is_compiling() and readable(labels):
         _check_labels(labels, ignore_index, logits.shape[1])
     scaled = logits.float() * logit_scale
     losses = nn.functional.cross_entropy(
@@ -125,7 +126,7 @@ class CrossEntropyLoss(nn.Module):
         """input: (batch, vocab_size) logits; target: (batch,) labels. Raises as
         `cross_entropy_loss`."""
         _check(input, target, precomputed_lse, "input", "target")
-        if target.device.type == "cpu" and not is_compiling():
+        if not is_compiling() and readable(target):
             _check_labels(target, self.ignore_index, input.shape[1], "target")
         losses, z_losses = cross_entropy_loss(
             input,

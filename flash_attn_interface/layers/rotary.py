@@ -27,7 +27,13 @@ from torch import Tensor
 from .._common.ask.check_overlap import check_outputs
 from .._common.ask.check_tensors import require_floating, require_tensor
 from .._common.ask.check_values import flag, non_negative
-from .rotary_positions import check_layout, check_tables, compute_dtype, rows_for_tokens
+from ..call.watchers import transforming
+from .rotary_positions import (
+    check_layout,
+    check_tables,
+    compute_dtype,
+    rows_for_tokens,
+)
 
 DENSE = ("batch", "seqlen", "num_heads", "head_dim")
 PACKED = ("total", "num_heads", "head_dim")
@@ -267,8 +273,9 @@ def _rotate(x: Tensor, plan: _Plan, inplace: bool, tables: tuple[Tensor, ...], n
     `rows_for_tokens`."""
     if inplace and not torch.compiler.is_compiling():
         check_outputs({name: x}, dict(zip(_TABLES, tables, strict=False)))
-    # A compiler derives the same backward itself, and fuses what it can look into.
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
+    # A compiler and torch.func derive the same backward themselves.
+    derived = torch.compiler.is_compiling() or transforming()
+    if derived or not (torch.is_grad_enabled() and x.requires_grad):
         return _rotated(x, plan, inplace, tables)
     out: Tensor = _Rotation.apply(x, plan, inplace, *tables)  # type: ignore[no-untyped-call]
     return out

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._common.ask.check_tensors import require_device, require_floating
+
 
 def apply_sinks(out: Tensor, softmax_lse: Tensor, s_aux: Tensor) -> tuple[Tensor, Tensor]:
     """What attention with the sinks `s_aux` gives, from the result of attention without them.
@@ -26,14 +28,20 @@ def apply_sinks(out: Tensor, softmax_lse: Tensor, s_aux: Tensor) -> tuple[Tensor
         softmax_lse s_aux.
 
     Raises:
-        ValueError: the shapes disagree.
+        TypeError: an argument is no tensor of floating-point numbers.
+        ValueError: shapes or devices disagree.
     """
+    for name, tensor in (("out", out), ("softmax_lse", softmax_lse), ("s_aux", s_aux)):
+        require_floating(name, tensor)
+        require_device(name, tensor, out.device, "out")
+    if out.ndim < 3:
+        raise ValueError(f"out has shape {tuple(out.shape)}: expected (..., num_heads_q, head_dim)")
     heads = out.shape[-2]
     if s_aux.shape != (heads,):
         raise ValueError(
-            f"s_aux has shape {tuple(s_aux.shape)}: expected (num_heads_q,), ({heads},)"
+            f"s_aux has shape {tuple(s_aux.shape)}: expected (num_heads_q,), ({heads},) by out"
         )
-    if softmax_lse.transpose(-1, -2).shape != out.shape[:-1]:
+    if softmax_lse.ndim < 2 or softmax_lse.transpose(-1, -2).shape != out.shape[:-1]:
         raise ValueError(
             f"softmax_lse has shape {tuple(softmax_lse.shape)}, which does not suit out, "
             f"{tuple(out.shape)}: expected (batch, num_heads_q, seqlen_q) or (num_heads_q, total_q)"

@@ -104,6 +104,16 @@ def test_lengths_from_collectives_are_waited_for(device, name: str):
 
 
 @every_function
+def test_a_pending_negation_of_lengths_is_applied(device, make):
+    """Kernels would take them for addresses far outside."""
+
+    def negated(tensor: Tensor) -> Tensor:
+        return tensor if tensor.is_floating_point() else torch._neg_view(tensor.neg())
+
+    check_same(made := make(device), mapped(negated, made))
+
+
+@every_function
 def test_a_pending_negation_is_applied(device, make):
     def negated(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():

@@ -134,7 +134,8 @@ def complaint(case: Case, good: dict[str, Any], wrong: dict[str, Any]) -> str | 
 
 def described(value: Any) -> str:
     if not isinstance(value, Tensor):
-        return repr(value)[:40] if value != 10**400 else "10**400"
+        long = isinstance(value, int) and value == 10**400
+        return "10**400" if long else repr(value)[:40]
     kind = "nested" if value.is_nested else str(tuple(value.shape))
     return f"<{kind} {value.dtype} {value.layout} {value.device}>"
 

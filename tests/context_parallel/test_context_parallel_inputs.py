@@ -6,6 +6,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import context_parallel_jobs as jobs
+import inputs
 import pytest
 import torch
 from ranks import Ranks
@@ -51,6 +52,12 @@ def test_whatever_one_rank_passes_is_an_error_on_every_rank(
         assert other[name].startswith(
             f"ValueError: refused by another rank of the group: rank 1: {told}"
         )
+
+
+def test_wrong_arguments_are_named(ranks: Ranks) -> None:
+    """As test_wrong_arguments.py, of one rank's group: every value, and pairs that are drawn."""
+    (complaints,) = ranks.run(1, jobs.wrong_arguments, inputs.SEEDS.random())
+    assert not complaints, "\n" + "\n".join(complaints)
 
 
 def test_extreme_scalars_that_change_nothing(ranks: Ranks) -> None:

@@ -394,3 +394,40 @@ def watched(group: dist.ProcessGroup) -> dict[str, str]:
         "FakeTensorMode": raised(fake),
         "forward-mode AD": raised(dual),
     }
+
+
+def wrong_arguments(group: dist.ProcessGroup, seed: float) -> list[str]:
+    """Complaints about errors that do not name the argument."""
+    import warnings
+
+    import inputs
+    from test_wrong_arguments import complaint, wrong_values
+    from wrong_argument_cases import Case, dense, ints, normal
+
+    warnings.simplefilter("ignore")
+    inputs.SEEDS.seed(seed)
+    layout = Layout(group, seqlen=3)
+    documents = Layout(group, cu_seqlens=[0, 2, 5])
+    keys = {"k": normal(2, 3, 2, 16), "v": normal(2, 3, 2, 24)}
+    ragged = {"q": normal(5, 4, 16), "k": normal(5, 2, 16), "v": normal(5, 2, 24)}
+    cases = [
+        Case("Layout", Layout, lambda: {"group": group, "seqlen": 5}),
+        Case("Layout-packed", Layout, lambda: {"group": group, "cu_seqlens": ints(0, 3, 7)}),
+        Case("attention", attention,
+             lambda: {**dense(), **keys, "layout": layout, "s_aux": torch.zeros(4)}),
+        Case("attention-packed", attention, lambda: {**ragged, "layout": documents}),
+        Case("shard", layout.shard, lambda: {"x": normal(2, 3, 4), "dim": 1}),
+        Case("gather", documents.gather, lambda: {"x_local": normal(5, 4), "dim": 0}),
+        Case("positions", layout.positions, dict),
+        Case("indices", documents.indices, dict),
+    ]  # fmt: skip
+    found = []
+    for case in cases:
+        good, parameters = case.good(), case.parameters()
+        values = {name: wrong_values(name, good.get(name)) for name in parameters}
+        found += [complaint(case, good, {name: x}) for name in parameters for x in values[name]]
+        for _ in range(60 if len(parameters) > 1 else 0):
+            pair = inputs.SEEDS.sample(parameters, 2)
+            wrong = {name: inputs.SEEDS.choice(values[name]) for name in pair}
+            found.append(complaint(case, good, wrong))
+    return [each for each in found if each is not None]

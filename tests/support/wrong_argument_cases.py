@@ -20,6 +20,7 @@ from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 from flash_attn.ops.triton.layer_norm import RMSNorm, layer_norm_fn, rms_norm_fn
 from flash_attn.ops.triton.rotary import apply_rotary
 from flash_attn_interface.call import fa2_ops
+from flash_attn_interface.reference.sinks import apply_sinks
 
 BF16 = torch.bfloat16
 
@@ -302,5 +303,8 @@ FUNCTIONS = [
                   "residual_out": normal(2, 3, 8)}),
     Case("rms_norm_fn", rms_norm_fn, lambda: {**norms(), "rowscale": torch.ones(2, 3)}),
     Case("RMSNorm", RMSNorm, lambda: {"hidden_size": 8}),
+    Case("apply_sinks", apply_sinks,
+         lambda: {"out": normal(2, 3, 4, 16), "softmax_lse": torch.randn(2, 4, 3),
+                  "s_aux": torch.zeros(4)}),
     Case("RMSNorm.forward", RMSNorm(8).forward, lambda: {"x": torch.randn(2, 3, 8)}),
 ]  # fmt: skip
