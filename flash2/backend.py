@@ -5,17 +5,16 @@ Called by `flash_attn_interface/call/dispatch.py`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .._common.ask.backward_problem import BackwardProblem
-from .._common.ask.kv_problem import CacheProblem
 from .._common.ask.problem import Problem, Target
+from .._common.ask.serves import FEATURES, unserved
 from .fwd import ForwardPlan
 
 if TYPE_CHECKING:  # imported where they are planned: a process that only infers needs half of it
     from .._common.tiles.tuning import Tunable
     from .bwd import BackwardPlan
-    from .kv import CachePlan
 
 MAX_HEAD_DIM = 256
 # decode.cu divides the columns of V among warps; fwd.cu does not.
@@ -28,31 +27,37 @@ class Flash2Backend:
     """Forward and backward for any head dims up to 256 on sm_80 and up."""
 
     name = "flash2"
+    serves = FEATURES
+    serves_backward = FEATURES - {"pages", "cache_batch_idx", "leftpad", "kv_cache", "append"}
 
     def refuses_forward(self, problem: Problem, target: Target) -> str | None:
         """Why this problem cannot be served on this target; None if it can."""
-        return _refuses(problem, MAX_HEAD_DIM)
+        in_cache = problem.append is not None
+        limit = MAX_CACHED_HEAD_DIM_V if in_cache else MAX_HEAD_DIM
+        return unserved(problem.needs(), self.serves) or _refuses(problem, limit)
 
-    def plan_forward(self, problem: Problem, target: Target) -> ForwardPlan:
-        return ForwardPlan(problem, target)
+    def plan_forward(self, problem: Problem, target: Target) -> Any:
+        """A `backends.Plan`: with the forward kernel or, over a key and value cache, that or the
+        decode kernel."""
+        if problem.append is None:
+            return ForwardPlan(problem, target)
+        from .kv import CachePlan
+
+        return CachePlan(problem, target)
 
     def refuses_backward(self, problem: BackwardProblem, target: Target) -> str | None:
         """As refuses_forward; what the forward serves, the backward does, but for caches."""
-        return problem.forward.refuses_backward() or self.refuses_forward(problem.forward, target)
+        forward = problem.forward
+        return (
+            forward.refuses_backward()
+            or unserved(forward.needs(), self.serves_backward)
+            or _refuses(forward, MAX_HEAD_DIM)
+        )
 
     def plan_backward(self, problem: BackwardProblem, target: Target) -> BackwardPlan:
         from .bwd import BackwardPlan
 
         return BackwardPlan(problem, target)
-
-    def refuses_cache(self, problem: CacheProblem, target: Target) -> str | None:
-        """As refuses_forward, of attention over a key and value cache."""
-        return _refuses(problem.forward, MAX_CACHED_HEAD_DIM_V)
-
-    def plan_cache(self, problem: CacheProblem, target: Target) -> CachePlan:
-        from .kv import CachePlan
-
-        return CachePlan(problem, target)
 
     def tunables(self) -> tuple[Tunable, ...]:
         """The kernels that the autotuner can find tiles for."""

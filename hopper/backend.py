@@ -6,11 +6,11 @@ Called by `flash_attn_interface/call/dispatch.py`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from flash_attn_interface._common.ask.backward_problem import BackwardProblem
-from flash_attn_interface._common.ask.kv_problem import CacheProblem
 from flash_attn_interface._common.ask.problem import Problem, Target
+from flash_attn_interface._common.ask.serves import unserved
 from flash_attn_interface._common.runtime import sources
 
 from . import bwd, fwd_tiles, tensor_maps
@@ -24,6 +24,15 @@ if TYPE_CHECKING:
 # Row and column arithmetic in the kernels is 32-bit: row + seqlen_k + window must not wrap.
 MAX_SEQLEN = 2**29
 
+_CONTIGUOUS = "it reads contiguous keys and values, without pages, indices or left padding"
+_REASONS = {
+    "kv_cache": "it has no kernels that read a cache",
+    "pages": _CONTIGUOUS,
+    "cache_batch_idx": _CONTIGUOUS,
+    "leftpad": _CONTIGUOUS,
+    "s_dmask": "S_dmask, a debugging output, is written by the flash2 kernels only",
+}
+
 sources.register_root("hopper", Path(__file__).resolve().parent)
 
 
@@ -32,10 +41,17 @@ class HopperBackend:
 
     name = "hopper"
     release = RELEASE
+    serves = frozenset(
+        ("causal", "window", "attention_chunk", "softcap", "alibi", "dropout", "varlen", "seqused")
+    )
+    serves_backward = serves | {"s_dmask"}  # which is the forward's alone
 
     def refuses_forward(self, problem: Problem, target: Target) -> str | None:
         """Why this problem cannot be served on this target; None if it can."""
         p = problem
+        reason = unserved(p.needs(), self.serves, _REASONS)
+        if reason is not None:
+            return reason
         if target.arch != fwd_tiles.ARCH:
             return f"its kernels are {fwd_tiles.ARCH} code"
         reason = fwd_tiles.refuses_head_dims(p.head_dim_qk, p.head_dim_v)
@@ -43,10 +59,6 @@ class HopperBackend:
             return reason
         if max(p.seqlen_q, p.seqlen_k, p.total_q, p.total_k) >= MAX_SEQLEN:
             return f"sequences and packed buffers are limited to {MAX_SEQLEN - 1} tokens"
-        if p.page_size or p.cache_batch_idx or p.leftpad_k:
-            return "it reads contiguous keys and values, without pages, indices or left padding"
-        if p.return_softmax:
-            return "S_dmask, a debugging output, is written by the flash2 kernels only"
         return tensor_maps.refuses_layout(p)
 
     def plan_forward(self, problem: Problem, target: Target) -> ForwardPlan:
@@ -55,7 +67,7 @@ class HopperBackend:
     def refuses_backward(self, problem: BackwardProblem, target: Target) -> str | None:
         """As refuses_forward. softmax_lse and dropout mean the same in all trees."""
         p = problem.forward
-        reason = p.refuses_backward()
+        reason = p.refuses_backward() or unserved(p.needs(), self.serves_backward, _REASONS)
         if reason is not None:
             return reason
         if target.arch != fwd_tiles.ARCH:
@@ -68,13 +80,6 @@ class HopperBackend:
 
     def plan_backward(self, problem: BackwardProblem, target: Target) -> BackwardPlan:
         return BackwardPlan(problem, target)
-
-    def refuses_cache(self, problem: CacheProblem, target: Target) -> str | None:
-        """As refuses_forward."""
-        return "it has no kernels that read a cache"
-
-    def plan_cache(self, problem: CacheProblem, target: Target) -> NoReturn:
-        raise NotImplementedError(self.refuses_cache(problem, target))
 
     def tunables(self) -> tuple[Tunable, ...]:
         """The kernels that the autotuner can find tiles for."""
