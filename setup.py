@@ -61,6 +61,7 @@ PACKAGES = {
     },
     "flash_attn_interface._common": "common",
     "flash_attn_interface._common.ask": "common/ask",
+    "flash_attn_interface._common.features": "common/features",
     "flash_attn_interface._common.launch": "common/launch",
     "flash_attn_interface._common.prebuild": "common/prebuild",
     "flash_attn_interface._common.ptx": "common/ptx",
@@ -77,7 +78,7 @@ MODULES = ["flash_attn_2_cuda"]
 DATA = {
     "flash_attn": ["py.typed"],
     "flash_attn_interface": ["py.typed"],
-    "flash_attn_interface._common": ["device/*.cuh"],
+    "flash_attn_interface._common": ["device/*.cuh", "device/params/*.cuh"],
     "flash_attn_interface._common.ptx": ["*.cuh"],
     "flash_attn_interface._common.sim": [
         "ptx/*.cuh",

@@ -11,8 +11,8 @@ A plan makes one block, sets the fields that its problem fixes, and patches poin
 
 The struct may hold pointers, ``i32 u32 i64 u64 f32``, fixed arrays of these, and ``TensorMap``
 (``common/launch/tensor_map.py``); nothing else, so that natural C alignment is all there is to
-know. It may extend one other struct, ``struct A : B``, whose fields then come first: a block of A
-serves a kernel that takes B.
+know. It may extend others, ``struct A : B, C``, whose fields then come first, in that order: a
+block of A serves code that takes B or C.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import functools
 import operator
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .runtime import sources
@@ -73,6 +73,11 @@ class Field:
     def alignment(self) -> int:
         return TENSOR_MAP_ALIGNMENT if self.kind == "TensorMap" else ctypes.sizeof(self.ctype)
 
+    @property
+    def end(self) -> int:
+        """Offset of the byte behind it."""
+        return self.offset + ctypes.sizeof(self.ctype) * max(self.count, 1)
+
 
 @dataclass(frozen=True)
 class ParamLayout:
@@ -81,6 +86,7 @@ class ParamLayout:
     name: str
     fields: Mapping[str, Field]
     size: int
+    end: int  # where a struct that extends this one goes on
 
     @classmethod
     def load(cls, name: str) -> ParamLayout:
@@ -92,31 +98,42 @@ class ParamLayout:
         """Layout of ``struct name`` in ``text`` (default: params.cuh). Raises ParamsError."""
         if text is None:
             return _load(name)
-        base, body = _struct_body(name, _COMMENT.sub(" ", text))
-        fields: dict[str, Field] = {}
-        offset, alignment = 0, 1
-        if base:
-            extended = cls.parse(base, text)
-            fields.update(extended.fields)
-            offset = extended.size
-            alignment = max(field.alignment for field in fields.values())
+        text = _COMMENT.sub(" ", text)
+        bases, body = _struct_body(name, text)
+        fields, offset = cls._inherited(name, bases, text)
         for statement in body.split(";"):
             for field_name, kind, count in _declared(name, statement.strip()):
-                if field_name in fields:
-                    raise ParamsError(f"{name}.{field_name} is declared twice")
                 field = Field(field_name, kind, count, 0)
-                offset = -(-offset // field.alignment) * field.alignment
-                fields[field_name] = Field(field_name, kind, count, offset)
-                offset += ctypes.sizeof(field.ctype) * max(count, 1)
-                alignment = max(alignment, field.alignment)
+                field = replace(field, offset=_round_up(offset, field.alignment))
+                _add(name, fields, field)
+                offset = field.end
         if not fields:
             raise ParamsError(f"struct {name} has no fields")
-        size = -(-offset // alignment) * alignment
+        size = _round_up(offset, max(field.alignment for field in fields.values()))
+        # C++ reuses the padding behind a struct that extends another, and no other padding.
+        end = offset if bases else size
         if size > MAX_PARAMS_BYTES:
             raise ParamsError(
                 f"struct {name} has {size} bytes, at most {MAX_PARAMS_BYTES} are allowed"
             )
-        return cls(name, fields, size)
+        return cls(name, fields, size, end)
+
+    @classmethod
+    def _inherited(cls, name: str, bases: Sequence[str], text: str) -> tuple[dict[str, Field], int]:
+        """(fields of the extended structs, offset behind them)."""
+        fields: dict[str, Field] = {}
+        offset = 0
+        for base in bases:
+            part = cls.parse(base, text)
+            begin = _round_up(offset, part.alignment)
+            for field in part.fields.values():
+                _add(name, fields, replace(field, offset=begin + field.offset))
+            offset = begin + part.end
+        return fields, offset
+
+    @property
+    def alignment(self) -> int:
+        return max(field.alignment for field in self.fields.values())
 
     def block(self, **values: Any) -> ParamBlock:
         """A block of zeros (null pointers), with ``values`` set."""
@@ -246,17 +263,29 @@ def _load(name: str) -> ParamLayout:
     return ParamLayout.parse(name, "\n".join(sources.resolve(PARAMS_SOURCE).values()))
 
 
-def _struct_body(name: str, text: str) -> tuple[str, str]:
-    """(name of the struct that it extends or "", text between the braces)."""
+def _round_up(offset: int, alignment: int) -> int:
+    return -(-offset // alignment) * alignment
+
+
+def _add(struct: str, fields: dict[str, Field], field: Field) -> None:
+    if field.name in fields:
+        raise ParamsError(f"{struct}.{field.name} is declared twice")
+    fields[field.name] = field
+
+
+def _struct_body(name: str, text: str) -> tuple[list[str], str]:
+    """(names of the structs that it extends, text between the braces)."""
     found = re.findall(
-        rf"\bstruct\s+{re.escape(name)}\s*(?::\s*(\w+)\s*)?\{{(.*?)\}}\s*;", text, re.DOTALL
+        rf"\bstruct\s+{re.escape(name)}\s*(?::\s*(\w+(?:\s*,\s*\w+)*)\s*)?\{{(.*?)\}}\s*;",
+        text,
+        re.DOTALL,
     )
     if len(found) != 1:
         raise ParamsError(f"expected one definition of struct {name}, found {len(found)}")
-    base, body = found[0]
+    bases, body = found[0]
     if "{" in body:
         raise ParamsError(f"struct {name} may hold plain fields only")
-    return base, body
+    return re.findall(r"\w+", bases), body
 
 
 def _declared(struct: str, statement: str) -> list[tuple[str, str, int]]:

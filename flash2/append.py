@@ -15,6 +15,7 @@ from torch import Tensor
 from .._common.ask.call import Cache, Tensors
 from .._common.ask.kv_problem import Append
 from .._common.ask.problem import Problem, Target
+from .._common.features import kv
 from .._common.launch import kernels
 from . import fwd_tiles
 from .append_tiles import NUM_THREADS, append_spec
@@ -169,7 +170,6 @@ class AppendPlan:
         """The fields of AppendParams that the problem fixes."""
         p, new = self.problem, self.new
         values: dict[str, Any] = {
-            "seqlen_new": new.seqlen_new,
             "new_rows": self._new_rows,
             "num_heads_k": p.num_heads_k,
             "num_heads_v": p.num_heads_v,
@@ -178,17 +178,11 @@ class AppendPlan:
             "seqlen_q": p.seqlen_q,
             "q_rows": self._q_rows,
             "num_heads_q": p.num_heads_q,
-            "rotary_dim": new.rotary_dim,
-            "rotary_rows": new.rotary_rows,
-            "rotary_per_row": new.rotary_per_row,
-            "last_slot": p.cache_slots - 1,
             "batch": p.batch,
             "seqlen_k": p.seqlen_k,
-            "cached_keys": p.seqlen_k,
+            **kv.values(p),
+            **kv.append_values(p),
         }
-        if p.page_size:
-            values["page_size"] = p.page_size
-            values["page_magic"], values["page_shift"] = fwd_tiles.page_division(p.page_size)
         for name, strides in (
             ("q", p.q_strides),
             ("k", p.k_strides),

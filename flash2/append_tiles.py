@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .._common.ask.kv_problem import Append
 from .._common.ask.problem import Problem
+from .._common.features import dtype, kv
 from .._common.runtime.spec import KernelSpec
 from .fwd_tiles import ELEM_BYTES
 
@@ -15,7 +15,6 @@ def append_spec(problem: Problem, arch: str, vector_bytes: int) -> KernelSpec:
 
     A row belongs to as many threads as it has vectors, up to a warp.
     """
-    append = problem.append or Append()
     row_bytes = max(problem.head_dim_qk, problem.head_dim_v) * ELEM_BYTES
     threads_per_row = 1
     while threads_per_row < 32 and threads_per_row * vector_bytes < row_bytes:
@@ -25,12 +24,11 @@ def append_spec(problem: Problem, arch: str, vector_bytes: int) -> KernelSpec:
         "flash2_append",
         "AppendParams",
         arch,
-        bf16=problem.dtype == "bf16",
         vector_bytes=vector_bytes,
         threads_per_row=threads_per_row,
-        rotary=append.rotary,
-        rotary_interleaved=append.rotary and append.rotary_interleaved,
         num_threads=NUM_THREADS,
         min_ctas_per_sm=1,
         smem_bytes=0,
+        **dtype.element(problem.dtype),
+        **kv.append_constants(problem),
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._common.ask.backward_problem import BackwardProblem
 from .._common.ask.problem import Problem, Target
-from .._common.ask.serves import FEATURES, unserved
+from .._common.features import union
 from .fwd import ForwardPlan
 
 if TYPE_CHECKING:  # imported where they are planned: a process that only infers needs half of it
@@ -22,19 +22,32 @@ MAX_CACHED_HEAD_DIM_V = 512
 # Row and column arithmetic in the kernels is 32-bit: row + seqlen_k + window must not wrap.
 MAX_SEQLEN = 2**29
 
+# Features by direction; what is not here is refused by its name.
+_ANY_DIRECTION = frozenset(
+    {
+        "fp16", "bf16", "varlen", "seqused", "causal", "window", "attention_chunk", "softcap",
+        "alibi", "sink", "softmax_lse",
+    }
+)  # fmt: skip
+_OF_A_CACHE = frozenset({"pages", "cache_batch_idx", "leftpad_k"})
+SERVES: union.Serves = {
+    "forward": _ANY_DIRECTION | _OF_A_CACHE | {"dropout", "s_dmask"},
+    "backward": _ANY_DIRECTION | {"dropout", "s_dmask", "deterministic"},
+    "decode": _ANY_DIRECTION | _OF_A_CACHE | {"qv", "append", "rotary"},
+}
+
 
 class Flash2Backend:
     """Forward and backward for any head dims up to 256 on sm_80 and up."""
 
     name = "flash2"
-    serves = FEATURES
-    serves_backward = FEATURES - {"pages", "cache_batch_idx", "leftpad", "kv_cache", "append"}
 
     def refuses_forward(self, problem: Problem, target: Target) -> str | None:
         """Why this problem cannot be served on this target; None if it can."""
-        in_cache = problem.append is not None
-        limit = MAX_CACHED_HEAD_DIM_V if in_cache else MAX_HEAD_DIM
-        return unserved(problem.needs(), self.serves) or _refuses(problem, limit)
+        if problem.append is None:
+            return _refuses(problem, MAX_HEAD_DIM) or union.refuses(problem, SERVES, "forward")
+        reason = _refuses(problem, MAX_CACHED_HEAD_DIM_V)
+        return reason or union.refuses(problem, SERVES, "decode")
 
     def plan_forward(self, problem: Problem, target: Target) -> Any:
         """A `backends.Plan`: with the forward kernel or, over a key and value cache, that or the
@@ -46,13 +59,9 @@ class Flash2Backend:
         return CachePlan(problem, target)
 
     def refuses_backward(self, problem: BackwardProblem, target: Target) -> str | None:
-        """As refuses_forward; what the forward serves, the backward does, but for caches."""
-        forward = problem.forward
-        return (
-            forward.refuses_backward()
-            or unserved(forward.needs(), self.serves_backward)
-            or _refuses(forward, MAX_HEAD_DIM)
-        )
+        """As refuses_forward; its limits are those of the forward."""
+        reason = problem.forward.refuses_backward() or _refuses(problem.forward, MAX_HEAD_DIM)
+        return reason or union.refuses(problem, SERVES, "backward")
 
     def plan_backward(self, problem: BackwardProblem, target: Target) -> BackwardPlan:
         from .bwd import BackwardPlan

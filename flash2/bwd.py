@@ -8,7 +8,6 @@ Called by the autograd of `flash_attn_interface/`. Tile choices: `bwd_tiles.py`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import floor
 from typing import Any
 
 import torch
@@ -17,8 +16,8 @@ from torch import Tensor
 from .._common.ask.backward_problem import BackwardProblem
 from .._common.ask.call import Backward, Tensors
 from .._common.ask.problem import Target
+from .._common.features import dropout, union
 from .._common.launch import kernels
-from .._common.launch.plan_values import score_values
 from .._common.runtime.spec import KernelSpec
 from . import bwd_schedule, bwd_tiles
 from .bwd_schedule import BackwardSchedule
@@ -219,7 +218,7 @@ class BackwardPlan:
         problem, p, schedule = self.problem, self.problem.forward, self.schedule
         stat_rows = self._stat_shape()[-1]
         accum_head = self._accum_rows_per_head() * self._accum_columns()
-        keep_probability = 1.0 - p.dropout_p
+        keep_probability = dropout.keep_probability(p)
         ds_shift = bwd_tiles.ds_shift(p)
         unshift = 2.0 ** -int(self.specs[1]["probability_shift"])
         values: dict[str, Any] = {
@@ -230,10 +229,6 @@ class BackwardPlan:
             "accum_split_stride": self._accum_rows() * self._accum_columns(),
             "accum_batch_stride": 0 if p.varlen_q else p.num_heads_q * accum_head,
             "accum_head_stride": accum_head,
-            "batch": p.batch,
-            "seqlen_q": p.seqlen_q,
-            "seqlen_k": p.seqlen_k,
-            "total_q": p.total_q,
             "total_k": p.total_k,
             "num_heads_q": p.num_heads_q,
             "qhead_per_khead": p.qhead_per_khead,
@@ -249,12 +244,10 @@ class BackwardPlan:
             "k_sum_tiles": self._key_tiles(),
             "q_tiles_per_unit": -(-p.seqlen_q // STAT_ROWS),
             "num_splits": schedule.dq_splits,
-            **score_values(p),
+            **union.values(p),
             "dqk_scale": p.softmax_scale / keep_probability * unshift * 2.0**ds_shift,
             "ds_scale": 2.0**-ds_shift,
             "dv_scale": 1.0 / keep_probability * unshift,
-            "keep_threshold": floor(keep_probability * 255.0),
-            "keep_probability": keep_probability,
         }
         strides = {
             "q": p.q_strides,

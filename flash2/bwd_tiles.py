@@ -12,6 +12,7 @@ from math import floor, log2
 
 from .._common.ask.backward_problem import BackwardProblem
 from .._common.ask.problem import Problem
+from .._common.features import dtype, lengths, union
 from .._common.runtime import arch as arch_table
 from .._common.runtime.spec import KernelSpec
 from .._common.tiles import tuned_tiles
@@ -80,7 +81,7 @@ class BackwardTile:
         return _round_up(head_dim_v, self.column_multiples()[1])
 
     def smem_bytes(self, head_dim_qk: int, head_dim_v: int) -> int:
-        """Shared memory of `Smem` in bwd.cu."""
+        """Shared memory of `Smem` in bwd_warps.cuh."""
         multiple_qk, multiple_v = self.column_multiples()
         columns_qk = _round_up(head_dim_qk, multiple_qk)
         columns_v = _round_up(head_dim_v, multiple_v)
@@ -276,15 +277,14 @@ def streaming_specs(
     """
     forward = problem.forward
     streaming: dict[str, bool | int] = {
-        "bf16": forward.dtype == "bf16",
         "num_threads": STREAM_THREADS,
         "min_ctas_per_sm": 1,
         "smem_bytes": 0,
         "accum_columns": accum_columns,
         "vector_atomics": _vector_atomics(arch),
-        "varlen_q": forward.varlen_q,
-        "varlen_k": forward.varlen_k,
         "programmatic": programmatic,
+        **dtype.constants(forward, "backward"),
+        **lengths.constants(forward, "backward"),
     }
     preprocess = KernelSpec.make(
         "flash2/bwd_preprocess.cu",
@@ -333,7 +333,6 @@ def _main_spec(
         "flash2_bwd",
         "BwdParams",
         arch,
-        bf16=forward.dtype == "bf16",
         head_dim_qk=forward.head_dim_qk,
         head_dim_v=forward.head_dim_v,
         block_m=tile.block_m,
@@ -363,16 +362,7 @@ def _main_spec(
         wide_row_strides=wide_row_strides(*(row for _, row, _ in copied)),
         deterministic=problem.deterministic,
         unequal_heads=forward.qhead_per_khead != forward.qhead_per_vhead,
-        causal=forward.causal,
-        local=forward.local,
-        chunk=forward.attention_chunk > 0,
-        softcap=forward.softcap > 0.0,
-        large_softcap=forward.large_softcap,
-        alibi=forward.alibi,
-        prescale=False,  # P is recomputed from softmax_lse, whatever the sign of the scale
-        dropout=forward.dropout,
-        varlen_q=forward.varlen_q,
-        varlen_k=forward.varlen_k,
+        **union.constants(forward, "backward"),
     )
 
 

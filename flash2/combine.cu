@@ -94,7 +94,8 @@ KERNEL(Cfg::kNumThreads, Cfg::kMinCtasPerSm) flash2_combine(GRID_CONSTANT Combin
   if (exists && warp_of_row == 0) {
     const f32 lse = weigh_splits(p.lse_partial + row.batch_idx * p.lse_partial_batch_stride +
                                      row.head_idx * p.lse_partial_head_stride + row.row,
-                                 p.lse_partial_split_stride, p.num_splits, s_weights, lane_idx);
+                                 p.lse_partial_split_stride, p.num_splits, p.s_aux + row.head_idx,
+                                 s_weights, lane_idx);
     if (p.softmax_lse != nullptr && lane_idx == 0) {
       st_global_f32(p.softmax_lse + row.batch_idx * p.lse_batch_stride +
                         row.head_idx * p.lse_head_stride + row.row,

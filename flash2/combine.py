@@ -43,6 +43,7 @@ class CombineProblem:
     wide_loads: bool = False  # see decode_tiles.combine_spec
     wide_stores: bool = False
     return_lse: bool = True
+    sink: bool = False
 
     @classmethod
     def of(cls, out_partial: Tensor, lse_partial: Tensor, out: Tensor) -> CombineProblem:
@@ -91,7 +92,13 @@ class CombinePlan:
             )
         self.target = target
         self.spec = decode_tiles.combine_spec(
-            target.arch, p.out_dtype, p.head_dim_v, p.num_splits, p.wide_loads, p.wide_stores
+            target.arch,
+            p.out_dtype,
+            p.head_dim_v,
+            p.num_splits,
+            p.wide_loads,
+            p.wide_stores,
+            p.sink,
         )
         rows_per_cta = int(self.spec["num_threads"]) // 32 // int(self.spec["warps_per_row"])
         self.grid = -(-p.num_rows // rows_per_cta)
@@ -127,7 +134,7 @@ class CombinePlan:
             self._block.set(field, value)
         slot = self._block.pointer_slot
         self._out_partial, self._lse_partial = slot("out_partial"), slot("lse_partial")
-        self._out, self._lse = slot("out"), slot("softmax_lse")
+        self._out, self._lse, self._s_aux = slot("out"), slot("softmax_lse"), slot("s_aux")
         self._kernel = kernel
         return kernel
 
@@ -142,7 +149,12 @@ class CombinePlan:
         return lse.transpose(1, 2)
 
     def launch(
-        self, partial_address: int, lse_address: int, tensors: tuple[Tensor, ...], out: Tensor
+        self,
+        partial_address: int,
+        lse_address: int,
+        tensors: tuple[Tensor, ...],
+        out: Tensor,
+        s_aux: Tensor | None = None,
     ) -> Tensor | None:
         """Fills out; returns softmax_lse (batch, num_heads, seqlen), None if it is not wanted.
 
@@ -152,11 +164,13 @@ class CombinePlan:
         self._out_partial.value = partial_address
         self._lse_partial.value = lse_address
         self._out.value = out.data_ptr()
+        if s_aux is not None:
+            self._s_aux.value = s_aux.data_ptr()
         lse = None
         if self.problem.return_lse:
             lse = torch.empty_like(self._lse_like, memory_format=torch.contiguous_format)
             self._lse.value = lse.data_ptr()
-        kernel.launch(self.grid, self._block, (*tensors, out, lse))
+        kernel.launch(self.grid, self._block, (*tensors, out, lse, s_aux))
         return lse
 
     def describe(self) -> str:

@@ -1,17 +1,14 @@
-// flash2/decode.cu: attention of few query rows over a KV cache, sm_80 and up.
-// Launched by flash2/decode.py. Bound by reading the cache: nothing waits for
-// the whole CTA between its first and last tile. CTA: kNumTeams teams of
-// kRowWarps * kColWarps warps. A team owns every kNumTeams-th key tile of the
-// CTA's split and copies it through a ring of its own. Its warps share the
-// tile: each has 16 * kMTiles packed query rows and one of kColWarps parts of
-// the columns of V. With qv, the scores are Q K^T + Qv V^T: V's tile is also a
-// second K. Each of the warps that share rows multiplies its part of the
-// columns, and they add up what they got before the softmax. The teams' results
-// are merged at the end; those of the splits by the last CTAs that finish one.
-// Change here: pipeline, scores. Change elsewhere: who has which rows and
-// columns, shared memory -> decode_layout.cuh, products by warpgroups
-// (Cfg::kWgmma) -> decode_wgmma.cuh, merges -> decode_output.cuh, what a CTA
-// works on -> decode_work.cuh, pages -> paged_rows.cuh, tile sizes ->
+// flash2/decode.cu: attention of few query rows over a KV cache, sm_80 and up. Launched by
+// flash2/decode.py. Bound by reading the cache: nothing waits for the whole CTA between its first
+// and last tile. CTA: kNumTeams teams of kRowWarps * kColWarps warps. A team owns every
+// kNumTeams-th key tile of the CTA's split and copies it through a ring of its own. Its warps share
+// the tile: each has 16 * kMTiles packed query rows and one of kColWarps parts of the columns of V.
+// With qv, the scores are Q K^T + Qv V^T: V's tile is also a second K. Each of the warps that share
+// rows multiplies its part of the columns, and they add up what they got before the softmax. The
+// teams' results are merged at the end; those of the splits by the last CTAs that finish one.
+// Change here: pipeline, scores. Change elsewhere: who has which rows and columns, shared memory ->
+// decode_layout.cuh, products by warpgroups (Cfg::kWgmma) -> decode_wgmma.cuh, merges ->
+// decode_output.cuh, what a CTA works on -> decode_work.cuh, pages -> paged_rows.cuh, tile sizes ->
 // decode_tiles.py, the number of splits -> decode_splits.py.
 #include "prelude.cuh"  // generated for this problem: struct Cfg
 
@@ -66,10 +63,9 @@ struct LaneRows {
   }
 };
 
-// The team's ring of key tiles. Tile i of the team is tile `first + i *
-// kNumTeams` of the sequence. Each tile is one cp.async group; groups are
-// committed past the last tile too, empty, so that the number in flight is a
-// constant.
+// The team's ring of key tiles. Tile i of the team is tile `first + i * kNumTeams` of the sequence.
+// Each tile is one cp.async group; groups are committed past the last tile too, empty, so that the
+// number in flight is a constant.
 struct Ring {
   CopyK copy_k;
   CopyV copy_v;
@@ -114,8 +110,7 @@ struct Ring {
   }
 };
 
-// The warp's operands A of the scores: its rows and part of the depth of Q, and
-// of Qv.
+// The warp's operands A of the scores: its rows and part of the depth of Q, and of Qv.
 struct QueryTile {
   u32 sQ_lane, sQv_lane;
 
@@ -184,9 +179,8 @@ DEVICE void finish_scores(f32 (&rS)[kMTiles][kNTilesS][4], const LaneRows& rows,
   }
 }
 
-// rS becomes the sum over the warps that share its rows, each of which has a
-// part of the depth; in the same order in each, so that all go on with the same
-// bits.
+// rS becomes the sum over the warps that share its rows, each of which has a part of the depth; in
+// the same order in each, so that all go on with the same bits.
 DEVICE void sum_scores(f32 (&rS)[kMTiles][kNTilesS][4], const Lane& lane, u32 smem) {
   const u32 s_lane = smem + Smem::kScores +
                      u32(lane.team_idx * kTeamThreads / 32) * Smem::kScoresBytes +
@@ -235,8 +229,8 @@ DEVICE void sum_scores(f32 (&rS)[kMTiles][kNTilesS][4], const Lane& lane, u32 sm
   }
 }
 
-// The warp's part of the scores of a key tile: of all columns, or of its own if
-// the scores are summed.
+// The warp's part of the scores of a key tile: of all columns, or of its own if the scores are
+// summed.
 DEVICE void multiply_keys(f32 (&rS)[kMTiles][kNTilesS][4], const WarpState& state, const Lane& lane,
                           const QueryTile& query, u32 sK, u32 sV) {
   const auto each_step = [](i32) {};
@@ -273,8 +267,7 @@ DEVICE void multiply_values(WarpState& state, const f32 (&rP)[kMTiles][kNTilesS]
       [&](u32(&rA)[4], i32 m, i32 k) { accumulator_as_a<Cfg::kBf16>(rA, rP, m, k); }, [](i32) {});
 }
 
-// One key tile of the team. meanwhile(): called with WGMMA only, while it
-// computes scores.
+// One key tile of the team. meanwhile(): called with WGMMA only, while it computes scores.
 template <class Meanwhile>
 DEVICE void step(WarpState& state, const LaneRows& rows, const Score<Cfg>& score, const Lane& lane,
                  const QueryTile& query, u32 smem, u32 sK, u32 sV, i32 first_key, bool masked,
@@ -385,8 +378,7 @@ flash2_decode(GRID_CONSTANT DecodeParams p) {
   // Loads a tile to the place of tile i, with which the team is done.
   const auto refill = [&](i32 i) {
     ring.load(next, i + Cfg::kNumStages);
-    ring.look_up(next,
-                 i + Cfg::kNumStages + 1);  // a whole step before it is needed
+    ring.look_up(next, i + Cfg::kNumStages + 1);  // a whole step before it is needed
   };
   for (i32 i = 0; i < ring.count; ++i) {
     const i32 tile = ring.tile(i);

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from .._common.ask.call import Cache, Tensors
 from .._common.ask.problem import Problem, Target
+from .._common.features import union
 from .._common.launch import kernels, launch_counters
-from .._common.launch.plan_values import out_template, score_values, template
+from .._common.launch.plan_values import out_template, template
 from . import decode_merge, decode_splits, decode_tiles, fwd_tiles
 from .combine import CombinePlan, CombineProblem, device_of
 
@@ -28,7 +29,7 @@ SIMULATED_SMS = 108
 COUNTERS_PER_TILE = 2
 
 # Tensor arguments that few problems have: fields of DecodeParams.
-_RARE = ("qv", "cache_batch_idx", "leftpad_k", "cu_seqlens_q", "alibi_slopes")
+_RARE = ("qv", "cache_batch_idx", "leftpad_k", "cu_seqlens_q", "alibi_slopes", "s_aux")
 
 
 @cache
@@ -103,7 +104,7 @@ class DecodePlan:
         merged_later = self.num_splits > 1 and not self.merges_in_place
         self.combine = self._combine_plan() if merged_later else None
         self._reserved_bytes = reserved_bytes
-        self._has_rare = p.qv or p.cache_batch_idx or p.leftpad_k or p.varlen_q or p.alibi
+        self._has_rare = p.qv or p.cache_batch_idx or p.leftpad_k or p.varlen_q or p.alibi or p.sink
         self._kernel: kernels.Kernel | None = None  # loaded, maybe compiled, by the first run
 
     def _combine_plan(self) -> CombinePlan:
@@ -123,6 +124,7 @@ class DecodePlan:
                 wide_loads=True,
                 wide_stores=p.head_dim_v % 4 == 0,
                 return_lse=p.return_lse,
+                sink=p.sink,
             ),
             self.target,
         )
@@ -217,14 +219,14 @@ class DecodePlan:
         """
         kernel = self._kernel or self._prepare()
         _, k_cache, v_cache, cu_seqlens_q, _, _, _, alibi_slopes, *of_cache = tensors
-        page_table, cache_batch_idx, leftpad_k = of_cache
+        page_table, cache_batch_idx, leftpad_k, s_aux = of_cache
         self._q.value, self._seqused_k.value = q, seqused_k
         self._k.value, self._v.value = k_cache.data_ptr(), v_cache.data_ptr()
         if page_table is not None:
             self._page_table.value = page_table.data_ptr()
             self._page_table_stride.value = page_table.stride()[0]
             self._last_table_row.value = page_table.shape[0] - 1
-        rare = (qv, cache_batch_idx, leftpad_k, cu_seqlens_q, alibi_slopes)
+        rare = (qv, cache_batch_idx, leftpad_k, cu_seqlens_q, alibi_slopes, s_aux)
         if self._has_rare:
             for slot, tensor in zip(self._rare, rare, strict=True):
                 if tensor is not None:
@@ -248,7 +250,7 @@ class DecodePlan:
         self._out.value, self._lse.value = partial, lse_partial
         if self.combine is not None:
             kernel.launch(self.grid, self._block, (*inputs, scratch))
-            lse = self.combine.launch(partial, lse_partial, (scratch,), out)
+            lse = self.combine.launch(partial, lse_partial, (scratch,), out, s_aux)
             return out, lse[0] if lse is not None and self.problem.varlen_q else lse
         self._merged_out.value = out.data_ptr()
         if lse is not None:
@@ -311,12 +313,7 @@ class DecodePlan:
             "num_splits": self.num_splits,
             "num_mergers": self.num_mergers,
             "refill_first": int(self.grid <= num_sms(self.target)),
-            "batch": p.batch,
-            "seqlen_q": p.seqlen_q,
-            "seqlen_k": p.seqlen_k,
-            "total_q": p.total_q,
-            "last_slot": p.cache_slots - 1,
-            **score_values(p),
+            **union.values(p),
             "by_units": fwd_tiles.division(p.num_heads_q // self.heads_per_unit),
             "by_heads_per_unit": fwd_tiles.division(self.heads_per_unit),
             "by_tiles": fwd_tiles.division(max(1, self.num_tiles)),
@@ -329,7 +326,4 @@ class DecodePlan:
         for name, strides in by_name.items():
             for axis, stride in zip(("batch", "row", "head"), strides, strict=True):
                 values[f"{name}_{axis}_stride"] = stride
-        if p.page_size:
-            values["page_size"] = p.page_size
-            values["page_magic"], values["page_shift"] = fwd_tiles.page_division(p.page_size)
         return values

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import gcd
 
 from .._common.ask.problem import Problem, Target
+from .._common.features import dtype, union
 from .._common.runtime import arch as arch_table
 from .._common.runtime.spec import KernelSpec
 from .._common.tiles import tuned_tiles
@@ -275,7 +276,6 @@ def decode_spec(
         "flash2_decode",
         "DecodeParams",
         arch,
-        bf16=problem.dtype == "bf16",
         head_dim_qk=problem.head_dim_qk,
         head_dim_v=problem.head_dim_v,
         block_m=tile.block_m,
@@ -291,23 +291,11 @@ def decode_spec(
         vector_bytes=problem.vector_bytes,
         out_vector_bytes=gcd(problem.head_dim_v * ELEM_BYTES, 8),
         wide_row_strides=_wide_row_strides(problem),
-        causal=problem.causal,
-        local=problem.local,
-        chunk=problem.attention_chunk > 0,
-        softcap=problem.softcap > 0.0,
-        large_softcap=problem.large_softcap,
-        alibi=problem.alibi,
-        prescale=problem.softmax_scale <= 0.0,
-        qv=problem.qv,
-        varlen_q=problem.varlen_q,
-        varlen_k=False,
-        paged=problem.page_size > 0,
-        cache_batch_idx=problem.cache_batch_idx,
-        leftpad_k=problem.leftpad_k,
         split=split,
         read_once=_reads_keys_once(problem, tile),
         wgmma=tile.wgmma,
         **wgmma,
+        **union.constants(problem, "decode"),
     )
 
 
@@ -327,7 +315,13 @@ def _wide_row_strides(problem: Problem) -> bool:
 
 
 def combine_spec(
-    arch: str, out_dtype: str, head_dim_v: int, num_splits: int, wide_loads: bool, wide_stores: bool
+    arch: str,
+    out_dtype: str,
+    head_dim_v: int,
+    num_splits: int,
+    wide_loads: bool,
+    wide_stores: bool,
+    sink: bool = False,
 ) -> KernelSpec:
     """The merge of num_splits splits into out of out_dtype ("fp32", "fp16" or "bf16").
 
@@ -345,7 +339,7 @@ def combine_spec(
         "flash2_combine",
         "CombineParams",
         arch,
-        bf16=out_dtype == "bf16",
+        **dtype.element(out_dtype),
         out_f32=out_dtype == "fp32",
         head_dim_v=head_dim_v,
         warps_per_row=warps_per_row,
@@ -354,4 +348,5 @@ def combine_spec(
         smem_bytes=rows * MAX_SPLITS * 4 + sums,
         wide_loads=wide_loads,
         wide_stores=wide_stores,
+        sink=sink,
     )

@@ -12,6 +12,7 @@
 #include "common/device/params.cuh"
 #include "common/device/row_io.cuh"
 #include "common/device/score.cuh"
+#include "common/device/sink.cuh"
 #include "common/device/softmax.cuh"
 #include "flash2/device/tile_copy.cuh"
 #include "flash2/device/tile_scheduler.cuh"
@@ -192,6 +193,7 @@ DEVICE void store_output(WarpState& state, const FwdParams& p, const Work& work,
   const i32 rows_left = work.seq.slot_q - work.first_row;
   const i32 queries_left = work.seq.seqlen_q - work.first_row;
   bool empty[kMTiles][2], any_empty = false;
+  SinkRow with[kMTiles][2];
 #pragma unroll
   for (i32 m = 0; m < kMTiles; ++m) {
 #pragma unroll
@@ -199,11 +201,17 @@ DEVICE void store_output(WarpState& state, const FwdParams& p, const Work& work,
       const i32 row = lane.row(m, 2 * r);
       empty[m][r] = row >= queries_left || !(state.softmax.row_sum[m][r] > 0.0f);
       any_empty = any_empty || empty[m][r];
+      if constexpr (Cfg::kSink) {
+        with[m][r] =
+            with_sink(empty[m][r] ? bits_as_f32(kNegInfBits) : state.softmax.lse(m, r, to_log2),
+                      ld_global_f32(p.s_aux + work.head_idx));
+      }
       if (p.softmax_lse != nullptr && lane.lane_idx % 4 == 0 && row < rows_left) {
         f32* lse = p.softmax_lse + work.batch_idx * p.lse_batch_stride +
                    work.head_idx * p.lse_head_stride + work.seq.q_row;
-        st_global_f32(lse + work.first_row + row,
-                      empty[m][r] ? bits_as_f32(kNegInfBits) : state.softmax.lse(m, r, to_log2));
+        st_global_f32(lse + work.first_row + row, Cfg::kSink    ? with[m][r].lse
+                                                  : empty[m][r] ? bits_as_f32(kNegInfBits)
+                                                                : state.softmax.lse(m, r, to_log2));
       }
     }
   }
@@ -231,6 +239,9 @@ DEVICE void store_output(WarpState& state, const FwdParams& p, const Work& work,
     for (i32 r = 0; r < 2; ++r) {
       const i32 row = lane.row(m, 2 * r);
       f32 scale = empty[m][r] ? 0.0f : 1.0f / state.softmax.row_sum[m][r];
+      if constexpr (Cfg::kSink) {
+        scale *= with[m][r].share;
+      }
       if constexpr (Cfg::kDropout) {
         scale *= p.keep_scale;
       }

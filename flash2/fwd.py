@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .._common.ask.call import Cache, Tensors
 from .._common.ask.problem import Problem, Target
+from .._common.features import union
 from .._common.launch import kernels
-from .._common.launch.plan_values import dropout_values, out_template, score_values, template
+from .._common.launch.plan_values import out_template, template
 from . import fwd_tiles
 
 # K and V of the units that run together should stay in L2 (A100 2 x 20 MB, H100 50 MB), with room
@@ -53,7 +54,7 @@ class ForwardPlan:
         self._has_optional = any(
             (
                 p.varlen_q, p.varlen_k, p.has_seqused_q, p.has_seqused_k, p.alibi, p.dropout,
-                p.page_size, p.cache_batch_idx, p.leftpad_k,
+                p.page_size, p.cache_batch_idx, p.leftpad_k, p.sink,
             )
         )  # fmt: skip
         self._kernel: kernels.Kernel | None = None  # loaded, maybe compiled, by the first run
@@ -81,7 +82,7 @@ class ForwardPlan:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(out, softmax_lse or None, s_dmask or None) of tensors that fit the problem.
 
-        page_table: (batch, or more with cache_batch_idx; seqlen_k / page_size).
+        page_table: (batch, or more with cache_batch_idx; seqlen_k / page_size). s_aux: float32.
         """
         kernel = self._kernel or self._prepare()
         out = torch.empty_like(self._out_like, memory_format=torch.contiguous_format)
@@ -144,26 +145,17 @@ class ForwardPlan:
             "out_head_stride": out_head,
             "lse_batch_stride": 0 if p.varlen_q else p.num_heads_q * p.seqlen_q,
             "lse_head_stride": p.total_q if p.varlen_q else p.seqlen_q,
-            "batch": p.batch,
-            "seqlen_q": p.seqlen_q,
-            "seqlen_k": p.seqlen_k,
-            "total_q": p.total_q,
             "num_heads_q": p.num_heads_q,
             "qhead_per_khead": p.num_heads_q // p.num_heads_k,
             "qhead_per_vhead": p.num_heads_q // p.num_heads_v,
             "tiles_per_unit": self.tiles_per_unit,
             "num_units": self.num_units,
             "units_per_group": self._units_per_group(),
-            **score_values(p),
-            **dropout_values(p),
+            **union.values(p),
         }
         for name, strides in (("q", p.q_strides), ("k", p.k_strides), ("v", p.v_strides)):
             for axis, stride in zip(("batch", "row", "head"), strides, strict=True):
                 values[f"{name}_{axis}_stride"] = stride
-        values["last_slot"] = p.cache_slots - 1
-        if p.page_size:
-            values["page_size"] = p.page_size
-            values["page_magic"], values["page_shift"] = fwd_tiles.page_division(p.page_size)
         if p.return_softmax:
             values["dmask_rows"], values["dmask_cols"] = self._dmask_shape()[2:]
         return values

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from math import gcd
 
 from .._common.ask.problem import Problem
+from .._common.features import union
+from .._common.features.kv import page_division
 from .._common.runtime import arch as arch_table
 from .._common.runtime.spec import KernelSpec
 from .._common.tiles import tuned_tiles
@@ -178,7 +180,6 @@ def forward_spec(
         "flash2_fwd",
         "FwdParams",
         arch,
-        bf16=problem.dtype == "bf16",
         head_dim_qk=problem.head_dim_qk,
         head_dim_v=problem.head_dim_v,
         block_m=tile.block_m,
@@ -198,30 +199,8 @@ def forward_spec(
         wide_row_strides=wide_row_strides(
             problem.q_strides[1], problem.k_strides[1], problem.v_strides[1]
         ),
-        causal=problem.causal,
-        local=problem.local,
-        chunk=problem.attention_chunk > 0,
-        softcap=problem.softcap > 0.0,
-        large_softcap=problem.large_softcap,
-        alibi=problem.alibi,
-        prescale=problem.softmax_scale <= 0.0,
-        dropout=problem.dropout,
-        return_softmax=problem.return_softmax,
-        varlen_q=problem.varlen_q,
-        varlen_k=problem.varlen_k,
-        paged=problem.page_size > 0,
-        cache_batch_idx=problem.cache_batch_idx,
-        leftpad_k=problem.leftpad_k,
+        **union.constants(problem, "forward"),
     )
-
-
-def page_division(page_size: int) -> tuple[int, int]:
-    """(magic, shift) with 2 * n * magic >> 32 >> shift == n // page_size for 0 <= n < 2**31.
-
-    The kernels look pages up by it; magic fits 32 bits.
-    """
-    shift = (page_size - 1).bit_length()
-    return 2 ** (31 + shift) // page_size + 1, shift
 
 
 def division(divisor: int) -> int:

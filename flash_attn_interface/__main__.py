@@ -22,21 +22,28 @@ from typing import Any
 
 import torch
 
+from . import command_line
 from ._common import env
 from ._common.runtime import arch as arch_table
-from .tools import command, report, selfcheck
+from .tools import report, selfcheck
 from .version import RELEASE, __version__
 
 SIMULATED_ARCH = "sm_80"
-COMMANDS = ("build", "cache", "kernels", "tune")
+COMMANDS = {
+    "build": "build",
+    "cache": "cache",
+    "kernels": "integrations.kernels",
+    "tune": "tune.command",
+}
+"""Command -> its module in this package."""
 
 
-@command.guarded
+@command_line.guarded
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and given[0] in COMMANDS:
-        other = importlib.import_module(f"{__package__}.{given[0]}")
+        other = importlib.import_module(f"{__package__}.{COMMANDS[given[0]]}")
         if arguments is None:
             sys.argv = [sys.argv[0], *given[1:]]  # as if the module had been run
         return int(other.main(None if arguments is None else given[1:]))
@@ -56,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if options.environment else check(options.simulate)
 
 
-def _parser() -> command.Parser:
-    parser = command.Parser(prog="python -m flash_attn_interface", description=__doc__)
+def _parser() -> command_line.Parser:
+    parser = command_line.Parser(prog="python -m flash_attn_interface", description=__doc__)
     version = f"flash_attn_interface {RELEASE} (FlashAttention interface {__version__})"
     parser.add_argument("--version", action="version", version=version)
     parser.add_argument("--environment", action="store_true", help="only print the environment")

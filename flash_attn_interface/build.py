@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from . import command_line
 from ._common import env
 from ._common.prebuild import build as prebuild
 from ._common.prebuild import headdim
@@ -24,8 +25,7 @@ from ._common.runtime import arch as arch_table
 from ._common.runtime import cubins, sources
 from ._common.runtime.spec import KernelSpec
 from .call import backends
-from .tools import command
-from .tools.command import of_bytes, of_seconds
+from .command_line import of_bytes, of_seconds
 
 _PACKAGES = ("flash_attn_interface", "flash_attn_interface._common", "flash_attn_interface._flash2")
 
@@ -36,7 +36,7 @@ BYTES_PER_KERNEL = 66_000
 MANY = 100  # kernels about which a person at a terminal is asked first
 
 
-@command.guarded
+@command_line.guarded
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 1 if something could not be compiled or the user said no, or 2 for a wrong
     command line."""
@@ -120,7 +120,7 @@ def installed_trees() -> Trees:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command.Parser(
+    parser = command_line.Parser(
         prog="python -m flash_attn_interface build",
         description="Compile kernels ahead of their first use. No GPU is needed.",
     )
@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="a folder instead of the cache")
     parser.add_argument(
-        "--jobs", type=command.positive, metavar="N", help=f"compiles at once; else {_JOBS}"
+        "--jobs", type=command_line.positive, metavar="N", help=f"compiles at once; else {_JOBS}"
     )
     parser.add_argument(
         "--list", action="store_true", help="only say what there is to build, and how long it takes"

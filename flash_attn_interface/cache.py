@@ -14,17 +14,17 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import command_line
 from ._common import env
 from ._common.runtime import cubins, sources
 from ._common.runtime import entries as store_entries
 from ._common.runtime.entries import DamagedEntryError, check_entry, discard_entry, entries
-from .tools import command
-from .tools.command import of_bytes
+from .command_line import of_bytes
 
 _SECONDS_PER_DAY = 86400.0
 
 
-@command.guarded
+@command_line.guarded
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 1 if `verify` found damage or something could not be removed."""
     options = _parser().parse_args(arguments)
@@ -182,7 +182,7 @@ def prebuilt_folders() -> list[Path]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command.Parser(
+    parser = command_line.Parser(
         prog="python -m flash_attn_interface cache",
         description="Compiled kernels on this machine: show, verify or remove them.",
     )
@@ -194,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     cleared = commands.add_parser("clear", help="remove entries of this user's cache")
     cleared.add_argument(
         "--older-than",
-        type=command.not_negative,
+        type=command_line.not_negative,
         metavar="DAYS",
         help="only those that were not used for so long",
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from flash_attn_interface._common.ask.backward_problem import BackwardProblem
 from flash_attn_interface._common.ask.problem import Problem, Target
-from flash_attn_interface._common.ask.serves import unserved
+from flash_attn_interface._common.features import union
 from flash_attn_interface._common.runtime import sources
 
 from . import bwd, fwd_tiles, tensor_maps
@@ -24,13 +24,17 @@ if TYPE_CHECKING:
 # Row and column arithmetic in the kernels is 32-bit: row + seqlen_k + window must not wrap.
 MAX_SEQLEN = 2**29
 
-_CONTIGUOUS = "it reads contiguous keys and values, without pages, indices or left padding"
-_REASONS = {
-    "kv_cache": "it has no kernels that read a cache",
-    "pages": _CONTIGUOUS,
-    "cache_batch_idx": _CONTIGUOUS,
-    "leftpad": _CONTIGUOUS,
-    "s_dmask": "S_dmask, a debugging output, is written by the flash2 kernels only",
+# Features by direction; what is not here is refused, by its name where nothing below says more.
+_BOTH_WAYS = frozenset(
+    {
+        "fp16", "bf16", "varlen", "seqused", "causal", "window", "attention_chunk", "softcap",
+        "alibi", "sink", "dropout", "softmax_lse",
+    }
+)  # fmt: skip
+SERVES: union.Serves = {
+    "forward": _BOTH_WAYS,
+    "backward": _BOTH_WAYS | {"s_dmask", "deterministic"},
+    "decode": frozenset(),
 }
 
 sources.register_root("hopper", Path(__file__).resolve().parent)
@@ -41,17 +45,12 @@ class HopperBackend:
 
     name = "hopper"
     release = RELEASE
-    serves = frozenset(
-        ("causal", "window", "attention_chunk", "softcap", "alibi", "dropout", "varlen", "seqused")
-    )
-    serves_backward = serves | {"s_dmask"}  # which is the forward's alone
 
     def refuses_forward(self, problem: Problem, target: Target) -> str | None:
         """Why this problem cannot be served on this target; None if it can."""
         p = problem
-        reason = unserved(p.needs(), self.serves, _REASONS)
-        if reason is not None:
-            return reason
+        if p.append is not None:
+            return "it has no kernels that read a cache"
         if target.arch != fwd_tiles.ARCH:
             return f"its kernels are {fwd_tiles.ARCH} code"
         reason = fwd_tiles.refuses_head_dims(p.head_dim_qk, p.head_dim_v)
@@ -59,7 +58,11 @@ class HopperBackend:
             return reason
         if max(p.seqlen_q, p.seqlen_k, p.total_q, p.total_k) >= MAX_SEQLEN:
             return f"sequences and packed buffers are limited to {MAX_SEQLEN - 1} tokens"
-        return tensor_maps.refuses_layout(p)
+        if p.page_size or p.cache_batch_idx or p.leftpad_k:
+            return "it reads contiguous keys and values, without pages, indices or left padding"
+        if p.return_softmax:
+            return "S_dmask, a debugging output, is written by the flash2 kernels only"
+        return tensor_maps.refuses_layout(p) or union.refuses(p, SERVES, "forward")
 
     def plan_forward(self, problem: Problem, target: Target) -> ForwardPlan:
         return ForwardPlan(problem, target)
@@ -67,7 +70,7 @@ class HopperBackend:
     def refuses_backward(self, problem: BackwardProblem, target: Target) -> str | None:
         """As refuses_forward. softmax_lse and dropout mean the same in all trees."""
         p = problem.forward
-        reason = p.refuses_backward() or unserved(p.needs(), self.serves_backward, _REASONS)
+        reason = p.refuses_backward()
         if reason is not None:
             return reason
         if target.arch != fwd_tiles.ARCH:
@@ -76,7 +79,7 @@ class HopperBackend:
             return f"sequences and packed buffers are limited to {MAX_SEQLEN - 1} tokens"
         if problem.deterministic and not target.simulated:
             return "its deterministic mode has run in the simulator only so far"
-        return bwd.refuses(problem)
+        return bwd.refuses(problem) or union.refuses(problem, SERVES, "backward")
 
     def plan_backward(self, problem: BackwardProblem, target: Target) -> BackwardPlan:
         return BackwardPlan(problem, target)

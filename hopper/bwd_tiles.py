@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from flash_attn_interface._common.ask.backward_problem import BackwardProblem
 from flash_attn_interface._common.ask.problem import Problem
+from flash_attn_interface._common.features import union
 from flash_attn_interface._common.runtime import arch as arch_table
 from flash_attn_interface._common.runtime.spec import KernelSpec
 from flash_attn_interface._common.tiles import tuned_tiles
@@ -237,7 +238,6 @@ def _main_spec(
         "hopper_bwd",
         "HopperBwdParams",
         arch,
-        bf16=p.dtype == "bf16",
         head_dim_qk=p.head_dim_qk,
         head_dim_v=p.head_dim_v,
         block_m=tile.block_m,
@@ -273,16 +273,7 @@ def _main_spec(
         rotate=not p.causal and not problem.deterministic,
         deterministic=False,  # in the sense of flash2's kernels: dq_accum once for each split
         ordered=problem.deterministic,
-        causal=p.causal,
-        local=p.local,
-        chunk=p.attention_chunk > 0,
-        softcap=p.softcap > 0.0,
-        large_softcap=p.large_softcap,
-        alibi=p.alibi,
-        prescale=False,  # P is recomputed from softmax_lse, whatever the sign of the scale
-        dropout=p.dropout,
-        varlen_q=p.varlen_q,
-        varlen_k=p.varlen_k,
+        **union.constants(p, "backward"),
         ragged_q=p.varlen_q or p.has_seqused_q,
         ragged_k=p.varlen_k or p.has_seqused_k,
     )

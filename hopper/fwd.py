@@ -14,13 +14,9 @@ from torch import Tensor
 
 from flash_attn_interface._common.ask.call import Tensors
 from flash_attn_interface._common.ask.problem import Problem, Target
+from flash_attn_interface._common.features import union
 from flash_attn_interface._common.launch import kernels, launch_counters, tensor_map
-from flash_attn_interface._common.launch.plan_values import (
-    dropout_values,
-    out_template,
-    score_values,
-    template,
-)
+from flash_attn_interface._common.launch.plan_values import out_template, template
 
 from . import fwd_tiles, tensor_maps
 from .gqa_packing import stored_heads
@@ -32,7 +28,7 @@ L2_BUDGET_BYTES = 32 * 2**20
 DEFAULT_SMS, SIMULATED_SMS = fwd_tiles.SMS, 2
 
 # Tensors that a problem may lack: fields of HopperFwdParams.
-_OPTIONAL = (*Tensors._fields[3:8], "rng_state")
+_OPTIONAL = (*Tensors._fields[3:8], "rng_state", "s_aux")
 
 
 class ForwardPlan:
@@ -63,7 +59,7 @@ class ForwardPlan:
             torch.device("cpu") if target.simulated else torch.device("cuda", target.device_index)
         )
         self._has_optional = any(
-            (p.varlen_q, p.varlen_k, p.has_seqused_q, p.has_seqused_k, p.alibi, p.dropout)
+            (p.varlen_q, p.varlen_k, p.has_seqused_q, p.has_seqused_k, p.alibi, p.dropout, p.sink)
         )
         self._kernel: kernels.Kernel | None = None  # loaded, maybe compiled, by the first run
 
@@ -112,7 +108,7 @@ class ForwardPlan:
         if self.problem.return_lse:
             lse = torch.empty_like(self._lse_like, memory_format=torch.contiguous_format)
             self._lse.value = lse.data_ptr()
-        optional = (*tensors[3:8], rng_state)
+        optional = (*tensors[3:8], rng_state, tensors.s_aux)
         if self._has_optional:
             for slot, tensor in zip(self._optional, optional, strict=True):
                 if tensor is not None:
@@ -182,10 +178,6 @@ class ForwardPlan:
             "v_batch_rows": tensor_maps.batch_rows(p, p.v_strides),
             "lse_batch_stride": 0 if p.varlen_q else p.num_heads_q * p.seqlen_q,
             "lse_head_stride": p.total_q if p.varlen_q else p.seqlen_q,
-            "batch": p.batch,
-            "seqlen_q": p.seqlen_q,
-            "seqlen_k": p.seqlen_k,
-            "total_q": p.total_q,
             "num_heads_q": p.num_heads_q,
             "qhead_per_khead": p.num_heads_q // heads_k,
             "qhead_per_vhead": p.num_heads_q // heads_v,
@@ -193,8 +185,7 @@ class ForwardPlan:
             "tiles_per_unit": self.tiles_per_unit,
             "num_units": self.num_units,
             "units_per_group": self.units_per_group,
-            **score_values(p),
-            **dropout_values(p),
+            **union.values(p),
             **{f"out_{axis}_stride": stride for axis, stride in out_strides},
         }
         return values

@@ -2,6 +2,7 @@
 // Included by fwd.cu only.
 #pragma once
 #include "common/device/score.cuh"
+#include "common/device/sink.cuh"
 #include "common/ptx/barrier.cuh"
 #include "common/ptx/stmatrix.cuh"
 #include "common/ptx/tma.cuh"
@@ -31,11 +32,20 @@ struct Epilogue {
       if constexpr (Cfg::kDropout) {
         scale[r] *= p.keep_scale;
       }
+      SinkRow with;
+      if constexpr (Cfg::kSink) {
+        const i32 head_idx = work.head_idx + (row + 8 * r) % kGqaGroup;
+        with = with_sink(empty[r] ? bits_as_f32(kNegInfBits) : done.lse(r, to_log2),
+                         ld_global_f32(p.s_aux + head_idx));
+        scale[r] *= with.share;
+      }
       if (p.softmax_lse != nullptr && lane_idx % 4 == 0 && wg_idx % Cfg::kVSplit == 0 &&
           owns_row(r) && query_row < work.seq.slot_q) {
         f32* lse = p.softmax_lse + work.batch_idx * p.lse_batch_stride +
                    (work.head_idx + (row + 8 * r) % kGqaGroup) * p.lse_head_stride + work.seq.q_row;
-        st_global_f32(lse + query_row, empty[r] ? bits_as_f32(kNegInfBits) : done.lse(r, to_log2));
+        st_global_f32(lse + query_row, Cfg::kSink ? with.lse
+                                       : empty[r] ? bits_as_f32(kNegInfBits)
+                                                  : done.lse(r, to_log2));
       }
     }
     if constexpr (kGqaGroup > 1) {

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from flash_attn_interface._common.ask.problem import Problem
+from flash_attn_interface._common.features import union
 from flash_attn_interface._common.runtime import arch as arch_table
 from flash_attn_interface._common.runtime.spec import KernelSpec
 from flash_attn_interface._common.tiles import tuned_tiles
@@ -282,7 +283,6 @@ def forward_spec(
         "hopper_fwd",
         "HopperFwdParams",
         arch,
-        bf16=problem.dtype == "bf16",
         head_dim_qk=problem.head_dim_qk,
         head_dim_v=problem.head_dim_v,
         block_m=WG_ROWS * slices,
@@ -304,15 +304,6 @@ def forward_spec(
         consumer_registers=consumer_registers,
         min_ctas_per_sm=1,
         smem_bytes=tile.smem_bytes(problem.head_dim_qk, problem.head_dim_v),
-        causal=problem.causal,
-        local=problem.local,
-        chunk=problem.attention_chunk > 0,
-        softcap=problem.softcap > 0.0,
-        large_softcap=problem.large_softcap,
-        alibi=problem.alibi,
-        prescale=problem.softmax_scale <= 0.0,
-        dropout=problem.dropout,
-        varlen_q=problem.varlen_q,
-        varlen_k=problem.varlen_k,
+        **union.constants(problem, "forward"),
         ragged_k=problem.varlen_k or problem.has_seqused_k,
     )

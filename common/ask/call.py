@@ -27,6 +27,7 @@ class Tensors(NamedTuple):
     page_table: Tensor | None = None  # block_table; k and v are then pages
     cache_batch_idx: Tensor | None = None
     leftpad_k: Tensor | None = None
+    s_aux: Tensor | None = None  # float32 (num_heads_q,): the sinks, one more logit for each row
 
 
 class Sequences(NamedTuple):

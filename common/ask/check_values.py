@@ -177,7 +177,7 @@ def default_softmax_scale(head_dim_qk: int) -> float:
 def softmax_scale(value: Any, head_dim_qk: int) -> float:
     """0, or a number of either sign that float32 holds; None means head_dim_qk ** -0.5."""
     if value is None:
-        return default_softmax_scale(head_dim_qk)
+        return float(head_dim_qk**-0.5)
     scale = real("softmax_scale", value)
     if scale != 0.0 and not _SMALLEST <= abs(scale) <= _LARGEST:
         raise ValueError(

@@ -71,6 +71,7 @@ class Problem:
     alibi: bool = False
     # (batch, head) of alibi_slopes, those of packed (num_heads_q,) where nothing else matters.
     alibi_strides: tuple[int, int] = (0, 1)
+    sink: bool = False  # s_aux: one more logit per query head in the denominator
     dropout_p: float = 0.0
     return_lse: bool = True
     return_softmax: bool = False  # S_dmask wanted; only with dropout
@@ -160,31 +161,6 @@ class Problem:
     def qhead_per_vhead(self) -> int:
         return self.num_heads_q // self.num_heads_v
 
-    def needs(self) -> frozenset[str]:
-        """Names of the features without which kernels would compute something else."""
-        new = self.append
-        named = {
-            "causal": self.causal,
-            "window": self.local,
-            "attention_chunk": self.attention_chunk > 0,
-            "softcap": self.softcap > 0,
-            "alibi": self.alibi,
-            "dropout": self.dropout,
-            "varlen": self.varlen,
-            "seqused": self.has_seqused_q or self.has_seqused_k,
-            "pages": self.page_size > 0,
-            "cache_batch_idx": self.cache_batch_idx,
-            "leftpad": self.leftpad_k,
-            "s_dmask": self.return_softmax,
-            "kv_cache": new is not None,
-            "append": new is not None and new.appends,
-            "rotary": new is not None and new.rotary,
-            "qv": self.qv,
-            "splits": self.num_splits > 1,
-            self.extra: bool(self.extra),
-        }
-        return frozenset(name for name, on in named.items() if on)
-
     def refuses_backward(self) -> str | None:
         """Why no gradients can be had, whatever the backend; None if they can."""
         if self.page_size or self.cache_batch_idx or self.leftpad_k:
@@ -202,6 +178,7 @@ class Problem:
             f"attention_chunk={self.attention_chunk}": self.attention_chunk > 0,
             f"softcap={self.softcap:g}": self.softcap > 0,
             "alibi": self.alibi,
+            "sink": self.sink,
             f"dropout={self.dropout_p:g}": self.dropout,
             "varlen": self.varlen,
             "seqused": self.has_seqused_q or self.has_seqused_k,

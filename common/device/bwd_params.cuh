@@ -1,12 +1,16 @@
 // Parameter blocks of the backward; params.cuh, which includes this file, says how to read them.
 #pragma once
+#include "common/device/params/dropout_params.cuh"
+#include "common/device/params/lengths_params.cuh"
+#include "common/device/params/mask_params.cuh"
+#include "common/device/params/score_params.cuh"
 #include "common/ptx/base.cuh"
 #include "common/ptx/tensor_map.cuh"
 
 // Attention backward: one block for its kernels, flash2/bwd_preprocess.cu, bwd.cu, bwd_convert.cu
 // and, where CTAs share K or V heads, bwd_sum.cu, in this order. Gradients and inputs have free row
 // and head strides and a contiguous last dim; batch strides are 0 when packed.
-struct BwdParams {
+struct BwdTensorParams {
   // What the forward read and wrote, and the gradients of its outputs.
   const void* q;           // (batch, seqlen_q, num_heads_q, head_dim_qk) or (total_q, ...)
   const void* k;           // (batch, seqlen_k, num_heads_k, head_dim_qk) or (total_k, ...)
@@ -44,13 +48,9 @@ struct BwdParams {
   i64 key_accum_rows;                       // of one head; packed: of all sequences, and batch is 1
   i64 stat_batch_stride, stat_head_stride;  // of softmax_d and lse_log2
   i64 accum_split_stride, accum_batch_stride, accum_head_stride;
-
-  // seqlen.cuh
-  const i32* cu_seqlens_q;  // Cfg::kVarlenQ; (batch + 1,)
-  const i32* cu_seqlens_k;  // Cfg::kVarlenK; (batch + 1,)
-  const i32* seqused_q;     // nullable; (batch,)
-  const i32* seqused_k;     // nullable; (batch,)
-  i32 batch, seqlen_q, seqlen_k, total_q, total_k;
+};
+struct BwdWorkParams {
+  i32 total_k;  // rows of k in memory
   i32 num_heads_q, qhead_per_khead, qhead_per_vhead;
 
   // bwd_work.cuh: order of the CTAs.
@@ -62,23 +62,21 @@ struct BwdParams {
   i32 q_tiles_per_unit;  // bwd_preprocess.cu, bwd_convert.cu: 128-row tiles of one unit
   i32 k_sum_tiles;       // bwd_sum.cu: 128-row tiles of one head
   i32 num_splits;        // of dq_accum; 1 unless Cfg::kDeterministic
-
-  // mask.cuh, score.cuh: as in FwdParams.
-  i32 window_left, window_right;
-  i32 attention_chunk;
-  f32 softmax_scale_log2;
-  f32 softcap_in, softcap_out;
-  const f32* alibi_slopes;
-  i64 alibi_batch_stride, alibi_head_stride;
+};
+// Factors of bwd.cu and of what adds up its results.
+struct BwdScaleParams {
   f32 dqk_scale;  // of dQ and dK: softmax_scale, times keep_scale, times 2^-kProbabilityShift, over
                   // ds_scale
   f32 dv_scale;   // keep_scale, times 2^-kProbabilityShift
-
-  // dropout.cuh
-  const i64* rng_state;
-  u32 keep_threshold;
-  f32 keep_probability;  // 1 - dropout_p = 1 / keep_scale
-
+};
+struct BwdParams : BwdTensorParams,
+                   LengthsParams,
+                   BwdWorkParams,
+                   MaskParams,
+                   SoftmaxParams,
+                   ScoreParams,
+                   BwdScaleParams,
+                   DropoutParams {
   f32 ds_scale;  // Cfg::kScaleDs: dS in 16 bits is times this power of two, lest it overflow
 };
 

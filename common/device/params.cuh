@@ -3,12 +3,18 @@
 // pointers are 0 when the feature is off.
 #pragma once
 #include "common/device/bwd_params.cuh"
+#include "common/device/params/dropout_params.cuh"
+#include "common/device/params/kv_params.cuh"
+#include "common/device/params/lengths_params.cuh"
+#include "common/device/params/mask_params.cuh"
+#include "common/device/params/score_params.cuh"
+#include "common/device/params/sink_params.cuh"
 #include "common/ptx/base.cuh"
 #include "common/ptx/tensor_map.cuh"
 
 // Attention forward (flash2/fwd.cu). Packed sequences ("varlen"): batch strides are 0 and
 // cu_seqlens give the first rows.
-struct FwdParams {
+struct FwdTensorParams {
   // Inputs and outputs. Row and head strides are free, the last dim is contiguous.
   const void*
       q;  // (batch, seqlen_q, num_heads_q, head_dim_qk) or (total_q, num_heads_q, head_dim_qk)
@@ -25,49 +31,28 @@ struct FwdParams {
   i64 out_batch_stride, out_row_stride, out_head_stride;
   i64 lse_batch_stride, lse_head_stride;
   i64 dmask_rows, dmask_cols;
-
-  // seqlen.cuh: where each sequence lies and how long it is.
-  const i32* cu_seqlens_q;  // Cfg::kVarlenQ; (batch + 1,)
-  const i32* cu_seqlens_k;  // Cfg::kVarlenK; (batch + 1,)
-  const i32* seqused_q;     // nullable; (batch,), rows of each slot that take part
-  const i32* seqused_k;     // nullable; (batch,)
-  i32 batch, seqlen_q, seqlen_k, total_q;
+};
+struct FwdWorkParams {
   i32 num_heads_q, qhead_per_khead, qhead_per_vhead;
 
   // tile_scheduler.cuh: order of the CTAs.
   i32 tiles_per_unit;  // query tiles of one unit: dense (batch, head) pair, varlen head
   i32 num_units;
   i32 units_per_group;  // units worked on together, so that their K and V stay in L2
-
-  // mask.cuh, score.cuh, softmax.cuh. Windows are clamped by the host so that index arithmetic fits
-  // 32 bits.
-  i32 window_left, window_right;  // Cfg::kLocal; negative = unlimited
-  i32 attention_chunk;            // Cfg::kChunk
-  f32 softmax_scale_log2;         // softmax_scale * log2(e)
-  f32 softcap_in, softcap_out;    // Cfg::kSoftcap: softmax_scale / softcap and softcap * log2(e)
-  const f32* alibi_slopes;        // Cfg::kAlibi; (num_heads_q,) or (batch, num_heads_q)
-  i64 alibi_batch_stride, alibi_head_stride;
-
-  // dropout.cuh
-  const i64* rng_state;  // Cfg::kDropout; (2,) = seed, offset
-  u32 keep_threshold;    // an element is kept when its random byte is <= this
-  f32 keep_scale;        // 1 / (1 - dropout_p)
-
-  // kv_source.cuh: keys and values in a cache. k and v are then (last_slot + 1, rows, heads,
-  // head_dim): a slot holds a sequence or, paged, one page. seqlen_k is what a sequence has room
-  // for.
-  const i32* page_table;       // Cfg::kPaged; (last_table_row + 1, page_table_stride) slots
-  const i32* cache_batch_idx;  // Cfg::kCacheBatchIdx; (batch,): slots or rows of page_table
-  const i32* leftpad_k;        // Cfg::kLeftpadK; (batch,): first keys
-  i64 page_table_stride;
-  i32 last_table_row, last_slot;
-  i32 page_size, page_shift;  // with page_magic: division by page_size, see PageTable
-  u32 page_magic;
 };
+struct FwdParams : FwdTensorParams,
+                   LengthsParams,
+                   FwdWorkParams,
+                   MaskParams,
+                   SoftmaxParams,
+                   ScoreParams,
+                   SinkParams,
+                   DropoutParams,
+                   KvParams {};
 
 // Attention forward on Hopper (hopper/fwd.cu). Tensors are known by their maps, whose dims
-// row_coords in hopper/fwd_layout.cuh names.
-struct HopperFwdParams {
+// row_coords in hopper/row_coords.cuh names.
+struct HopperFwdTensorParams {
   TensorMap q_map;    // boxes of 64 rows
   TensorMap k_map;    // boxes of Cfg::kBlockN rows
   TensorMap v_map;    // boxes of Cfg::kBlockN rows
@@ -77,13 +62,8 @@ struct HopperFwdParams {
   f32* softmax_lse;  // nullable; (batch, num_heads_q, seqlen_q) or (num_heads_q, total_q), natural
                      // log
   i64 lse_batch_stride, lse_head_stride;
-
-  // seqlen.cuh: as in FwdParams.
-  const i32* cu_seqlens_q;
-  const i32* cu_seqlens_k;
-  const i32* seqused_q;
-  const i32* seqused_k;
-  i32 batch, seqlen_q, seqlen_k, total_q;
+};
+struct HopperFwdWorkParams {
   i32 num_heads_q, qhead_per_khead, qhead_per_vhead;
 
   // hopper/tile_scheduler.cuh: order of the tiles.
@@ -92,18 +72,15 @@ struct HopperFwdParams {
   i32 tiles_per_unit;  // as in FwdParams
   i32 num_units;
   i32 units_per_group;
-
-  // mask.cuh, score.cuh, dropout.cuh: as in FwdParams.
-  i32 window_left, window_right;
-  i32 attention_chunk;
-  f32 softmax_scale_log2;
-  f32 softcap_in, softcap_out;
-  const f32* alibi_slopes;
-  i64 alibi_batch_stride, alibi_head_stride;
-  const i64* rng_state;
-  u32 keep_threshold;
-  f32 keep_scale;
-
+};
+struct HopperFwdParams : HopperFwdTensorParams,
+                         LengthsParams,
+                         HopperFwdWorkParams,
+                         MaskParams,
+                         SoftmaxParams,
+                         ScoreParams,
+                         SinkParams,
+                         DropoutParams {
   // Cfg::kGqaGroup > 1: out by address instead of out_map. As in FwdParams.
   void* out;
   i64 out_batch_stride, out_row_stride, out_head_stride;
@@ -111,7 +88,7 @@ struct HopperFwdParams {
 
 // Attention of few query rows over a cache (flash2/decode.cu). The keys of a sequence are divided
 // into splits, which CTAs work on independently.
-struct DecodeParams {
+struct DecodeParams : LengthsParams, MaskParams, SoftmaxParams, ScoreParams, SinkParams, KvParams {
   const void* q;  // (batch, seqlen_q, num_heads_q, head_dim_qk) or (total_q, ...)
   const void* k;  // (last_slot + 1, rows, num_heads_k, head_dim_qk): a slot is a sequence or a page
   const void* v;  // (last_slot + 1, rows, num_heads_v, head_dim_v)
@@ -142,31 +119,10 @@ struct DecodeParams {
   void* merged_out;     // as out without Cfg::kSplit
   f32* merged_lse;      // nullable; as softmax_lse without Cfg::kSplit, strides as above
   i64 merged_batch_stride, merged_row_stride, merged_head_stride;  // of merged_out
-
-  // seqlen.cuh, kv_source.cuh: as in FwdParams.
-  const i32* cu_seqlens_q;
-  const i32* seqused_q;
-  const i32* seqused_k;
-  const i32* page_table;
-  const i32* cache_batch_idx;
-  const i32* leftpad_k;
-  i64 page_table_stride;
-  i32 last_table_row, last_slot;
-  i32 page_size, page_shift;
-  u32 page_magic;
-  i32 batch, seqlen_q, seqlen_k, total_q;
-
-  // mask.cuh, score.cuh: as in FwdParams.
-  i32 window_left, window_right;
-  i32 attention_chunk;
-  f32 softmax_scale_log2;
-  f32 softcap_in, softcap_out;
-  const f32* alibi_slopes;
-  i64 alibi_batch_stride, alibi_head_stride;
 };
 
 // Merge of splits (flash2/combine.cu): attention over disjoint sets of keys into that over all.
-struct CombineParams {
+struct CombineParams : SinkParams {
   const f32*
       out_partial;  // (num_splits, batch, seqlen, num_heads, head_dim_v), last dim contiguous
   const f32* lse_partial;  // (num_splits, batch, seqlen, num_heads), seqlen contiguous; a split
@@ -196,8 +152,9 @@ struct MergeParams {
   i32 seqlen, num_heads;
 };
 
-// New keys and values into a cache, and queries rotated (flash2/append.cu).
-struct AppendParams {
+// New keys and values into a cache, and queries rotated (flash2/append.cu). Here page_table and
+// cache_batch_idx are nullable, and leftpad_k is not read.
+struct AppendParams : KvParams {
   // New rows, (batch, seqlen_new, heads, head_dim) or (total_new, ...), and the caches that take
   // them, (last_slot + 1, rows, heads, head_dim). Last dims are contiguous.
   const void* k_new;
@@ -225,15 +182,9 @@ struct AppendParams {
   const void* rotary_sin;
   const i32* rotary_seqlens;  // nullable: cache_seqlens; (batch,), positions of the first rows
 
-  // Lengths and places in the cache, as in FwdParams.
-  const i32* cache_seqlens;    // nullable: cached_keys; (batch,), keys before the append
-  i32* seqused_k;              // result: (batch,), keys after it
-  const i32* page_table;       // nullable
-  const i32* cache_batch_idx;  // nullable
-  i64 page_table_stride;
-  i32 last_table_row, last_slot;
-  i32 page_size, page_shift;
-  u32 page_magic;
+  // Lengths in the cache.
+  const i32* cache_seqlens;  // nullable: cached_keys; (batch,), keys before the append
+  i32* seqused_k;            // result: (batch,), keys after it
   i32 batch, seqlen_k, cached_keys;
 
   i32 k_ctas, v_ctas;  // order of the CTAs: rows of K, of V, of Q

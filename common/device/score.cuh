@@ -9,6 +9,7 @@
 
 constexpr f32 kLog2e = 1.44269504088896340736f;
 constexpr f32 kLn2 = 0.69314718055994530942f;
+constexpr u32 kNegInfBits = 0xff800000u;
 
 // tanh(x) of y = 2 log2(e) x, from ex2 and rcp: absolute error 2e-7, where tanh.approx has 5e-4,
 // too coarse once multiplied by a softcap of 50. Multiplied by one from 1000 on

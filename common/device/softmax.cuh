@@ -4,8 +4,6 @@
 #include "common/device/score.cuh"
 #include "common/ptx/shuffle.cuh"
 
-constexpr u32 kNegInfBits = 0xff800000u;
-
 // P may grow to 2^8 before the reference follows the maximum: far from fp16's 65504.
 constexpr f32 kRescaleSlackLog2 = 8.0f;
 

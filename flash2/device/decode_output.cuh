@@ -2,6 +2,7 @@
 // finish one, those of the splits. Included by decode.cu only, after the prelude.
 #pragma once
 #include "flash2/device/decode_work.cuh"
+#include "common/device/sink.cuh"
 #include "common/device/softmax.cuh"
 #include "flash2/device/split_sum.cuh"
 #include "flash2/device/decode_layout.cuh"
@@ -87,7 +88,14 @@ DEVICE RowMerge merge_stats(const DecodeParams& p, const DecodeWork& work, u32 s
     merge.weight[t] = empty ? 0.0f : ex2_approx(merge.weight[t] - row_max);
     sum += merge.weight[t] * ld_shared_f32(stats + t * Cfg::kBlockM * 8 + 4);
   }
-  const f32 scale = empty ? 0.0f : 1.0f / sum;
+  f32 scale = empty ? 0.0f : 1.0f / sum;
+  constexpr bool kSinkHere = Cfg::kSink && !Cfg::kSplit;  // of splits it enters once, merged
+  SinkRow with;
+  if constexpr (kSinkHere) {
+    with = with_sink(empty ? bits_as_f32(kNegInfBits) : kLn2 * (row_max + lg2_approx(sum)),
+                     ld_global_f32(p.s_aux + head));
+    scale *= with.share;
+  }
 #pragma unroll
   for (i32 t = 0; t < kNumTeams; ++t) {
     merge.weight[t] *= scale;
@@ -95,8 +103,9 @@ DEVICE RowMerge merge_stats(const DecodeParams& p, const DecodeWork& work, u32 s
   if (p.softmax_lse != nullptr) {
     f32* lse = p.softmax_lse + work.split_idx * p.lse_split_stride +
                work.batch_idx * p.lse_batch_stride + head * p.lse_head_stride + work.seq.q_row;
-    st_global_f32(lse + token,
-                  empty ? bits_as_f32(kNegInfBits) : kLn2 * (row_max + lg2_approx(sum)));
+    st_global_f32(lse + token, kSinkHere ? with.lse
+                               : empty   ? bits_as_f32(kNegInfBits)
+                                         : kLn2 * (row_max + lg2_approx(sum)));
   }
   merge.out = work.split_idx * p.out_split_stride + work.batch_idx * p.out_batch_stride +
               head * p.out_head_stride + (work.seq.q_row + token) * p.out_row_stride;
@@ -240,14 +249,21 @@ DEVICE void merge_share(const DecodeParams& p, const DecodeWork& work, const Lan
     if (row >= rows || warp_of_row > 0) {
       continue;
     }
+    SinkRow with;
+    if constexpr (Cfg::kSink) {
+      with = with_sink(sum.lse(), ld_global_f32(p.s_aux + head));
+    }
     if (p.merged_lse != nullptr && lane.lane_idx == 0) {
-      st_global_f32(p.merged_lse + lse_row, sum.lse());
+      st_global_f32(p.merged_lse + lse_row, Cfg::kSink ? with.lse : sum.lse());
     }
     char* out = static_cast<char*>(p.merged_out) +
                 (work.batch_idx * p.merged_batch_stride + head * p.merged_head_stride +
                  token * p.merged_row_stride) *
                     kElemBytes;
-    const f32 scale = sum.weight > 0.0f ? 1.0f / sum.weight : 0.0f;
+    f32 scale = sum.weight > 0.0f ? 1.0f / sum.weight : 0.0f;
+    if constexpr (Cfg::kSink) {
+      scale *= with.share;
+    }
 #pragma unroll
     for (i32 j = 0; j < Sum::kVectors; ++j) {
       const i32 col = j * 128 + lane.lane_idx * 4;

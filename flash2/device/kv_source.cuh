@@ -58,7 +58,7 @@ struct PageTable {
     i32 slot, row;  // row of the slot
   };
   // Any position below 2^31: 2 * position * magic / 2^(32 + shift) is position / page_size, as
-  // flash2/fwd_tiles.py page_division chooses magic and shift.
+  // page_division in common/features/kv.py chooses magic and shift.
   DEVICE i32 page_of(i32 position) const {
     return i32(u32(u64(2u * u32(position)) * magic >> 32) >> shift);
   }

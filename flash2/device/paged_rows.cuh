@@ -1,13 +1,12 @@
-// Copies of scattered rows for flash2/decode.cu: keys and values in pages,
-// looked up well before they are copied, and query rows packed from several
-// heads. Thread mapping and tails are TileCopy's.
+// Copies of scattered rows for flash2/decode.cu: keys and values in pages, looked up well before
+// they are copied, and query rows packed from several heads. Thread mapping and tails are
+// TileCopy's.
 #pragma once
 #include "flash2/device/kv_source.cuh"
 #include "common/ptx/shuffle.cuh"
 
-// Where the keys of one tile lie, a key (of 64, two) per lane. Each warp that
-// copies looks all of them up itself. Nothing waits for the loads before at()
-// is called.
+// Where the keys of one tile lie, a key (of 64, two) per lane. Each warp that copies looks all of
+// them up itself. Nothing waits for the loads before at() is called.
 template <i32 kRows>
 struct TilePages {
   static_assert(kRows == 16 || kRows % 32 == 0);
@@ -15,8 +14,7 @@ struct TilePages {
   i32 entry[kKeys];                                  // of the page table
   i32 row[kKeys];                                    // of the page
 
-  // Keys from num_keys on are not looked up: the table need not name a page for
-  // them.
+  // Keys from num_keys on are not looked up: the table need not name a page for them.
   DEVICE void look_up(const PageTable& table, i32 first_key, i32 num_keys, i32 lane_idx) {
 #pragma unroll
     for (i32 i = 0; i < kKeys; ++i) {
@@ -73,8 +71,7 @@ struct LookedUpCopy : Copy {
   }
 };
 
-// TileCopy of query rows: row r is head r % heads_per_unit of token r /
-// heads_per_unit.
+// TileCopy of query rows: row r is head r % heads_per_unit of token r / heads_per_unit.
 template <class Copy>
 struct PackedRowsCopy : Copy {
   i64 head_stride_bytes;

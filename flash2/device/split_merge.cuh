@@ -2,6 +2,7 @@
 // logsumexps, and the weighted sum. In the order of the splits, so that results do not depend on
 // timing. Called by flash2/combine.cu; flash2/decode.cu merges its own splits by split_sum.cuh.
 #pragma once
+#include "common/device/sink.cuh"
 #include "common/device/softmax.cuh"
 
 constexpr i32 kMaxSplits = 256;
@@ -23,9 +24,9 @@ DEVICE f32 warp_sum(f32 x) {
 
 // Puts the weights of one row's splits into shared memory, kMaxSplits floats, and returns the row's
 // softmax_lse. A split with -inf has no keys and gets 0. By one warp, for others after a barrier.
-//   lse_partial: the row's in split 0.
-DEVICE f32 weigh_splits(const f32* lse_partial, i64 split_stride, i32 num_splits, u32 s_weights,
-                        i32 lane_idx) {
+//   lse_partial: the row's in split 0.  sink: of the row's head, with Cfg::kSink.
+DEVICE f32 weigh_splits(const f32* lse_partial, i64 split_stride, i32 num_splits, const f32* sink,
+                        u32 s_weights, i32 lane_idx) {
   f32 lse[kMaxSplits / 32];
   f32 row_max = bits_as_f32(kNegInfBits);
 #pragma unroll
@@ -46,12 +47,17 @@ DEVICE f32 weigh_splits(const f32* lse_partial, i64 split_stride, i32 num_splits
     sum += lse[i];
   }
   sum = warp_sum(sum);
-  const f32 scale = empty ? 0.0f : 1.0f / sum;
+  f32 scale = empty ? 0.0f : 1.0f / sum;
+  SinkRow with;
+  if constexpr (Cfg::kSink) {
+    with = with_sink(empty ? row_max : row_max + kLn2 * lg2_approx(sum), ld_global_f32(sink));
+    scale *= with.share;
+  }
 #pragma unroll
   for (i32 i = 0; i < kMaxSplits / 32; ++i) {
     st_shared_f32(s_weights + u32(i * 32 + lane_idx) * 4, lse[i] * scale);
   }
-  return empty ? row_max : row_max + kLn2 * lg2_approx(sum);
+  return Cfg::kSink ? with.lse : empty ? row_max : row_max + kLn2 * lg2_approx(sum);
 }
 
 // Four columns of a split's row. Without kWide their address is aligned to one only.

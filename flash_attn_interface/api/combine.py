@@ -17,11 +17,11 @@ from .._common.ask.check_overlap import check_outputs
 from .._common.ask.check_tensors import last_dim_contiguous, require_device, require_tensor
 from .._common.ask.check_values import shown
 from ..call import selection
-from ..call.autocast import without_autocast
 from ..call.custom_op import custom_op
 from ..call.out_argument import check_out
 from ..call.plans import plans
 from ..call.watchers import refuse_forward_mode, unwatched
+from ..reference.without_autocast import without_autocast
 
 _RESULT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -2,7 +2,7 @@
 
 Parameter names, order and defaults are a contract with callers: new parameters go last, with a
 default. Each function arranges its arguments and calls `autograd.attention`; errors come from
-`_common/ask/checks.py`.
+`common/ask/checks.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Decoding: attention over a key and value cache, with FlashAttention-3's signatures.
 
 FlashAttention-2's is in `fa2_kvcache.py`. Parameter names, order and defaults are a contract with
-callers. Errors come from `_common/ask/check_kv.py`; docs/decoding.md is the guide for users.
+callers. Errors come from `common/ask/check_kv.py`; docs/decoding.md is the guide for users.
 """
 
 from __future__ import annotations

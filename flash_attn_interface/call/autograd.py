@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .._common.ask.call import Call, Tensors
+from .._common.ask.check import refuse_sinks
 from .._common.ask.check_tensors import check_tensors
 from .._common.ask.check_values import with_flags
 from . import autocast, cached, dispatch, paged, traced, watched
@@ -38,7 +39,10 @@ def attention(call: Call) -> ForwardResult:
         return cached.attention(call)
     (
         q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, page_table, _, _,
+        s_aux,
     ) = tensors  # fmt: skip
+    if s_aux is not None:
+        refuse_sinks(call)
     if page_table is not None:
         return paged.attention(call)
     packing = options.packing
@@ -125,11 +129,19 @@ class _Attention(torch.autograd.Function):
             results = traced.backward(call, of_forward, dout, dlse)
         else:
             arch = ctx.simulated_arch
+            run = gradients if _direct_backward(dout, dlse, *saved[:3]) else traced.backward
             with torch.no_grad(), nullcontext() if arch is None else simulate(arch):
-                results = gradients(call, of_forward, dout, dlse)
+                results = run(call, of_forward, dout, dlse)
             if torch.is_grad_enabled():  # create_graph=True
                 results = NoSecondBackward.apply(*results, *saved[:3])  # type: ignore[no-untyped-call]
         return (*results, *([None] * (len(saved) - 1)))
+
+
+def _direct_backward(dout: Tensor, dlse: Any, q: Tensor, k: Any, v: Any) -> bool:
+    """Whether the gradients that arrive are plain tensors with memory, and nobody watches the
+    backward. The forward was direct, but a gradient may come from a collective."""
+    zero = dout._is_zerotensor() or (dlse is not None and dlse._is_zerotensor())
+    return unwatched(dout, q, dout) and all_plain(dlse, k, v) and not zero
 
 
 def _three(results: Any) -> ForwardResult:

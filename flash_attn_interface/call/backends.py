@@ -19,7 +19,8 @@ from .._common.ask.backward_problem import BackwardProblem
 from .._common.ask.call import Backward, Cache, Tensors
 from .._common.ask.out_layout import new_out
 from .._common.ask.problem import Problem, Target
-from .._common.ask.serves import FEATURES, unserved
+from .._common.features import union
+from .._common.features.direction import Direction
 from .._common.runtime.spec import KernelSpec
 from .._common.tiles.tuning import Tunable
 from ..version import RELEASE
@@ -83,14 +84,6 @@ class Backend(Protocol):
     @property
     def name(self) -> str: ...
 
-    @property
-    def serves(self) -> frozenset[str]:
-        """The features, by the names of `Problem.needs`, that its forwards have."""
-
-    @property
-    def serves_backward(self) -> frozenset[str]:
-        """Likewise, of forwards whose backward it has."""
-
     def refuses_forward(self, problem: Problem, target: Target) -> str | None:
         """Why this tree cannot serve the problem there; None if it can."""
 
@@ -108,23 +101,36 @@ class Backend(Protocol):
         """The kernels that the autotuner can find tiles for."""
 
 
+# Features of the reference by direction; what is not here is refused by its name.
+_ANY_DIRECTION = frozenset(
+    {
+        "fp16", "bf16", "varlen", "seqused", "causal", "window", "attention_chunk", "softcap",
+        "alibi", "sink", "softmax_lse",
+    }
+)  # fmt: skip
+_OF_A_CACHE = frozenset({"pages", "cache_batch_idx", "leftpad_k"})
+SERVES: union.Serves = {
+    "forward": _ANY_DIRECTION | _OF_A_CACHE | {"dropout", "s_dmask"},
+    "backward": _ANY_DIRECTION | {"dropout", "s_dmask", "deterministic"},
+    "decode": _ANY_DIRECTION | _OF_A_CACHE | {"qv", "append", "rotary"},
+}
+
+
 class ReferenceBackend:
     """PyTorch's own operations: serves CPU tensors, and any device when forced. Slow and exact."""
 
     name = "reference"
 
-    serves = FEATURES
-    serves_backward = FEATURES - {"pages", "cache_batch_idx", "leftpad", "kv_cache", "append"}
-
     def refuses_forward(self, problem: Problem, target: Target | None) -> str | None:
-        return unserved(problem.needs(), self.serves)
+        direction: Direction = "forward" if problem.append is None else "decode"
+        return union.refuses(problem, SERVES, direction)
 
     def plan_forward(self, problem: Problem, target: Target | None) -> Plan:
         return _ReferencePlan(problem) if problem.append is None else _ReferenceCachePlan(problem)
 
     def refuses_backward(self, problem: BackwardProblem, target: Target | None) -> str | None:
-        forward = problem.forward
-        return forward.refuses_backward() or unserved(forward.needs(), self.serves_backward)
+        reason = problem.forward.refuses_backward()
+        return reason or union.refuses(problem, SERVES, "backward")
 
     def plan_backward(self, problem: BackwardProblem, target: Target | None) -> BackwardPlan:
         return _ReferenceBackwardPlan(problem.forward)
@@ -142,13 +148,14 @@ class _ReferencePlan:
     ) -> ForwardResult:
         from ..reference.forward import attention_reference
         from ..reference.gathered import gathered
+        from ..reference.sinks import apply_sinks
 
         problem = self._problem
         q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, *_ = tensors
         if problem.page_size or problem.cache_batch_idx or problem.leftpad_k:
             k, v, cu_seqlens_k = gathered(problem, tensors)
             seqused_k = None
-        return attention_reference(
+        out, softmax_lse, s_dmask = attention_reference(
             q,
             k,
             v,
@@ -166,9 +173,12 @@ class _ReferencePlan:
             seqused_k=seqused_k,
             max_seqlen_q=problem.seqlen_q,
             max_seqlen_k=problem.seqlen_k,
-            return_lse=problem.return_lse,
+            return_lse=problem.return_lse or problem.sink,
             return_softmax=problem.return_softmax,
         )
+        if tensors.s_aux is not None and softmax_lse is not None:
+            out, softmax_lse = apply_sinks(out, softmax_lse, tensors.s_aux)
+        return out, softmax_lse if problem.return_lse else None, s_dmask
 
     def describe(self) -> str:
         return (
@@ -187,6 +197,7 @@ class _ReferenceCachePlan:
         self, tensors: Tensors, cache: Cache | None = None, rng_state: Tensor | None = None
     ) -> ForwardResult:
         from ..reference.kvcache import cache_reference
+        from ..reference.sinks import apply_sinks
 
         forward, append = self._problem, self._problem.append
         assert cache is not None and append is not None
@@ -217,6 +228,8 @@ class _ReferenceCachePlan:
             rotary_per_row=append.rotary_per_row,
             alibi_slopes=tensors.alibi_slopes,
         )
+        if tensors.s_aux is not None:
+            out, softmax_lse = apply_sinks(out, softmax_lse, tensors.s_aux)
         return out, softmax_lse if forward.return_lse else None, None
 
     def describe(self) -> str:
@@ -248,12 +261,14 @@ class EmptyPlan:
     def run(
         self, tensors: Tensors, cache: Cache | None = None, rng_state: Tensor | None = None
     ) -> ForwardResult:
-        """out = 0 and softmax_lse = -inf, of which there may be no rows."""
-        q, problem = tensors.q, self._problem
+        """out = 0 and softmax_lse = -inf, or the sink, of which there may be no rows."""
+        q, s_aux, problem = tensors.q, tensors.s_aux, self._problem
         out = new_out(q, problem.head_dim_v).zero_()
         lse = s_dmask = None
         if problem.return_lse:
             lse = q.new_full(problem.lse_shape, float("-inf"), dtype=torch.float32)
+            if s_aux is not None:
+                lse.copy_(s_aux[:, None])
         if problem.return_softmax:
             s_dmask = q.new_zeros(s_dmask_shape(problem))
         return out, lse, s_dmask

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .._common.ask.call import Cache, Call, Tensors, cache_names
+from .._common.ask.check import refuse_sinks
 from .._common.ask.check_kv import check_cache_tensors, check_dense
 from .._common.ask.check_tensors import refuse_layouts
 from .._common.ask.check_values import with_cache_flags
@@ -39,6 +40,7 @@ _NO_BACKWARD = (
 
 def attention(call: Call) -> ForwardResult:
     """(out, softmax_lse or None, None)."""
+    refuse_sinks(call)
     if torch.is_autocast_enabled() or not getattr(call.tensors.q, "is_cuda", False):
         call = _cast(call)
     try:
@@ -66,7 +68,7 @@ def _way(call: Call) -> Callable[[Call], CacheResult]:
     assert cache is not None
     (
         q, k_cache, v_cache, cu_seqlens_q, _, _, _, alibi_slopes, page_table, cache_batch_idx,
-        cache_leftpad,
+        cache_leftpad, _,
     ) = tensors  # fmt: skip
     k, v, qv, rotary_cos, rotary_sin, cache_seqlens, cu_seqlens_k_new, rotary_seqlens = cache
     if not (

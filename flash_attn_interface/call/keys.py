@@ -31,7 +31,7 @@ def of_forward(call: Call, keep_lse: bool) -> Keyed:
     tensors, sequences, _, options = call
     (
         q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, page_table, _,
-        leftpad_k,
+        leftpad_k, s_aux,
     ) = tensors  # fmt: skip
     try:
         q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
@@ -72,6 +72,7 @@ def of_forward(call: Call, keep_lse: bool) -> Keyed:
         None if seqused_q is None else layout_of(seqused_q),
         None if seqused_k is None else layout_of(seqused_k),
         None if alibi_slopes is None else layout_of(alibi_slopes),
+        None if s_aux is None else layout_of(s_aux),
     )  # fmt: skip
     return call, key, 0
 
@@ -82,7 +83,7 @@ def of_cache(call: Call) -> Keyed:
     assert cache is not None
     (
         q, k_cache, v_cache, cu_seqlens_q, _, _, _, alibi_slopes, page_table, cache_batch_idx,
-        cache_leftpad,
+        cache_leftpad, s_aux,
     ) = tensors  # fmt: skip
     k, v, qv, rotary_cos, rotary_sin, cache_seqlens, cu_seqlens_k_new, rotary_seqlens = cache
     q_layout = q.is_contiguous() or q.stride()  # reading strides takes longer
@@ -155,6 +156,7 @@ def of_cache(call: Call) -> Keyed:
         None if page_table is None else layout_of(page_table),
         None if cache_batch_idx is None else layout_of(cache_batch_idx),
         None if cache_leftpad is None else layout_of(cache_leftpad),
+        None if s_aux is None else layout_of(s_aux),
         None if alibi_slopes is None else layout_of(alibi_slopes),
     )  # fmt: skip
     if not k_address:

@@ -82,6 +82,23 @@ def tracing() -> bool:
     return bool(_tracing())
 
 
+def traced_or_transformed(*tensors: Any) -> str | None:
+    """Which of those watches that a call with side effects cannot be seen by; None for none."""
+    if _tracing():
+        return "torch.jit.trace"
+    if _transforms_active():
+        return "a transform of torch.func"
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+        return "make_fx"
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        return "FakeTensorMode"
+    if forward_ad._current_level >= 0 and any(
+        isinstance(x, Tensor) and x.is_floating_point() and _has_tangent(x) for x in tensors
+    ):
+        return "forward-mode AD"
+    return None
+
+
 def refuse_forward_mode(*tensors: Any) -> None:
     """NotImplementedError if forward-mode AD or torch.func.jvp follows one of the tensors."""
     if forward_ad._current_level < 0:

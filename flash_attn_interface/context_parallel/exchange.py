@@ -54,7 +54,7 @@ class Transfers:
     """Of one call of attention. Peers are ranks of `group`."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        self.group = group
+        self.group, self.device = group, device
         self.side: Any = None
         if device.type == "cuda":
             if device not in _side_streams:
@@ -63,7 +63,9 @@ class Transfers:
 
     def now(self) -> Any:
         """What is on the caller's stream so far, for `post(after=...)`."""
-        return None if self.side is None else torch.cuda.current_stream().record_event()
+        if self.side is None:
+            return None
+        return torch.cuda.current_stream(self.device).record_event()
 
     def post(
         self,

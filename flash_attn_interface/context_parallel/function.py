@@ -15,11 +15,13 @@ from torch.autograd.function import once_differentiable
 from .._common.ask import check_values
 from .._common.ask.checks import Heads, check_heads
 from ..call.simulation import simulated_arch
+from ..call.watchers import PLAIN_TYPES
 from . import all_to_all, kernels, ring
 from .all_to_all import AllToAll, Exchanged
 from .kernels import Options
 from .layout import Layout
 from .merge import add_sink, sink_gradient
+from .plain import in_memory, refuse_watchers, require_plain
 
 METHODS = ("ring", "all_to_all", "auto")
 
@@ -105,6 +107,7 @@ def attention(
         TypeError, ValueError: an argument is wrong, here or on another rank, or ranks disagree.
             All ranks of the group raise before anything is transferred.
         NotImplementedError: method="all_to_all" with heads that cannot be dealt out.
+            Tracing, and the transforms of torch.func.
         RuntimeError: a gradient is differentiated once more.
     """
     if torch.compiler.is_compiling():
@@ -119,6 +122,8 @@ def attention(
             f"layout is {type(layout).__name__}: expected a context_parallel.Layout, which every "
             "rank of the group makes"
         )
+    refuse_watchers("context_parallel.attention", q, k, v, s_aux)
+    q, k, v = (x.resolve_neg() if type(x) is Tensor and x.is_neg() else x for x in (q, k, v))
     arguments = _Arguments(
         causal, window_size, softmax_scale, softcap, deterministic, method, return_lse
     )
@@ -151,12 +156,12 @@ def _agreed(
             known: _Call | None = layout.calls.get(key)
             if known is not None:
                 return known
-        except TypeError:  # an unhashable argument, a list say
+        except (TypeError, RuntimeError):  # an unhashable argument; a nested tensor
             key = None
     call = error = None
     try:
         call = _checked(q, k, v, layout, s_aux, arguments)
-    except (TypeError, ValueError, NotImplementedError) as refused:
+    except Exception as refused:  # whatever it is: the other ranks wait for this one
         error = refused
     device = q.device if isinstance(q, Tensor) else torch.device("cpu")
     layout.agree(device, None if call is None else _facts(call, q, k, v, s_aux), error)
@@ -178,14 +183,20 @@ def _checked(
     """This rank's errors."""
     _check_tensors(q, k, v, layout)
     heads = check_heads(q, k, v, "k", "v")
+    if heads.num_heads_q == 0:
+        raise ValueError("q has 0 heads: expected at least 1")
     if s_aux is not None:
         _check_sinks(s_aux, q)
     method = asked.method
+    if not isinstance(method, str):
+        raise TypeError(
+            f"method is {check_values.shown(method)}: expected 'ring', 'all_to_all' or 'auto'"
+        )
     if method not in METHODS:
         raise ValueError(f"method is {method!r}: expected 'ring', 'all_to_all' or 'auto'")
     causal = check_values.flag("causal", asked.causal)
     left, right = check_values.window_pair(asked.window_size)
-    window = max(-1, left), 0 if causal else max(-1, right)
+    window = _bounded(left, layout), 0 if causal else _bounded(right, layout)
     unable = all_to_all.refusal(
         layout.world, heads.num_heads_q, heads.num_heads_k, heads.num_heads_v
     )
@@ -195,13 +206,19 @@ def _checked(
         windowed = window[0] >= 0 or (window[1] >= 0 and not causal)
         cheaper = windowed or unable is not None or _ring_is_cheaper(layout, heads)
         method = "ring" if cheaper else "all_to_all"
+    scale = check_values.softmax_scale(asked.softmax_scale, heads.head_dim_qk)
     options = Options(
-        check_values.softmax_scale(asked.softmax_scale, heads.head_dim_qk),
-        max(0.0, check_values.real("softcap", asked.softcap)),
+        scale,
+        check_values.softcap(asked.softcap, scale),
         check_values.flag("deterministic", asked.deterministic),
         simulated_arch() if q.device.type == "cpu" else None,
     )
     return _Call(method, causal, window, options, check_values.flag("return_lse", asked.return_lse))
+
+
+def _bounded(side: int, layout: Layout) -> int:
+    """A side of the window; -1 where it hides no key, as plans count with 64 bits."""
+    return side if 0 <= side < layout.total else -1
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> None:
@@ -211,13 +228,9 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> None:
         else f"({layout.tokens}, heads, head_dim)"
     )
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is {type(tensor).__name__}: expected a torch.Tensor")
-        if type(tensor) not in (Tensor, torch.nn.Parameter):
-            raise TypeError(
-                f"{name} is a {type(tensor).__name__}: expected this rank's own tokens as a plain "
-                "tensor; a DTensor has them as to_local()"
-            )
+        require_plain(name, tensor)
+        if type(tensor) not in PLAIN_TYPES:
+            raise TypeError(f"{name} is an AsyncCollectiveTensor: pass what its wait() returns")
         dims = 4 if layout.dense else 3
         if tensor.ndim != dims or tensor.shape[layout.dim] != layout.tokens:
             raise ValueError(
@@ -241,8 +254,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> None:
 
 
 def _check_sinks(s_aux: Any, q: Tensor) -> None:
-    if not isinstance(s_aux, Tensor):
-        raise TypeError(f"s_aux is {type(s_aux).__name__}: expected a torch.Tensor")
+    require_plain("s_aux", s_aux)
     if not s_aux.dtype.is_floating_point or s_aux.dtype.itemsize == 1:
         raise TypeError(f"s_aux has dtype {s_aux.dtype}: expected float32, bfloat16 or float16")
     if s_aux.shape != (q.shape[-2],):
@@ -326,6 +338,7 @@ class _Attention(torch.autograd.Function):
         # What arrives may differ between ranks, what is transferred may not.
         if dout is None:
             dout = saved[0].new_zeros((*shape[:-1], head_dim_v), dtype=dtype)
+        dout, dlse = in_memory(dout), None if dlse is None else in_memory(dlse)
         if not call.return_lse:
             dlse = None
         elif dlse is None:

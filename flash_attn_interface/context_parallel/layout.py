@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -13,11 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from .._common.ask.check_tensors import require_tensor
+from .._common.ask.check_values import flag, integer, shown
 from .._common.ask.checks import shorten
 from . import all_to_all, gathering
 from .agreement import agree
 from .division import SCHEMES, Division
 from .placed import Placed, place
+from .plain import refuse_watchers, require_plain
 from .steps import plan
 
 MIN_TOKENS_PER_RANK = 256  # two runs of 128, the rows of a tile
@@ -72,7 +75,7 @@ class Layout:
             raise ValueError(f"scheme is {scheme!r}: expected 'zigzag' or 'contiguous'")
         if (seqlen is None) == (cu_seqlens is None):
             raise ValueError("expected either seqlen or cu_seqlens")
-        self.scheme, self.verify = scheme, verify
+        self.scheme, self.verify = scheme, flag("verify", verify)
         self.dense = cu_seqlens is None
         minimum = _count("min_tokens_per_rank", min_tokens_per_rank, 1)
         if cu_seqlens is None:
@@ -125,7 +128,8 @@ class Layout:
         Raises:
             ValueError: x has another number of rows.
         """
-        axis = self._axis(x, dim)
+        require_tensor("x", x)
+        axis = self._axis("x", x, dim)
         if x.shape[axis] != self.total:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}: expected {self.total} rows along dim {axis}, the "
@@ -151,17 +155,22 @@ class Layout:
             ValueError: x_local has another number of rows, here or on another rank, or ranks
                 disagree about sizes, dtype or layout.
         """
-        axis = self._axis(x_local, dim)
-        call = error = None
-        if x_local.shape[axis] != self.tokens:
-            error = ValueError(
-                f"x_local has shape {tuple(x_local.shape)}: expected {self.tokens} rows along dim "
-                f"{axis}, the layout's tokens on this rank"
-            )
-        else:
+        refuse_watchers("Layout.gather", x_local)
+        axis, call, error = self.dim, None, None
+        try:
+            require_plain("x_local", x_local)
+            axis = self._axis("x_local", x_local, dim)
+            if x_local.shape[axis] != self.tokens:
+                raise ValueError(
+                    f"x_local has shape {tuple(x_local.shape)}: expected {self.tokens} rows along "
+                    f"dim {axis}, the layout's tokens on this rank"
+                )
             others = tuple(n for i, n in enumerate(x_local.shape) if i != axis)
             call = {"call": "gather", "dim": axis, "sizes": others, "dtype": str(x_local.dtype)}
-        self.agree(x_local.device, call, error)
+        except Exception as refused:  # whatever it is: the other ranks wait for this one
+            error = refused
+        device = x_local.device if isinstance(x_local, Tensor) else torch.device("cpu")
+        self.agree(device, call, error)
         return gathering.gather(self, x_local, axis)
 
     def agree(
@@ -182,7 +191,7 @@ class Layout:
         error = error or (_backend_error(device, backends) if self.world > 1 else None)
         if self.verify:
             told = None if error or call is None else {"layout": self.describe(), **call}
-            agree(self.group, self._device_for_facts(backends), told, error)
+            agree(self.group, self._device_for_facts(device, backends), told, error)
         elif error is not None:
             raise error
         self._agreed.add(key)
@@ -227,18 +236,18 @@ class Layout:
             self._tensors[key] = torch.from_numpy(numbers).to(where)
         return self._tensors[key]
 
-    def _axis(self, x: Tensor, dim: int | None) -> int:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x is {type(x).__name__}: expected a torch.Tensor")
-        axis = self.dim if dim is None else operator.index(dim)
+    def _axis(self, name: str, x: Tensor, dim: int | None) -> int:
+        axis = self.dim if dim is None else integer("dim", dim)
         if not -x.ndim <= axis < x.ndim:
-            raise ValueError(f"dim is {axis}: x has {x.ndim} dimensions")
+            raise ValueError(f"dim is {axis}: {name} has {x.ndim} dimensions")
         return axis % x.ndim
 
-    def _device_for_facts(self, backends: str) -> torch.device:
+    def _device_for_facts(self, device: torch.device, backends: str) -> torch.device:
         """CPU memory where the group can move it, which a GPU then need not wait for."""
         if "cpu:" in backends:
             return torch.device("cpu")
+        if device.type == "cuda":  # which need not be the current one
+            return device
         return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -299,6 +308,8 @@ def _lengths(cu_seqlens: Sequence[int] | Tensor) -> list[int]:
                 "int32 or int64 of shape (documents + 1,)"
             )
         cu_seqlens = cu_seqlens.tolist()
+    elif isinstance(cu_seqlens, (str, bytes)) or not isinstance(cu_seqlens, Iterable):
+        raise TypeError(f"cu_seqlens is {shown(cu_seqlens)}: expected a tensor or a list of ints")
     starts = [_count("an element of cu_seqlens", start, 0) for start in cu_seqlens]
     if not starts or starts[0] != 0:
         raise ValueError(f"cu_seqlens is {shorten(starts)}: expected to start with 0")

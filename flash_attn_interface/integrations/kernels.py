@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..tools import command
+from .. import command_line
 
 DEFAULT_FOLDER = "flash_attn_hub_kernels"
 _REPOSITORIES = "kernels-community"
@@ -52,10 +52,10 @@ _KERNELS = {
 }
 
 
-@command.guarded
+@command_line.guarded
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes the folders and prints the value for LOCAL_KERNELS; returns the exit status."""
-    parser = command.Parser(prog="python -m flash_attn_interface kernels", description=__doc__)
+    parser = command_line.Parser(prog="python -m flash_attn_interface kernels", description=__doc__)
     parser.add_argument(
         "--out",
         type=Path,

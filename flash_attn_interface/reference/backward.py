@@ -16,8 +16,8 @@ from torch import Tensor
 from .._common.ask.call import Backward, Tensors
 from .._common.ask.problem import Problem
 from .._common.launch.philox import keep_mask
-from ..call.autocast import without_autocast
 from .forward import _alibi_rows, _Options, _Slots, _visible
+from .without_autocast import without_autocast
 
 STAT_ROWS = 128  # FlashAttention-2's padding of softmax_d
 

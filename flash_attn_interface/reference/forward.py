@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._common.ask.out_layout import laid_out
 from .._common.launch.philox import keep_mask
-from ..call.autocast import without_autocast
+from .without_autocast import without_autocast
 
 # Dense batches are handled in groups whose score matrices hold at most this many elements (256 MiB
 # in float32).

@@ -16,7 +16,7 @@ def gathered(problem: Problem, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor
 
     Indices are clamped like the kernels'.
     """
-    _, k, v, _, cu_seqlens_k, _, seqused_k, _, page_table, cache_batch_idx, leftpad_k = tensors
+    _, k, v, _, cu_seqlens_k, _, seqused_k, _, page_table, cache_batch_idx, leftpad_k, _ = tensors
     rows, lengths = [], []
     starts = None if cu_seqlens_k is None else cu_seqlens_k.tolist()
     for b in range(problem.batch):

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .._common.ask.out_layout import laid_out
-from ..call.autocast import without_autocast
 from .forward import attention_reference
+from .without_autocast import without_autocast
 
 
 @without_autocast

@@ -23,8 +23,8 @@ from .._common.tiles import tuned_tiles
 from ..cache import prebuilt_folders
 from ..call import backends
 from ..call.selection import Device, hopper_advice, target_for
+from ..command_line import of_bytes
 from ..version import RELEASE, __version__
-from .command import of_bytes
 
 _FEW_BYTES = 200 * 2**20  # free space below which kernels of a day may not find room
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from .. import command_line
 from .._common.ask.problem import Problem, Target
 from .._common.launch import driver
 from .._common.prebuild import build as prebuild
@@ -31,7 +32,6 @@ from .._common.tiles import tuned_tiles
 from .._common.tiles.tuning import Tunable
 from ..call.selection import Device, device_of, installed_backends, target_for
 from ..call.simulation import capability_of
-from ..tools import command
 from . import compile as tune_compile
 from . import report as tune_report
 from . import tables as tune_tables
@@ -69,7 +69,7 @@ class Subject:
         return self.tunable.key(self.problem)
 
 
-@command.guarded
+@command_line.guarded
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status: 0 done, 1 some keys failed, 2 wrong usage."""
     options = parser().parse_args(arguments)
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return tune(options, device, found, journal, compile_all)
     except KeyboardInterrupt:
         print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
-        return command.INTERRUPTED
+        return command_line.INTERRUPTED
     except DeviceLostError as error:
         print(f"{error}\nThe GPU cannot be used after that in this process.", file=sys.stderr)
         if arguments is not None or journal.path is None:
@@ -188,7 +188,7 @@ def derive_only(
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = command.Parser(
+    p = command_line.Parser(
         prog="python -m flash_attn_interface tune",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -197,7 +197,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--dims",
         nargs=2,
-        type=command.positive,
+        type=command_line.positive,
         action="append",
         required=True,
         metavar=("QK", "V"),
@@ -209,31 +209,36 @@ def parser() -> argparse.ArgumentParser:
     add("--causal", choices=("both", "yes", "no"), default="both")
     add("--features", nargs="+", choices=FEATURES, default=[],
         help="tune the kernels with these switched on, instead of plain attention")  # fmt: skip
-    add("--seqlen", nargs="+", type=command.positive, default=[1024, 4096, 16384],
+    add("--seqlen", nargs="+", type=command_line.positive, default=[1024, 4096, 16384],
         help="lengths to time; the winner is nowhere slower than the tile in use")  # fmt: skip
-    add("--tokens", type=command.positive, default=16384, help="batch is so many / seqlen")
+    add("--tokens", type=command_line.positive, default=16384, help="batch is so many / seqlen")
     add(
         "--max-candidates",
-        type=command.positive,
+        type=command_line.positive,
         default=48,
         metavar="N",
         help="tiles of the first wave",
     )
     add(
         "--max-neighbours",
-        type=command.positive,
+        type=command_line.positive,
         default=16,
         metavar="N",
         help="of the second and third",
     )
     add(
         "--seconds",
-        type=command.not_negative,
+        type=command_line.not_negative,
         default=inf,
         metavar="S",
         help="be done by about then: no further wave after half of it, no finals after it",
     )
-    add("--jobs", type=command.positive, default=prebuild.jobs(), help="kernels compiled at once")
+    add(
+        "--jobs",
+        type=command_line.positive,
+        default=prebuild.jobs(),
+        help="kernels compiled at once",
+    )
     add("--device", type=int, help="CUDA ordinal; default: the current one")
     add("--compile-only", action="store_true", help="compile, report registers, run nothing")
     add("--arch", help="compile for this architecture, GPU or not, and run nothing")

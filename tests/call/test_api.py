@@ -17,7 +17,7 @@ import flash_attn
 import flash_attn.flash_attn_interface
 import flash_attn_interface
 from flash_attn_interface import explain, simulate
-from flash_attn_interface.api import fa2
+from flash_attn_interface.api import fa2, fa2_kvcache
 from flash_attn_interface.call.packing import unpacked
 from flash_attn_interface.reference.forward import attention_reference
 
@@ -80,7 +80,8 @@ def untyped_signature(function: Callable[..., Any]) -> str:
 
 @pytest.mark.parametrize("name", FA2_SIGNATURES)
 def test_flash_attention_2_signatures_are_upstreams(name: str):
-    for module in (flash_attn, flash_attn.flash_attn_interface, fa2):
+    ours = fa2_kvcache if name == "flash_attn_with_kvcache" else fa2
+    for module in (flash_attn, flash_attn.flash_attn_interface, ours):
         assert untyped_signature(getattr(module, name)) == FA2_SIGNATURES[name]
 
 

@@ -13,7 +13,6 @@ from flash_attn_interface._common.ask.backward_problem import BackwardProblem
 from flash_attn_interface._common.ask.call import Backward, Call, Options
 from flash_attn_interface._common.ask.check import check
 from flash_attn_interface._common.ask.problem import Target
-from flash_attn_interface._common.ask.serves import FEATURES, unserved
 from flash_attn_interface._flash2 import BACKEND as FLASH2
 from flash_attn_interface.call import autograd, backends, dispatch, keys
 
@@ -23,7 +22,7 @@ NEW = "a new feature"
 @pytest.fixture
 def fake(monkeypatch):
     """The only kernel tree, which has the new feature."""
-    fake = FakeBackend(serves=FEATURES | {NEW}, serves_backward=FEATURES | {NEW})
+    fake = FakeBackend(extra=NEW)
     monkeypatch.setattr(backends, "flash2", lambda: fake)
     monkeypatch.setattr(backends, "hopper", lambda: None)
     dispatch.forget_plans()
@@ -127,20 +126,3 @@ def test_a_call_with_a_feature_that_nothing_serves_is_an_error(arch: str | None)
         else:
             with simulate(arch), pytest.raises(NotImplementedError, match=NEW):
                 autograd.attention(call)
-
-
-def test_refusals_are_the_difference():
-    reasons = {"dropout": "dropout needs a coin"}
-    assert unserved({"causal"}, FEATURES) is None
-    assert unserved({"causal", "dropout"}, {"causal"}, reasons) == "dropout needs a coin"
-    assert (
-        unserved({"alibi", "causal"}, set(), reasons) == "it has no kernels with alibi and causal"
-    )
-
-
-@pytest.mark.parametrize("name", sorted(FEATURES))
-def test_each_backend_says_of_each_feature_whether_it_has_it(name: str):
-    """Those that a tree does not list are refused by name or in its own words, never served."""
-    for backend, _ in every_backend():
-        refusal = unserved({name}, backend.serves)
-        assert (refusal is None) == (name in backend.serves)

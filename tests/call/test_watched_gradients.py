@@ -15,6 +15,7 @@ from public_calls import FUNCTIONS, Operators, cache_call, every_function
 from test_autograd import CALLS, dense
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -25,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import flash_attn as fa2
 import flash_attn_interface as fa3
 from flash_attn_interface import simulate
-from flash_attn_interface.call import backends, dispatch
+from flash_attn_interface.call import backends, dispatch, simulation
 
 BF16 = torch.bfloat16
 
@@ -60,6 +61,43 @@ def test_gradients_under_modes(device, call):
     assert len(mode.names) == 2 and "attention_backward" in mode.names[1]
     for mine, theirs in zip(got, want, strict=True):
         close(mine, theirs)
+
+
+ARRIVALS: dict[str, Callable[[Tensor], Tensor]] = {
+    "negated": lambda x: torch._neg_view(-x),
+    "collective": AsyncCollectiveTensor,
+    "zero": lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype, device=x.device),
+    "expanded": lambda x: x[..., :1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("arrival", ARRIVALS)
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_gradients_that_arrive_in_disguise(device, call, arrival: str):
+    """The forward saw plain tensors; the backward gets what other operations made."""
+    function, inputs, _, _ = call(device)
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    results = function(*leaves)
+    if isinstance(results, Tensor):
+        results = (results,)
+    results = results[:2]  # not s_dmask
+    douts = [ARRIVALS[arrival](torch.randn_like(x)) for x in results]
+    plain = [(x + 0).contiguous() if arrival != "zero" else torch.zeros_like(x) for x in douts]
+    got = torch.autograd.grad(results, leaves, douts, retain_graph=True)
+    want = torch.autograd.grad(results, leaves, plain)
+    for mine, theirs in zip(got, want, strict=True):
+        assert type(mine) is Tensor
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
+def test_a_mode_sees_a_backward_alone(device):
+    """A counter or a policy that is entered after the forward."""
+    q, k, v = (tensor.requires_grad_() for tensor in dense(device))
+    out = fa2.flash_attn_func(q, k, v, causal=True)
+    with Operators() as mode:
+        out.sum().backward()
+    if device.type != "cpu" or simulation.simulated_arch():  # of the reference it sees the parts
+        assert mode.names == ["flash_attn_interface.attention_backward.default"]
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)

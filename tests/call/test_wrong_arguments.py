@@ -25,7 +25,7 @@ from flash_attn_interface._common.ask import check_values
 
 DOCUMENTED = (TypeError, ValueError, NotImplementedError)
 PACKAGE = str(Path(flash_attn_interface.__file__).parent)
-OURS = (PACKAGE, str(Path(check_values.__file__).parent))
+OURS = (PACKAGE, str(Path(check_values.__file__).parents[1]))
 BF16 = torch.bfloat16
 
 

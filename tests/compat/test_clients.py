@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
     find_spec("setuptools") is None or find_spec("pip") is None,
     reason="setuptools and pip are not installed in this environment",
 )
-PROBES = ROOT / "tests" / "client_probes.py"
+PROBES = ROOT / "tests" / "support" / "client_probes.py"
 OFFLINE = ("--quiet", "--no-deps", "--no-index")
 EDITABLE = "import sys, setuptools.build_meta as b; b.build_editable(sys.argv[1])"
 
@@ -275,7 +275,7 @@ def test_distributions_of_different_releases_are_an_error(sites, tmp_path: Path)
     (mixed / "flash_attn_3" / "version.py").write_text('RELEASE = "0.0.9"\n')
     program = """
 import importlib
-from flash_attn_interface import backends
+from flash_attn_interface.call import backends
 for attempt in (
     lambda: importlib.import_module("flash_attn_3"),
     lambda: importlib.import_module("flash_attn_3._C"),

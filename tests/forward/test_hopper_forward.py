@@ -260,7 +260,7 @@ def test_results_are_repeatable(machine: Runner, case: Case, hopper_plans: list[
 
 
 TREE = hopper_tree.load()
-TILE = TREE.tiles.ForwardTile
+TILE = TREE.fwd_tiles.ForwardTile
 TILES = {
     "ping-pong": TILE(2, 128, ping_pong=True),
     "ping-pong-of-three": TILE(3, 64, num_stages=2, ping_pong=True),
@@ -284,7 +284,7 @@ def test_other_tiles(
     machine: Runner, case: Case, name: str, hopper_plans: list[Any], monkeypatch: pytest.MonkeyPatch
 ):
     """Ways through the kernel that the table of tiles does not take today."""
-    monkeypatch.setattr(TREE.tiles, "forward_tile", lambda problem: TILES[name])
+    monkeypatch.setattr(TREE.fwd_tiles, "forward_tile", lambda problem: TILES[name])
     check_case(machine, case, hopper_plans)
 
 
@@ -378,7 +378,7 @@ def test_tall_tiles_are_for_many_rows():
     problem = Problem("bf16", 128, 128, 16, 16, 16, 4, 4096, 4096, 4 * 4096, 4 * 4096, 0.1)
 
     def tall(**changes: Any) -> bool:
-        return TREE.tiles.forward_tile(replace(problem, **changes)).p_in_smem
+        return TREE.fwd_tiles.forward_tile(replace(problem, **changes)).p_in_smem
 
     assert tall() and tall(causal=True, window_right=0) and tall(head_dim_qk=64)
     assert not tall(seqlen_k=512)
@@ -390,7 +390,7 @@ def test_tall_tiles_are_for_many_rows():
 def test_o_lies_over_p_where_it_fits():
     tile = TILE(3, 128, num_q_buffers=1, p_in_smem=True)
     q, k, v, p = 3 * 64 * 64 * 2, 2 * 128 * 64 * 2, 2 * 128 * 128 * 2, 3 * 64 * 128 * 2
-    assert tile.smem_bytes(64, 128) == q + k + v + p + TREE.tiles.SMEM_TAIL_BYTES
+    assert tile.smem_bytes(64, 128) == q + k + v + p + TREE.fwd_tiles.SMEM_TAIL_BYTES
     assert replace(tile, num_q_buffers=2).smem_bytes(64, 128) - tile.smem_bytes(64, 128) == 3 * q
     assert replace(tile, p_in_smem=False).smem_bytes(64, 128) == tile.smem_bytes(64, 128) + q - p
 

@@ -23,8 +23,8 @@ import flash_attn
 import flash_attn_interface
 from flash_attn_interface._common.ask.check import check
 from flash_attn_interface._common.ask.problem import Problem
+from flash_attn_interface._common.features.kv import page_division
 from flash_attn_interface._flash2.fwd import ForwardPlan
-from flash_attn_interface._flash2.fwd_tiles import page_division
 from flash_attn_interface.call.selection import device_of, target_for
 
 # ---- flash_attn_varlen_func(block_table=...) ----------------------------------------------------

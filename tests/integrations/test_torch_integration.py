@@ -105,6 +105,46 @@ def test_compiled(device):
     compare(compiled(*inputs), by_math(*inputs, **options), inputs)
 
 
+def test_autocast(device, calls):
+    """float32 tensors arrive in the dtype of autocast, and their gradients are float32."""
+    inputs = [x.detach().float().requires_grad_() for x in tensors(device, 4, 2, 9, 9, 24, 8)]
+    options = {"is_causal": True, "enable_gqa": True}
+    with torch.autocast(device, dtype=torch.bfloat16):
+        out = attend(*inputs, **options)
+    assert out.dtype is torch.bfloat16 and calls == [(24, 8)]
+    gradients = torch.autograd.grad(out, inputs, torch.ones_like(out))
+    rounded = [x.detach().bfloat16().float().requires_grad_() for x in inputs]
+    right = by_math(*rounded, **options)
+    wanted = torch.autograd.grad(right, rounded, torch.ones_like(right))
+    for got, want in zip((out, *gradients), (right, *wanted), strict=True):
+        assert (got.float() - want).abs().max() < 0.02 * want.abs().max() + 1e-2
+    assert {x.dtype for x in gradients} == {torch.float32}
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_nested_jagged_tensors(device, causal):
+    """torch takes CUDA's through its flash operator, which is ours then, and others by itself."""
+    if causal and device == "cpu":
+        pytest.skip("PyTorch has no causal attention of jagged tensors on the CPU")
+    lengths = (5, 9, 1)
+    parts = [[torch.randn(n, 4, d, device=device) for n in lengths] for d in (16, 16, 16)]
+    nested = [
+        torch.nested.nested_tensor(
+            part, layout=torch.jagged, dtype=torch.float16, requires_grad=True
+        )
+        for part in parts
+    ]
+    out = attend(*(x.transpose(1, 2) for x in nested), is_causal=causal)
+    out.values().float().sum().backward()
+    for i in range(len(lengths)):
+        rows = [part[i].half().float().requires_grad_() for part in parts]
+        right = by_math(*(x[None].transpose(1, 2) for x in rows), is_causal=causal)
+        assert (out[i].float() - right[0]).abs().max() < 0.01
+        right.sum().backward()
+        for x, row in zip(nested, rows, strict=True):
+            assert (x.grad[i].float() - row.grad).abs().max() < 0.02
+
+
 UNSERVED = {
     "an attn_mask": lambda q, k, v: attend(q, k, v, attn_mask=q.new_zeros(9, 9)),
     "dtypes": lambda q, k, v: attend(q.float(), k.float(), v.float()),

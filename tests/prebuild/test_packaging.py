@@ -130,7 +130,7 @@ import flash_attn, flash_attn_interface
 from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_qkvpacked_func
 from flash_attn_interface import flash_attn_func as fa3_style, explain, simulate
 import flash_attn_interface._flash2
-from flash_attn_interface._common import sources
+from flash_attn_interface._common.runtime import sources
 site = Path({str(site)!r})
 for name, module in sys.modules.items():
     if name.partition(".")[0] in ("flash_attn", "flash_attn_interface"):

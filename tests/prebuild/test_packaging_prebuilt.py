@@ -100,7 +100,7 @@ def test_a_second_build_compiles_what_changed(build: Build, tmp_path: Path) -> N
 PROGRAM = """
 import importlib.util, json, sys
 from pathlib import Path
-from flash_attn_interface._common import cache, nvrtc
+from flash_attn_interface._common.runtime import cubins, nvrtc
 if json.loads(sys.argv[1]):
     nvrtc.chosen = lambda: None
 from flash_attn_interface._common.ask.problem import Problem
@@ -126,11 +126,11 @@ def test_installed_beside_each_other_they_leak_no_generic_names(
     program = """
 import flash_attn, flash_attn_interface, flash_attn_2_cuda, flash_attn_3
 site = Path(flash_attn_interface.__file__).parents[1]
-for module in (flash_attn, flash_attn_2_cuda, flash_attn_3, cache):
+for module in (flash_attn, flash_attn_2_cuda, flash_attn_3, cubins):
     assert site in Path(module.__file__).parents, module.__file__
 for leak in ("common", "flash2", "hopper", "tests", "build", "cache", "prebuild", "tiles", "setup"):
     assert importlib.util.find_spec(leak) is None, leak
-from flash_attn_interface import backends
+from flash_attn_interface.call import backends
 print(backends.hopper().name)
 """
     assert in_environment(installed, program, tmp_path).split() == ["hopper"]
@@ -140,13 +140,13 @@ def test_listed_problems_run_without_nvrtc(installed: Environment, tmp_path: Pat
     program = """
 import flash_attn_3.fwd_tiles
 for arch in ("sm_80", "sm_86", "sm_89", "sm_90"):
-    image = cache.default_kernels().image(forward_spec(problem((16, 16)), arch))
+    image = cubins.default_kernels().image(forward_spec(problem((16, 16)), arch))
     print(arch, image.origin, image.folder.parts[-3])
 spec = flash_attn_3.fwd_tiles.forward_spec(problem((16, 16)), "sm_90a")
-image = cache.default_kernels().image(spec)
+image = cubins.default_kernels().image(spec)
 print(spec.arch, image.origin, image.folder.parts[-3])
 try:
-    cache.default_kernels().image(forward_spec(problem((16, 32)), "sm_80"))
+    cubins.default_kernels().image(forward_spec(problem((16, 32)), "sm_80"))
 except ImportError as error:
     print(error)
 """
@@ -185,8 +185,8 @@ def test_two_versions_share_a_cache_and_no_kernel(installed: Environment, tmp_pa
     header = other / "flash_attn_interface" / "_common" / "device" / "mask.cuh"
     header.write_text(header.read_text() + "// of another version\n")
     program = """
-image = cache.default_kernels().image(forward_spec(problem((8, 8)), "sm_80"))
-listed = cache.default_kernels().image(forward_spec(problem((16, 16)), "sm_80"))
+image = cubins.default_kernels().image(forward_spec(problem((8, 8)), "sm_80"))
+listed = cubins.default_kernels().image(forward_spec(problem((16, 16)), "sm_80"))
 print(image.origin, listed.origin, image.folder.name)
 """
     first = in_environment(installed, program, tmp_path).split()
@@ -213,7 +213,7 @@ for spec in (
     forward_spec(problem((16, 16)), "sm_90"),
     flash_attn_3.fwd_tiles.forward_spec(problem((16, 16)), "sm_90a"),
 ):
-    print(cache.default_kernels().image(spec).folder)
+    print(cubins.default_kernels().image(spec).folder)
 """
         found = in_environment(environment, program, tmp_path).split()
         assert [Path(entry).parent for entry in found] == [p / "_prebuilt" for p in packages]
@@ -244,7 +244,7 @@ for spec in (
     forward_spec(problem((16, 16)), "sm_80"),
     flash_attn_3.fwd_tiles.forward_spec(problem((16, 16)), "sm_90a"),
 ):
-    print(cache.default_kernels().image(spec).origin)
+    print(cubins.default_kernels().image(spec).origin)
 """
     assert (
         in_environment(environment, program, tmp_path, without_nvrtc=True).split()

@@ -187,8 +187,9 @@ def test_products_with_strides_have_64_bits() -> None:
 
     What is narrowed implicitly, the simulator's compiler refuses (-Werror=conversion).
     """
-    names = ("params.cuh", "bwd_params.cuh")
-    blocks = "".join((ROOT / "common/device" / n).read_text(encoding="utf-8") for n in names)
+    files = sorted((ROOT / "common/device").rglob("*params.cuh"))
+    assert len(files) > 5
+    blocks = "".join(file.read_text(encoding="utf-8") for file in files)
     declared = re.findall(r"^\s*(\w+)\s+([^;/]*stride[^;/]*);", blocks, flags=re.MULTILINE)
     assert len(declared) > 30 and {kind for kind, _ in declared} == {"i64"}
     narrow = r"\b(?:[iu](?:8|16|32)|int|unsigned|f32|bool)\b"

@@ -30,6 +30,7 @@ FEATURES: dict[str, dict[str, object]] = {
     "chunk": {"attention_chunk": 64},
     "softcap": {"softcap": 30.0, "causal": True, "window_right": 0},
     "alibi": {"alibi": True},
+    "sink": {"sink": True},
     "varlen": {"varlen_q": True, "varlen_k": True, "causal": True, "window_right": 0},
     "paged": {"page_size": 16, "cache_slots": 999, "has_seqused_k": True},
     "cache": {

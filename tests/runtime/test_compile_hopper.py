@@ -46,7 +46,7 @@ def check(spec: KernelSpec, max_spill_bytes: int = 0) -> None:
 
 
 def check_named(dims: tuple[int, int], feature: str, dtype: str) -> None:
-    check_tile(TREE.tiles.forward_spec(problem(dims, feature, dtype), ARCH), feature)
+    check_tile(TREE.fwd_tiles.forward_spec(problem(dims, feature, dtype), ARCH), feature)
 
 
 def check_tile(spec: KernelSpec, feature: str) -> None:
@@ -110,7 +110,7 @@ def test_features(dims: tuple[int, int], feature: str, dtype: str):
 def test_long_sequences(dims: tuple[int, int], feature: str, dtype: str):
     """Tiles that the table keeps for many keys."""
     asked = replace(problem(dims, feature, dtype), seqlen_q=16384, seqlen_k=16384)
-    check_tile(TREE.tiles.forward_spec(asked, ARCH), feature)
+    check_tile(TREE.fwd_tiles.forward_spec(asked, ARCH), feature)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_packed_gqa(dims: tuple[int, int], feature: str, group: int):
     heads = {"num_heads_q": 2 * group, "num_heads_k": 2, "num_heads_v": 2, "pack_gqa": True}
     strides = {"k_strides": (0, 2, 1), "v_strides": (0, 2, 1)}
     asked = replace(problem(dims, feature, "bf16"), seqlen_q=1, total_q=1, **heads, **strides)
-    spec = TREE.tiles.forward_spec(asked, ARCH)
+    spec = TREE.fwd_tiles.forward_spec(asked, ARCH)
     assert spec["gqa_group"] == group
     check(spec)
 
@@ -140,5 +140,5 @@ def test_every_pair_of_head_dims_has_a_tile():
         for head_dim_qk in range(8, 257, 8):
             for head_dim_v in range(8, 513 if head_dim_qk <= 64 else 257, 24):
                 asked = problem((head_dim_qk, head_dim_v), feature, "bf16")
-                spec = TREE.tiles.forward_spec(asked, ARCH)
+                spec = TREE.fwd_tiles.forward_spec(asked, ARCH)
                 assert spec["block_n"] % (32 if feature in ("dropout", "everything") else 16) == 0

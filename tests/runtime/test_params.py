@@ -211,6 +211,36 @@ def test_there_must_be_one_definition(count: int) -> None:
         ParamLayout.parse("P", "struct P { i32 a; };\n" * count)
 
 
+BASES_TEXT = """
+struct Mask { i32 left, right, chunk; };
+struct Score { const f32* slopes; f32 scale; };  // 4 bytes of padding at its end stay empty
+struct Both : Mask, Score {};
+struct Odd : Both { i32 n; };  // its padding does not
+struct More : Odd { i32 m; i64 stride; };
+"""
+BASES = tuple(ParamLayout.parse(name, BASES_TEXT) for name in ("Both", "Odd", "More"))
+
+
+def test_extended_structs_come_first() -> None:
+    assert {n: f.offset for n, f in BASES[-1].fields.items()} == {
+        "left": 0, "right": 4, "chunk": 8, "slopes": 16, "scale": 24, "n": 32, "m": 36, "stride": 40
+    }  # fmt: skip
+    assert [layout.size for layout in BASES] == [32, 40, 48]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("struct P : Mask, Mask { i32 n; };", "P.left is declared twice"),
+        ("struct P : Score { i32 scale; };", "P.scale is declared twice"),
+        ("struct P : Nothing { i32 n; };", "one definition of struct Nothing, found 0"),
+    ],
+)
+def test_what_cannot_be_extended_is_refused(text: str, reason: str) -> None:
+    with pytest.raises(ParamsError, match=reason):
+        ParamLayout.parse("P", BASES_TEXT + text)
+
+
 TYPES = ["i32", "u32", "i64", "u64", "f32", "const void*", "float*", "const i32*"]
 DECLARATIONS = st.lists(
     st.tuples(st.sampled_from(TYPES), st.integers(0, 4)), min_size=1, max_size=9
@@ -270,12 +300,14 @@ def test_layout_is_that_of_the_device_compiler() -> None:
     types += "using u64 = unsigned long long;\n"
     _compile(OFFSET_OF + types + TEXT + _asserts("FwdParams", LAYOUT), {})
     _compile(OFFSET_OF + types + MAPS_TEXT + _asserts("MapParams", MAPS), {})
+    asserts = "".join(_asserts(layout.name, layout) for layout in BASES)
+    _compile(OFFSET_OF + types + BASES_TEXT + asserts, {})
 
 
 def test_the_kernels_own_structs_are_packed_as_the_device_compiler_does() -> None:
     headers = sources.resolve(params.PARAMS_SOURCE)
     text = "\n".join(headers.values())
-    names = re.findall(r"^struct (\w+Params)(?: : \w+)? \{", text, re.MULTILINE)
+    names = re.findall(r"^struct (\w+Params)[\s\w:,]*\{", text, re.MULTILINE)
     assert {"FwdParams", "BwdParams", "HopperBwdParams"} <= set(names)
     text = f'{OFFSET_OF}#include "{params.PARAMS_SOURCE}"\n'
     _compile(text + "".join(_asserts(n, ParamLayout.load(n)) for n in names), headers)

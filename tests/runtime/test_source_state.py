@@ -132,7 +132,7 @@ def test_the_digest_covers_code_and_nothing_else(tmp_path: Path) -> None:
     (source / "common" / "__pycache__" / "x.py").write_text("1")
     (source / "flash_attn_interface" / "_prebuilt" / "k").mkdir(parents=True)
     (source / "flash_attn_interface" / "_prebuilt" / "k" / "prelude.cuh").write_text("1")
-    (source / "common" / "tuned" / "mine.json").write_text("{}")
+    (source / "common" / "tiles" / "tuned" / "mine.json").write_text("{}")
     assert source_state.of_checkout(source) == before is not None
     linked = tmp_path / "linked"  # as editable installations of setuptools' strict kind
     for path in (source / name for name in source_state.FOLDERS):

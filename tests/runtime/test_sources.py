@@ -118,6 +118,6 @@ def test_a_registered_tree_is_an_include_root(
 
 
 def test_installed_roots_exist() -> None:
-    assert (sources.root_folder("common") / "spec.py").is_file()
+    assert (sources.root_folder("common") / "params.py").is_file()
     assert (sources.root_folder("flash2") / "__init__.py").is_file()
     assert sources.package_folder().name == "flash_attn_interface"

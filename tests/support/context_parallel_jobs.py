@@ -8,12 +8,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -277,3 +282,115 @@ def compiled(group: dist.ProcessGroup) -> str:
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
     return raised(lambda: torch.compile(twice, backend="eager", fullgraph=True)(*x))
+
+
+# ---- what is no plain tensor --------------------------------------------------------------------
+
+
+def broken_tensors(group: dist.ProcessGroup, odd: int) -> dict[str, str]:
+    """Rank `odd` passes these as q, the others what is right."""
+    layout = Layout(group, seqlen=24)
+    q, k, v = tensors(layout)
+    broken: dict[str, Any] = {
+        "nested": torch.nested.nested_tensor([torch.randn(3, 8)]),
+        "sparse": q.to_sparse(),
+        "uninitialized": nn.parameter.UninitializedParameter(),
+        "no heads": q[:, :, :0],
+        "no head_dim": q[..., :0],
+        "collective": AsyncCollectiveTensor(q),
+    }
+    on_it = dist.get_rank(group) == odd
+    return {
+        name: raised(lambda x=x: attention(x if on_it else q, k, v, layout))  # type: ignore[misc]
+        for name, x in broken.items()
+    }
+
+
+def broken_options(group: dist.ProcessGroup, odd: int) -> dict[str, str]:
+    """Likewise with options; then `gather` of what is no tensor and along no dim."""
+    layout = Layout(group, seqlen=24)
+    q, k, v = tensors(layout)
+    on_it = dist.get_rank(group) == odd
+    options: dict[str, dict[str, Any]] = {
+        "method": {"method": np.array(["ring", "auto"])},
+        "softcap": {"softcap": 1e-46},
+        "sparse sinks": {"s_aux": torch.zeros(4).to_sparse()},
+    }
+    found = {
+        name: raised(lambda o=o: attention(q, k, v, layout, **(o if on_it else {})))  # type: ignore[misc]
+        for name, o in options.items()
+    }
+    nothing: Any = None
+    found["gather"] = raised(lambda: layout.gather(nothing if on_it else q))
+    found["gather along"] = raised(lambda: layout.gather(q, dim=7 if on_it else None))
+    return found
+
+
+def extreme_scalars(group: dist.ProcessGroup) -> dict[str, bool]:
+    """Whether options that change nothing change nothing."""
+    layout = Layout(group, seqlen=24)
+    q, k, v = tensors(layout)
+    want = attention(q, k, v, layout)
+    neutral: list[dict[str, Any]] = [
+        {"softcap": 1e300},
+        {"softcap": -1.0},
+        {"window_size": (2**63, 2**64)},
+        {"window_size": (24, -(2**70))},
+    ]
+    return {str(o): torch.equal(want, attention(q, k, v, layout, **o)) for o in neutral}
+
+
+def gradients_in_disguise(group: dist.ProcessGroup, method: str) -> None:
+    """Kernels, for which a stand-in computes, get plain tensors, whatever comes."""
+    from fakes import FakeBackend
+
+    from flash_attn_interface import simulate
+    from flash_attn_interface.call import backends, dispatch
+
+    kept = backends.flash2
+    backends.flash2 = lambda: FakeBackend()  # type: ignore[assignment,return-value]
+    dispatch.forget_plans()
+    try:
+        with simulate("sm_80"):
+            layout = Layout(group, seqlen=24)
+            q, k, v = (x.requires_grad_() for x in tensors(layout, dtype=torch.bfloat16))
+            negated = [torch._neg_view(-x.detach()).requires_grad_() for x in (q, k, v)]
+            out = attention(q, k, v, layout, causal=True, method=method)
+            same = attention(*negated, layout, causal=True, method=method)
+            assert isinstance(out, Tensor) and isinstance(same, Tensor)
+            dout = torch.randn_like(out)
+            want = torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+            for arrival in (torch._neg_view(-dout), AsyncCollectiveTensor(dout)):
+                for result, inputs in ((out, (q, k, v)), (same, negated)):
+                    got = torch.autograd.grad(result, inputs, arrival, retain_graph=True)
+                    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+            zero = torch._efficientzerotensor(dout.shape, dtype=dout.dtype)
+            assert not any(x.any() for x in torch.autograd.grad(out, (q, k, v), zero))
+    finally:
+        backends.flash2 = kept
+        dispatch.forget_plans()
+
+
+def watched(group: dist.ProcessGroup) -> dict[str, str]:
+    layout = Layout(group, seqlen=24)
+    q, k, v = tensors(layout)
+
+    def of_q(x: Tensor) -> Any:
+        return attention(x, k, v, layout)
+
+    def fake() -> None:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            of_q(q)
+
+    def dual() -> None:
+        with forward_ad.dual_level():
+            of_q(forward_ad.make_dual(q, q))
+
+    return {
+        "torch.func": raised(lambda: torch.func.grad(lambda x: of_q(x).sum())(q)),
+        "torch.func of gather": raised(lambda: torch.vmap(layout.gather)(torch.stack([q, q]))),
+        "torch.jit.trace": raised(lambda: torch.jit.trace(of_q, (q,), check_trace=False)),
+        "make_fx": raised(lambda: make_fx(of_q)(q)),
+        "FakeTensorMode": raised(fake),
+        "forward-mode AD": raised(dual),
+    }

@@ -11,9 +11,18 @@ from torch import Tensor
 from flash_attn_interface._common.ask.backward_problem import BackwardProblem
 from flash_attn_interface._common.ask.call import Backward, Cache, Tensors
 from flash_attn_interface._common.ask.problem import Problem, Target
-from flash_attn_interface._common.ask.serves import FEATURES, unserved
 from flash_attn_interface._common.runtime.spec import KernelSpec
 from flash_attn_interface.call import backends, watchers
+
+
+def as_a_kernel_reads(argument: Any) -> Any:
+    """The argument, if memory is all that there is to know about it: kernels take addresses."""
+    if isinstance(argument, PretendCudaTensor):
+        return argument.as_subclass(Tensor)
+    if isinstance(argument, Tensor):
+        assert type(argument) in watchers.PLAIN_TYPES, type(argument)
+        assert not argument.is_neg() and not argument._is_zerotensor()
+    return argument
 
 
 @dataclass
@@ -37,8 +46,10 @@ class FakePlan:
     ) -> backends.ForwardResult:
         self.runs.append(tensors)
         plan: Any = backends.REFERENCE.plan_forward(self.problem, None)
-        of_cache = None if cache is None else Cache(*map(plain, cache))
-        return plan.run(Tensors(*map(plain, tensors)), of_cache, plain(rng_state))
+        of_cache = None if cache is None else Cache(*map(as_a_kernel_reads, cache))
+        return plan.run(
+            Tensors(*map(as_a_kernel_reads, tensors)), of_cache, as_a_kernel_reads(rng_state)
+        )
 
     def describe(self) -> str:
         return f"{self.spec.describe()}\n{self.grid} CTAs"
@@ -55,7 +66,9 @@ class FakeBackwardPlan:
     def run(self, tensors: Tensors, backward: Backward) -> Tensor:
         self.runs.append((tensors, backward))
         plan: Any = backends.REFERENCE.plan_backward(self.problem, None)
-        return plan.run(Tensors(*map(plain, tensors)), Backward(*map(plain, backward)))
+        return plan.run(
+            Tensors(*map(as_a_kernel_reads, tensors)), Backward(*map(as_a_kernel_reads, backward))
+        )
 
     def describe(self) -> str:
         return "three kernels"
@@ -67,23 +80,25 @@ class FakeBackend:
 
     name: str = "flash2"
     refusal: str | None = None
-    serves: frozenset[str] = FEATURES
-    serves_backward: frozenset[str] = FEATURES
+    extra: str = ""  # the only feature of this name that it has
     release: str = "0"
     plans: list[FakePlan] = field(default_factory=list)
     backward_plans: list[FakeBackwardPlan] = field(default_factory=list)
     cache_plans: list[FakePlan] = field(default_factory=list)
 
     def refuses_forward(self, problem: Problem, target: Target) -> str | None:
-        return self.refusal or unserved(problem.needs(), self.serves)
+        return self.refusal or self._misses(problem)
 
     def plan_forward(self, problem: Problem, target: Target) -> FakePlan:
         made = self.plans if problem.append is None else self.cache_plans
         made.append(FakePlan(problem, target))
         return made[-1]
 
+    def _misses(self, problem: Problem) -> str | None:
+        return None if problem.extra == self.extra else f"it does not serve {problem.extra}"
+
     def refuses_backward(self, problem: BackwardProblem, target: Target) -> str | None:
-        return self.refusal or unserved(problem.forward.needs(), self.serves_backward)
+        return self.refusal or self._misses(problem.forward)
 
     def plan_backward(self, problem: BackwardProblem, target: Target) -> FakeBackwardPlan:
         self.backward_plans.append(FakeBackwardPlan(problem, target))
@@ -101,10 +116,6 @@ class PretendCudaTensor(Tensor):
 
 
 watchers.PLAIN_TYPES.add(PretendCudaTensor)  # so that it takes the direct way
-
-
-def plain(value: Any) -> Any:
-    return value.as_subclass(Tensor) if isinstance(value, PretendCudaTensor) else value
 
 
 def pretend_cuda(*tensors: Tensor) -> list[PretendCudaTensor]:

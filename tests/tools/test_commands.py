@@ -21,7 +21,7 @@ from tiny_kernels import tiny_spec, tiny_tree
 
 import flash_attn_interface
 from flash_attn_interface import __main__ as main_command
-from flash_attn_interface import build
+from flash_attn_interface import build, command_line
 from flash_attn_interface import cache as cache_command
 from flash_attn_interface._common import env, log
 from flash_attn_interface._common.ask.check import check
@@ -29,7 +29,7 @@ from flash_attn_interface._common.runtime import compiler, cubins, entries, nvrt
 from flash_attn_interface._common.runtime.store import ArtifactStore
 from flash_attn_interface.call import backends, selection
 from flash_attn_interface.call.selection import Device, decide
-from flash_attn_interface.tools import command, report
+from flash_attn_interface.tools import report
 
 __all__ = ["own_cache", "tiny_tree"]
 
@@ -53,7 +53,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 @pytest.mark.parametrize("name", COMMANDS, ids=lambda name: "".join(name) or "report")
 def test_a_wrong_argument_is_one_line(name: list[str]) -> None:
     result = run(*name, "--nonsense")
-    assert result.returncode == command.WRONG_USAGE and result.stdout == ""
+    assert result.returncode == command_line.WRONG_USAGE and result.stdout == ""
     (line,) = result.stderr.splitlines()
     assert line.startswith(" ".join(["python -m flash_attn_interface", *name]))
 
@@ -84,13 +84,13 @@ def test_each_wrong_value_is_one_line(
     except SystemExit as left:  # argparse's way
         status = int(left.code or 0)
     out, err = capsys.readouterr()
-    assert status == command.WRONG_USAGE and out == ""
+    assert status == command_line.WRONG_USAGE and out == ""
     assert told in err and len(err.splitlines()) == 1
 
 
 def test_a_wrong_value_in_the_environment_is_one_line() -> None:
     result = run("cache", **{env.CACHE_LIMIT.name: "much"})
-    assert result.returncode == command.WRONG_USAGE
+    assert result.returncode == command_line.WRONG_USAGE
     assert result.stderr.splitlines() == [
         f"error: {env.CACHE_LIMIT.name}='much': expected {env.CACHE_LIMIT.kind}"
     ]
@@ -101,14 +101,14 @@ def test_a_wrong_value_in_the_environment_is_one_line() -> None:
 
 @pytest.mark.parametrize("main", [main_command.main, build.main, cache_command.main])
 def test_ctrl_c_is_one_line(
-    main: command.Main, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    main: command_line.Main, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
     for module, name in ((report, "make"), (build, "installed_trees"), (cache_command, "show")):
         monkeypatch.setattr(module, name, interrupted)
-    assert main([]) == command.INTERRUPTED
+    assert main([]) == command_line.INTERRUPTED
     assert capsys.readouterr().err.split() == ["Interrupted."]
 
 
@@ -127,7 +127,7 @@ def test_ctrl_c_while_kernels_compile_leaves_no_traceback(tmp_path: Path) -> Non
     time.sleep(1.5)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     told.append(process.communicate(timeout=60)[0])
-    assert process.returncode == command.INTERRUPTED, told
+    assert process.returncode == command_line.INTERRUPTED, told
     assert "Traceback" not in "".join(told) and "Interrupted." in "".join(told)
 
 
@@ -409,12 +409,12 @@ def test_the_log_shows_decisions_and_compiles(own_cache: Path) -> None:
         "import torch, flash_attn_interface as f\n"
         "q = torch.zeros(1, 4, 1, 16, dtype=torch.bfloat16)\n"
         "f.flash_attn_func(q, q, q)\n"
-        "from flash_attn_interface._common import cache\n"
+        "from flash_attn_interface._common.runtime import cubins\n"
         "from flash_attn_interface._common.runtime.arch import limits\n"
         "from flash_attn_interface._flash2 import prebuild\n"
         "from flash_attn_interface._common.prebuild.headdim import Wanted\n"
         "spec = prebuild.specs((16, 16), Wanted(((16, 16),)), 'sm_80')[0]\n"
-        "cache.default_kernels().image(spec)\n"
+        "cubins.default_kernels().image(spec)\n"
     )
     shown = {}
     for level in ("", "info", "debug"):
