@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 from .._common.ask.backward_problem import BackwardProblem
 from .._common.ask.problem import Problem, Target
 from .._common.features import union
+from . import fwd_tiles, part_tiles
 from .fwd import ForwardPlan
+from .fwd_parts import PartsPlan
 
 if TYPE_CHECKING:  # imported where they are planned: a process that only infers needs half of it
     from .._common.tiles.tuning import Tunable
     from .bwd import BackwardPlan
 
-MAX_HEAD_DIM = 256
-# decode.cu divides the columns of V among warps; fwd.cu does not.
-MAX_CACHED_HEAD_DIM_V = 512
+# fwd.cu takes the columns of V in up to two parts, decode.cu divides them among warps.
+MAX_HEAD_DIM_V = part_tiles.MAX_PARTS * fwd_tiles.MAX_HEAD_DIM_V
+MAX_HEAD_DIM_QK_WITH_QV = 256
 # Row and column arithmetic in the kernels is 32-bit: row + seqlen_k + window must not wrap.
 MAX_SEQLEN = 2**29
 
@@ -38,29 +40,39 @@ SERVES: union.Serves = {
 
 
 class Flash2Backend:
-    """Forward and backward for any head dims up to 256 on sm_80 and up."""
+    """On sm_80 and up, forward and attention over a cache for head dims up to 576 of q and k and
+    512 of v, backward for any up to 256.
+    """
 
     name = "flash2"
 
     def refuses_forward(self, problem: Problem, target: Target) -> str | None:
         """Why this problem cannot be served on this target; None if it can."""
         if problem.append is None:
-            return _refuses(problem, MAX_HEAD_DIM) or union.refuses(problem, SERVES, "forward")
-        reason = _refuses(problem, MAX_CACHED_HEAD_DIM_V)
+            return _refuses(problem) or union.refuses(problem, SERVES, "forward")
+        reason = _refuses(problem)
+        if reason is None and problem.qv and problem.head_dim_qk > MAX_HEAD_DIM_QK_WITH_QV:
+            reason = f"beside qv, head_dim_qk is limited to {MAX_HEAD_DIM_QK_WITH_QV}"
         return reason or union.refuses(problem, SERVES, "decode")
 
     def plan_forward(self, problem: Problem, target: Target) -> Any:
-        """A `backends.Plan`: with the forward kernel or, over a key and value cache, that or the
-        decode kernel."""
-        if problem.append is None:
-            return ForwardPlan(problem, target)
-        from .kv import CachePlan
+        """A `backends.Plan`: with the forward kernel, for a wide v in parts, or, over a key and
+        value cache, that or the decode kernel."""
+        if problem.append is not None:
+            from .kv import CachePlan
 
-        return CachePlan(problem, target)
+            return CachePlan(problem, target)
+        wide = problem.head_dim_v > fwd_tiles.MAX_HEAD_DIM_V
+        return PartsPlan(problem, target) if wide else ForwardPlan(problem, target)
 
     def refuses_backward(self, problem: BackwardProblem, target: Target) -> str | None:
-        """As refuses_forward; its limits are those of the forward."""
-        reason = problem.forward.refuses_backward() or _refuses(problem.forward, MAX_HEAD_DIM)
+        """As refuses_forward; its head dims are fewer."""
+        from .bwd_tiles import MAX_HEAD_DIM
+
+        p = problem.forward
+        if max(p.head_dim_qk, p.head_dim_v) > MAX_HEAD_DIM:
+            return f"head dims of its backward are limited to {MAX_HEAD_DIM}"
+        reason = p.refuses_backward() or _refuses(p)
         return reason or union.refuses(problem, SERVES, "backward")
 
     def plan_backward(self, problem: BackwardProblem, target: Target) -> BackwardPlan:
@@ -75,10 +87,10 @@ class Flash2Backend:
         return TUNABLES
 
 
-def _refuses(problem: Problem, max_head_dim_v: int) -> str | None:
-    if problem.head_dim_qk > MAX_HEAD_DIM or problem.head_dim_v > max_head_dim_v:
-        return f"head dims are limited to {MAX_HEAD_DIM}" + (
-            f", that of v to {max_head_dim_v}" if max_head_dim_v > MAX_HEAD_DIM else ""
+def _refuses(problem: Problem) -> str | None:
+    if problem.head_dim_qk > fwd_tiles.MAX_HEAD_DIM_QK or problem.head_dim_v > MAX_HEAD_DIM_V:
+        return (
+            f"head dims are limited to {fwd_tiles.MAX_HEAD_DIM_QK}, that of v to {MAX_HEAD_DIM_V}"
         )
     packed_k = 0 if problem.cache_slots else problem.total_k
     if max(problem.seqlen_q, problem.seqlen_k, problem.total_q, packed_k) >= MAX_SEQLEN:

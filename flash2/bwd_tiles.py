@@ -23,6 +23,7 @@ STAT_BYTES = 4  # lse and D of one query, each
 # Split roles hand P^T over as fp16. Times 2^14 (undone at the end, exactly) its normal numbers
 # reach from 2^-28 to 1, so bf16 inputs with a million keys lose nothing.
 HANDOFF_SHIFT = 14
+MAX_HEAD_DIM = 256
 # Of dS: at most 256 products of two fp16 numbers, 2^40, is then in fp16's range.
 MAX_DS_SHIFT = 25
 STREAM_THREADS = 256  # kernels other than bwd.cu: enough loads in flight for the memory bandwidth

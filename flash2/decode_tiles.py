@@ -137,8 +137,10 @@ def _candidates(problem: Problem, row_warps: int) -> Iterator[DecodeTile]:
     if problem.qv and problem.head_dim_v > 256 and row_warps == 1:  # 6% faster with 16 heads
         yield DecodeTile(16, 32, row_warps, 2, 2, col_warps=4)
     # A warp has 255 registers a thread. Q takes head_dim_qk / 4 of them, O head_dim_v / 2: too much
-    # for one warp with the widest V. Of qv, as of V, a warp has its columns only.
-    col_warps = 2 if problem.head_dim_v > 192 else 1
+    # for one warp with the widest V. Of qv, as of V, a warp has its columns only. Beside the widest
+    # Q 99 KB of shared memory hold one team, not two: its warps share V sooner.
+    wide = problem.head_dim_v > (192 if problem.head_dim_qk <= 256 else 64)
+    col_warps = 2 if wide else 1
     quarter_registers = problem.head_dim_qk + 2 * problem.head_dim_v // col_warps
     if problem.qv:
         quarter_registers = (problem.head_dim_qk + 3 * problem.head_dim_v) // col_warps

@@ -25,6 +25,8 @@ COLUMN_MULTIPLE = 16
 LINE_COLUMNS = 64
 ROW_PAD_BYTES = 16
 CHUNK_COLUMNS = 64  # what the threads of a row copy at a time, or twice that
+# A warp holds O of all columns of its rows: 128 registers a thread at 256. More: part_tiles.py.
+MAX_HEAD_DIM_QK, MAX_HEAD_DIM_V = 576, 256
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,10 @@ def _candidates(problem: Problem) -> Iterator[ForwardTile]:
     yield ForwardTile(128, 64, 8)
     yield ForwardTile(64, 64, 4)
     yield ForwardTile(64, 32, 4)
+    if qk > 256:  # 99 KB of shared memory: sm_86, sm_89, sm_120
+        if not problem.dropout:
+            yield ForwardTile(64, 16, 4)
+        yield ForwardTile(32, 32, 2)
 
 
 def prologue_chunks(head_dim_qk: int) -> int:
@@ -108,6 +114,11 @@ def prologue_chunks(head_dim_qk: int) -> int:
 
 def forward_tile(problem: Problem, arch: str) -> ForwardTile:
     """The tile for a problem on an arch ("sm_80")."""
+    if problem.head_dim_v > MAX_HEAD_DIM_V:
+        raise NotImplementedError(
+            f"no tile of fwd.cu for head_dim_v {problem.head_dim_v}: it takes V in parts of up to "
+            f"{MAX_HEAD_DIM_V} columns, with the tiles of those"
+        )
     for candidate in _candidates(problem):
         tile = replace(candidate, lines=gains_by_lines(problem, arch))
         if _fits(tile, problem, arch):

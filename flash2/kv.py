@@ -24,7 +24,6 @@ ONE_TILE_ROWS = 64
 # With more rows, the forward serves unless it leaves the machine emptier than this.
 FORWARD_MIN_OCCUPANCY = 0.75
 LENGTH_BYTES = 4
-MAX_HEAD_DIM_V_OF_FORWARD = 256
 
 
 def attends_by_decode(p: Problem, target: Target) -> bool:
@@ -34,7 +33,7 @@ def attends_by_decode(p: Problem, target: Target) -> bool:
     splits are an order. 0 leaves the choice to speed. What fwd.cu has not, decode.cu serves, and
     its results too do not depend on what else is in the batch when there is one split.
     """
-    if p.qv or p.head_dim_v > MAX_HEAD_DIM_V_OF_FORWARD:
+    if p.qv or p.head_dim_v > fwd_tiles.MAX_HEAD_DIM_V:
         return True
     if p.num_splits > 0:
         return p.num_splits > 1

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from .._common.ask.kv_problem import Append
 from .._common.ask.problem import Problem, Target
-from .._common.prebuild.headdim import MAX_HEAD_DIM, Pair, Wanted
+from .._common.prebuild.headdim import Pair, Wanted
 from .._common.prebuild.problems import (
     backward_problems,
     cache_problems,
@@ -18,20 +18,18 @@ from .._common.prebuild.problems import (
 from .._common.runtime import arch as arch_table
 from .._common.runtime.spec import KernelSpec
 from .append_tiles import append_spec
-from .bwd_tiles import backward_specs
+from .bwd_tiles import MAX_HEAD_DIM, backward_specs
 from .decode_splits import MAX_CHOSEN_SPLITS
 from .decode_tiles import PARTIAL_COLUMN_MULTIPLE, chosen_tile, combine_spec, decode_spec
-from .fwd_tiles import forward_spec
+from .part_tiles import forward_specs
 
 
 def specs(pair: Pair, wanted: Wanted, arch: str) -> list[KernelSpec]:
-    """The kernels for a pair of head dims on an arch; none for a pair beyond this tree.
+    """The kernels for a pair of head dims on an arch, for what this tree serves of that pair.
 
     "sm_90a" means sm_90 here, whose kernels serve an H100 wherever the Hopper tree does not. Newer
     GPUs that run an arch's machine code may prefer other tiles: those are compiled for it too.
     """
-    if max(pair) > MAX_HEAD_DIM:
-        return []
     arch = arch.rstrip("af")
     found: dict[KernelSpec, None] = {}
     for runs_on in (arch, *arch_table.newer_compatible(arch)):
@@ -45,11 +43,12 @@ def specs(pair: Pair, wanted: Wanted, arch: str) -> list[KernelSpec]:
 
 def _planned(pair: Pair, wanted: Wanted, arch: str, gpu: str) -> Iterator[KernelSpec]:
     for problem in forward_problems(pair, wanted):
-        yield forward_spec(problem, arch, gpu=gpu)
-    for backward in backward_problems(pair, wanted):
-        yield from backward_specs(backward, arch, gpu=gpu)
+        yield from forward_specs(problem, arch, gpu)
+    if max(pair) <= MAX_HEAD_DIM:
+        for backward in backward_problems(pair, wanted):
+            yield from backward_specs(backward, arch, gpu=gpu)
     for problem in paged_problems(pair, wanted):
-        yield forward_spec(problem, arch, gpu=gpu)
+        yield from forward_specs(problem, arch, gpu)
     for cache in cache_problems(pair, wanted):
         yield append_spec(cache, arch, (cache.append or Append()).new_vector_bytes)
         yield from _decode_specs(cache, arch, gpu)

@@ -41,7 +41,7 @@ sources.register_root("hopper", Path(__file__).resolve().parent)
 
 
 class HopperBackend:
-    """Forward for any head dims up to 256, and (64, 512), backward up to 256, on sm_90a."""
+    """Forward for head dims up to (576, 512), backward up to 256, on sm_90a."""
 
     name = "hopper"
     release = RELEASE

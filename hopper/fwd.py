@@ -1,4 +1,5 @@
-"""Launches hopper_fwd (fwd.cu): fills its parameters once per problem, patches addresses per call.
+"""Launches hopper_fwd (fwd.cu) or hopper_fwd_wide (fwd_wide.cu): fills their parameters once per
+problem, patches addresses per call.
 
 Called by `flash_attn_interface/call/dispatch.py`, which keeps one plan per problem and thread. Tile
 choices: `fwd_tiles.py`. Tensor maps: `tensor_maps.py`.
@@ -18,7 +19,7 @@ from flash_attn_interface._common.features import union
 from flash_attn_interface._common.launch import kernels, launch_counters, tensor_map
 from flash_attn_interface._common.launch.plan_values import out_template, template
 
-from . import fwd_tiles, tensor_maps
+from . import fwd_tiles, tensor_maps, wide_tiles
 from .gqa_packing import stored_heads
 from .tensor_maps import MapPlan
 
@@ -79,7 +80,7 @@ class ForwardPlan:
         )
         slot = self._block.pointer_slot
         self._lse, self._counter = slot("softmax_lse"), slot("tile_counter")
-        if self.gqa_group > 1:
+        if self.gqa_group > 1 or self.spec.entry == wide_tiles.ENTRY:  # stored without TMA
             self._set_out = partial(setattr, slot("out"), "value")
         self._optional = tuple(slot(name) for name in _OPTIONAL)
         self._own_counter: Tensor | None = None

@@ -1,12 +1,12 @@
 // The elementwise part of hopper/fwd.cu between its products, on a warpgroup's S and P in WGMMA's
-// accumulator layout: scale, softcap, ALiBi, the mask, dropout. Included by fwd.cu only.
+// accumulator layout: scale, softcap, ALiBi, the mask, dropout. Included by fwd.cu and fwd_wide.cu,
+// behind their layouts, which say kRegsS and kGqaGroup.
 // Rules live elsewhere: score.cuh, mask.cuh, dropout.cuh.
 #pragma once
 #include "common/device/dropout.cuh"
 #include "common/device/mask.cuh"
 #include "common/device/score.cuh"
 #include "common/device/softmax.cuh"
-#include "hopper/fwd_layout.cuh"
 #include "hopper/softmax.cuh"
 
 // Column of accumulator element i, counted from the lane's first.

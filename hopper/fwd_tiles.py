@@ -15,7 +15,7 @@ from flash_attn_interface._common.runtime import arch as arch_table
 from flash_attn_interface._common.runtime.spec import KernelSpec
 from flash_attn_interface._common.tiles import tuned_tiles
 
-from . import gqa_packing
+from . import gqa_packing, wide_tiles
 
 ARCH = "sm_90a"
 ELEM_BYTES = 2
@@ -171,19 +171,25 @@ _TILES: tuple[tuple[int, int, tuple[ByLength, ByLength]], ...] = (
     (256, 256, _always(ForwardTile(2, 64, num_q_buffers=1))),
     # Two warpgroups share 64 rows.
     (64, 512, _always(ForwardTile(2, 64, num_q_buffers=1))),
+    # As many keys as fit beside 128 rows of a wide Q, in two stages where those hold 64 each. Not
+    # measured yet.
+    (384, 128, _always(ForwardTile(2, 64, num_q_buffers=1))),
+    (384, 256, _always(ForwardTile(2, 64, num_stages=1, num_q_buffers=1))),
+    (512, 64, _always(ForwardTile(2, 80, num_stages=1, num_q_buffers=1))),
+    (512, 128, _always(ForwardTile(2, 64, num_stages=1, num_q_buffers=1))),
+    (576, 64, _always(ForwardTile(2, 64, num_stages=1, num_q_buffers=1))),
+    (576, 256, _always(ForwardTile(2, 48, num_stages=1, num_q_buffers=1))),
 )
-MAX_HEAD_DIM = 256
-MAX_WIDE_V, MAX_QK_OF_WIDE_V = 512, 64
 
 
 def refuses_head_dims(head_dim_qk: int, head_dim_v: int) -> str | None:
     """Why there is no tile for these head dims; None if there is one."""
     if any(head_dim_qk <= row[0] and head_dim_v <= row[1] for row in _TILES):
         return None
-    return (
-        f"head dims are limited to ({MAX_HEAD_DIM}, {MAX_HEAD_DIM}), head_dim_v to {MAX_WIDE_V} "
-        f"where head_dim_qk is at most {MAX_QK_OF_WIDE_V}"
-    )
+    if wide_tiles.serves(head_dim_qk, head_dim_v):
+        return None
+    limits = (wide_tiles.MAX_HEAD_DIM_QK, wide_tiles.MAX_HEAD_DIM_V)
+    return f"head dims are limited to {limits}"
 
 
 def forward_tile(problem: Problem) -> ForwardTile:
@@ -198,7 +204,7 @@ def forward_tile(problem: Problem) -> ForwardTile:
                 return by_length[0][1]
             return tile
     raise NotImplementedError(
-        f"no forward tile of head dims ({problem.head_dim_qk}, {problem.head_dim_v})"
+        f"no tile of fwd.cu for head dims ({problem.head_dim_qk}, {problem.head_dim_v})"
     )
 
 
@@ -238,6 +244,8 @@ def _with_features(
 
 def refuses_tile(tile: ForwardTile, problem: Problem, arch: str) -> str | None:
     """Why `fwd.cu` cannot be built so, or not be launched; None if it can."""
+    if wide_tiles.serves(problem.head_dim_qk, problem.head_dim_v):
+        return f"{wide_tiles.SOURCE} serves these head dims"
     parts = v_split(problem.head_dim_v)
     if tile.num_mma_warpgroups not in _REGISTERS or tile.num_mma_warpgroups % parts:
         return f"num_mma_warpgroups={tile.num_mma_warpgroups}: 2, 3 or 4, even for a wide v"
@@ -273,6 +281,8 @@ def forward_spec(
     """The kernel for a problem, with a given tile or else the tuned one, or else `forward_tile`.
     gpu: the device's model, as `Target.gpu`.
     """
+    if tile is None and wide_tiles.serves(problem.head_dim_qk, problem.head_dim_v):
+        return wide_tiles.forward_spec(problem, arch)
     tile = tile or tuned_tile(problem, arch, gpu) or forward_tile(problem)
     parts = v_split(problem.head_dim_v)
     slices = tile.num_mma_warpgroups // parts

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from .call import Options
 
-# What the public functions take; fewer where no installed backend serves them. A wide v goes with
-# a narrow q and k, forward only: see hopper/fwd_tiles.py.
-MAX_HEAD_DIM = 256
-MAX_HEAD_DIM_WIDE_V, MAX_HEAD_DIM_QK_OF_WIDE_V = 512, 64
+# What the public functions take; fewer where no installed backend serves them. 576 and 512 are
+# those of latent attention (MLA) in its absorbed form.
+MAX_HEAD_DIM_QK, MAX_HEAD_DIM_V = 576, 512
 
 
 def window_pair(window_size: Any) -> tuple[int, int]:
@@ -169,8 +168,8 @@ _CAP_RANGE = 2.0**60
 
 def default_softmax_scale(head_dim_qk: int) -> float:
     """What softmax_scale=None stands for, of a size that a compiler may trace."""
-    size = int(head_dim_qk)
-    head_dim("q and k", size)
+    size = int(head_dim_qk)  # with qv, of both
+    head_dim("q and k", size, MAX_HEAD_DIM_QK + MAX_HEAD_DIM_V)
     return float(size**-0.5)
 
 
@@ -212,9 +211,8 @@ def attention_chunk(value: Any, keys: int) -> int:
     return min(non_negative("attention_chunk", value), max(keys, 1))
 
 
-def head_dim(name: str, value: int, wide: bool = False) -> None:
-    """A head dim that some backend serves. wide: v beside a head_dim_qk that allows more."""
-    limit = MAX_HEAD_DIM_WIDE_V if wide else MAX_HEAD_DIM
+def head_dim(name: str, value: int, limit: int = MAX_HEAD_DIM_QK) -> None:
+    """A head dim that some backend serves."""
     if value < 1:
         raise ValueError(f"{name}: head_dim is {value}, expected 1 to {limit}")
     if value > limit:

@@ -183,9 +183,8 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor, name_k: str, name_v: str) -> He
                 f"{name} has {count} heads and q has {heads.num_heads_q}: "
                 f"the heads of q must be a multiple of those of {name}{_layout_hint(q, k, v)}"
             )
-    wide_v = heads.head_dim_qk <= check_values.MAX_HEAD_DIM_QK_OF_WIDE_V
     check_values.head_dim(f"q and {name_k}", heads.head_dim_qk)
-    check_values.head_dim(name_v, heads.head_dim_v, wide_v)
+    check_values.head_dim(name_v, heads.head_dim_v, check_values.MAX_HEAD_DIM_V)
     return heads
 
 

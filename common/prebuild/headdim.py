@@ -18,8 +18,7 @@ Pair = tuple[int, int]
 
 DEFAULT_PAIRS: tuple[Pair, ...] = ((32, 64), (64, 128), (96, 192), (128, 256), (192, 128))
 DEFAULT_ARCHS = ("80", "90a")
-MAX_HEAD_DIM = 256
-MAX_WIDE_V, MAX_QK_OF_WIDE_V = 512, 64  # the Hopper tree's exception
+MAX_HEAD_DIM_QK, MAX_HEAD_DIM_V = 576, 512
 DTYPES = ("bf16", "fp16")
 MASKS = ("full", "causal", "local")
 LAYOUTS = ("dense", "varlen")
@@ -144,20 +143,19 @@ def _pair(where: str, entry: Any) -> Pair:
     if not isinstance(entry, list) or len(entry) != 2:
         _refuse(where, entry, "a pair [head_dim_qk, head_dim_v]")
     qk, v = entry
-    wide = _is_head_dim(qk, MAX_QK_OF_WIDE_V) and _is_head_dim(v, MAX_WIDE_V)
-    if not wide and not (_is_head_dim(qk) and _is_head_dim(v)):
-        allowed = f"integers from 1 to {MAX_HEAD_DIM}, or a head_dim_v up to {MAX_WIDE_V}"
-        _refuse(where, entry, f"{allowed} where head_dim_qk is at most {MAX_QK_OF_WIDE_V}")
+    if not (_is_head_dim(qk, MAX_HEAD_DIM_QK) and _is_head_dim(v, MAX_HEAD_DIM_V)):
+        allowed = f"a head_dim_qk from 1 to {MAX_HEAD_DIM_QK}, a head_dim_v"
+        _refuse(where, entry, f"{allowed} from 1 to {MAX_HEAD_DIM_V}, both integers")
     return int(qk), int(v)
 
 
 def _head_dim(where: str, value: Any) -> int:
-    if not _is_head_dim(value):
-        _refuse(where, value, f"an integer from 1 to {MAX_HEAD_DIM}")
+    if not _is_head_dim(value, MAX_HEAD_DIM_V):
+        _refuse(where, value, f"an integer from 1 to {MAX_HEAD_DIM_V}")
     return int(value)
 
 
-def _is_head_dim(value: Any, largest: int = MAX_HEAD_DIM) -> bool:
+def _is_head_dim(value: Any, largest: int) -> bool:
     return type(value) is int and 1 <= value <= largest
 
 

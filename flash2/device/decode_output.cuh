@@ -54,7 +54,7 @@ DEVICE void store_four(char* dst, const f32 (&x)[4], i32 valid) {
   }
 }
 
-// Rows of the tile that exist, those behind the last query of a packed buffer included.
+// Rows of the tile that exist, behind the last query of a packed buffer too.
 DEVICE i32 rows_of_tile(const DecodeParams& p, const DecodeWork& work) {
   return imin(work.seq.slot_q * p.heads_per_unit - work.first_row, i32(Cfg::kBlockM));
 }
@@ -249,21 +249,18 @@ DEVICE void merge_share(const DecodeParams& p, const DecodeWork& work, const Lan
     if (row >= rows || warp_of_row > 0) {
       continue;
     }
-    SinkRow with;
+    SinkRow with = {sum.lse(), 1.0f};
     if constexpr (Cfg::kSink) {
-      with = with_sink(sum.lse(), ld_global_f32(p.s_aux + head));
+      with = with_sink(with.lse, ld_global_f32(p.s_aux + head));
     }
     if (p.merged_lse != nullptr && lane.lane_idx == 0) {
-      st_global_f32(p.merged_lse + lse_row, Cfg::kSink ? with.lse : sum.lse());
+      st_global_f32(p.merged_lse + lse_row, with.lse);
     }
     char* out = static_cast<char*>(p.merged_out) +
                 (work.batch_idx * p.merged_batch_stride + head * p.merged_head_stride +
                  token * p.merged_row_stride) *
                     kElemBytes;
-    f32 scale = sum.weight > 0.0f ? 1.0f / sum.weight : 0.0f;
-    if constexpr (Cfg::kSink) {
-      scale *= with.share;
-    }
+    const f32 scale = sum.weight > 0.0f ? (Cfg::kSink ? with.share : 1.0f) / sum.weight : 0.0f;
 #pragma unroll
     for (i32 j = 0; j < Sum::kVectors; ++j) {
       const i32 col = j * 128 + lane.lane_idx * 4;

@@ -55,6 +55,7 @@ CASES = (
     ),
     Case("ragged batch, causal", (128, 64), ragged=True, extra_keys=5, options={"causal": True}),
     Case("alibi", (64, 64), alibi=True, options={"causal": True}),
+    Case("wide head dims", (512, 512), (4, 2, 2), extra_keys=9),
 )
 
 

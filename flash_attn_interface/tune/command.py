@@ -30,6 +30,8 @@ from .._common.runtime import compiler, trust
 from .._common.runtime.spec import KernelSpec
 from .._common.tiles import tuned_tiles
 from .._common.tiles.tuning import Tunable
+from .._flash2.tuning import backward_problem, cache_problem
+from ..call.backends import Backend
 from ..call.selection import Device, device_of, installed_backends, target_for
 from ..call.simulation import capability_of
 from . import compile as tune_compile
@@ -285,12 +287,28 @@ def subjects(options: argparse.Namespace, device: Device) -> list[Subject]:
                     for causal in _masks(options, tunable.direction):
                         settings = _settings(options, tunable, (dims[0], dims[1]), dtype, causal)
                         subject = Subject(tunable, target, settings)
-                        refusal = backend.refuses_forward(subject.problem, target)
+                        refusal = _refuses(backend, subject)
                         if refusal is None:
                             found.append(subject)
                         else:
                             print(f"{subject.key}: left out, {refusal}", file=sys.stderr)
     return found
+
+
+def _refuses(backend: Backend, subject: Subject) -> str | None:
+    """Why the tree does not serve the direction that would be tuned; None if it does."""
+    problem, target = subject.problem, subject.target
+    if subject.tunable.direction == "bwd":
+        return backend.refuses_backward(backward_problem(problem), target)
+    if subject.tunable.direction == "decode":
+        return backend.refuses_forward(cache_problem(problem), target)
+    refusal = backend.refuses_forward(problem, target)
+    if refusal is None:
+        try:
+            subject.tunable.builtin(problem, target.arch)
+        except NotImplementedError as error:  # served by a kernel that has no tiles to choose from
+            return str(error)
+    return refusal
 
 
 def _masks(options: argparse.Namespace, direction: str) -> tuple[bool, ...]:

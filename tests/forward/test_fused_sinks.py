@@ -24,8 +24,8 @@ from torch import Tensor
 from flash_attn_interface._common.ask.call import Tensors
 from flash_attn_interface._common.ask.check import check as check_call
 from flash_attn_interface._common.ask.problem import Problem
+from flash_attn_interface._flash2 import BACKEND
 from flash_attn_interface._flash2.decode import DecodePlan
-from flash_attn_interface._flash2.fwd import ForwardPlan
 from flash_attn_interface.reference.sinks import apply_sinks
 
 __all__ = ["machine"]  # a fixture
@@ -81,10 +81,10 @@ def problem_with_sinks(case: Case, inputs: Any) -> Problem:
     return replace(check_call(call), sink=True)
 
 
-def check_forward_plan(plan_type: Any, runner: Runner, case: Case) -> None:
+def check_forward_plan(backend: Any, runner: Runner, case: Case) -> None:
     inputs = make_inputs(case, runner.device)
     sinks = draw_sinks(case.num_heads_q, runner.device)
-    plan = plan_type(problem_with_sinks(case, inputs), runner.target())
+    plan = backend.plan_forward(problem_with_sinks(case, inputs), runner.target())
     with runner.active():
         lengths = (inputs.cu_seqlens_q, inputs.cu_seqlens_k, inputs.seqused_q, inputs.seqused_k)
         qkv = (inputs.q, inputs.k, inputs.v)
@@ -105,14 +105,17 @@ FORWARD = [
 DIMS = [case.with_dims(64, 128) for case in FORWARD]
 
 
-@on_both(DIMS)
+WIDE = _BASE.but(causal=True, seqlen_q=80, seqlen_k=70).with_dims(96, 264)
+
+
+@on_both([*DIMS, WIDE])
 def test_forward(runner: Runner, case: Case) -> None:
-    check_forward_plan(ForwardPlan, runner, case)
+    check_forward_plan(BACKEND, runner, case)
 
 
-@on_hopper([*DIMS, _BASE.with_dims(64, 512), _BASE.but(seqlen_q=9).with_heads(8, 2, 2)])
+@on_hopper([*DIMS, WIDE, _BASE.with_dims(64, 512), _BASE.but(seqlen_q=9).with_heads(8, 2, 2)])
 def test_hopper_forward(machine: Runner, case: Case) -> None:
-    check_forward_plan(TREE.fwd.ForwardPlan, machine, case)
+    check_forward_plan(TREE.BACKEND, machine, case)
 
 
 _SPLIT = CacheCase(num_splits=3, seqlens=(0, 1, 70, 300, 129), capacity=400)

@@ -24,8 +24,9 @@ def test_a_list_of_pairs() -> None:
     assert headdim.parse([]).pairs == ()
 
 
-def test_a_wide_v_is_for_the_hopper_tree() -> None:
-    assert headdim.parse([[64, 512]]).pairs == ((64, 512),)
+def test_wide_head_dims() -> None:
+    assert headdim.parse([[64, 512], [576, 512]]).pairs == ((64, 512), (576, 512))
+    assert headdim.parse({"equal_dims": [512]}).pairs == ((512, 512),)
 
 
 def test_an_object() -> None:
@@ -58,15 +59,15 @@ def test_masks_and_layouts_that_are_not_mentioned_are_the_default_ones() -> None
         ([[64, 128], 64], "headdim.json: pairs[1] is 64: expected a pair"),
         ([[64]], "headdim.json: pairs[0] is [64]: expected a pair [head_dim_qk, head_dim_v]"),
         ([[64, 1, 2]], "pairs[0] is [64, 1, 2]"),
-        ([[8, 8], [64, 0]], "pairs[1] is [64, 0]: expected integers from 1 to 256"),
-        ([[64, 513]], "pairs[0] is [64, 513]: expected integers from 1 to 256, or a head_dim_v up"),
-        ([[65, 257]], "pairs[0] is [65, 257]: expected integers from 1 to 256"),
-        ([[64, "128"]], 'pairs[0] is [64, "128"]: expected integers'),
+        ([[8, 8], [64, 0]], "pairs[1] is [64, 0]: expected a head_dim_qk from 1 to 576"),
+        ([[64, 513]], "pairs[0] is [64, 513]: expected a head_dim_qk from 1 to 576, a head_dim_v"),
+        ([[577, 64]], "a head_dim_v from 1 to 512, both integers"),
+        ([[64, "128"]], 'pairs[0] is [64, "128"]: expected a head_dim_qk'),
         ([[64, 1.5]], "pairs[0] is [64, 1.5]"),
         ([[True, 64]], "pairs[0] is [true, 64]"),
         ({"pair": [[64, 64]]}, "headdim.json: key 'pair' is [[64, 64]]: expected one of the keys"),
         ({"pairs": 5}, "headdim.json: pairs is 5: expected a list"),
-        ({"equal_dims": [64, -1]}, "equal_dims[1] is -1: expected an integer from 1 to 256"),
+        ({"equal_dims": [64, -1]}, "equal_dims[1] is -1: expected an integer from 1 to 512"),
         ({"dtypes": ["bf16", "fp8"]}, 'dtypes[1] is "fp8": expected one of bf16, fp16'),
         ({"dtypes": []}, "dtypes is []: expected at least one of"),
         ({"features": ["casual"]}, 'features[0] is "casual": expected one of full, causal'),

@@ -177,12 +177,19 @@ def test_ordinary_calls_over_a_cache_are_prebuilt(paged: bool) -> None:
         assert combine_spec("sm_80", "bf16", 128, num_splits, True, True) in prebuilt
 
 
-def test_a_pair_that_only_one_tree_serves_is_prebuilt_by_that_one() -> None:
+def test_each_tree_prebuilds_what_it_serves_of_a_pair() -> None:
     hopper_tree.load()
     planner = importlib.import_module("flash_attn_3.prebuild")
-    assert flash2_prebuild.specs((64, 512), Wanted(), "sm_90a") == []
-    assert len(planner.specs((64, 512), Wanted(), "sm_90a")) >= 8
-    assert planner.specs((256, 257), Wanted(), "sm_90a") == []
+    decoding = {"flash2_append", "flash2_decode", "flash2_combine"}
+    for pair in ((64, 512), (576, 512)):
+        entries = {spec.entry for spec in flash2_prebuild.specs(pair, Wanted(), "sm_90a")}
+        assert entries == decoding | {"flash2_fwd"}
+    for pair, entry in (((64, 512), "hopper_fwd"), ((576, 512), "hopper_fwd_wide")):
+        specs = planner.specs(pair, Wanted(), "sm_90a")
+        assert len(specs) >= 8 and {spec.entry for spec in specs} == {entry}
+    wide_q = {spec.entry for spec in flash2_prebuild.specs((576, 64), Wanted(), "sm_80")}
+    assert wide_q == decoding | {"flash2_fwd"}
+    assert {s.entry for s in planner.specs((576, 64), Wanted(), "sm_90a")} == {"hopper_fwd"}
 
 
 def test_features_and_dtypes_choose_kernels() -> None:

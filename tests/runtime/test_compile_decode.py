@@ -39,6 +39,9 @@ FEATURES: dict[str, dict[str, object]] = {
 }
 
 
+WIDE_PAIRS = [(512, 512), (576, 512), (256, 512), (512, 64), (320, 384), (264, 40), (576, 128)]
+
+
 def max_spill_bytes(feature: str, head_dim_v: int) -> int:
     """Bound on the bytes that a thread stores to local memory; 0 wherever speed was asked for."""
     if head_dim_v > 256:  # before and behind the loop, in which O takes half of the registers
@@ -96,6 +99,8 @@ SAMPLE = [
     *params(["sm_80"], [(96, 192)], ["qv-paged"], [8]),
     *params(["sm_86"], [(64, 512)], ["qv-paged"], [1]),
     *params(["sm_90"], [(64, 512)], ["qv", "qv-128-heads"], [1]),
+    *params(["sm_80", "sm_86", "sm_90"], [(512, 512)], ["plain"], [8]),
+    *params(["sm_86"], [(576, 512), (576, 128), (512, 64)], ["paged"], [1]),
 ]
 
 
@@ -126,7 +131,8 @@ def test_features(arch: str, dims: tuple[int, int], feature: str, heads: int):
 @pytest.mark.parametrize(
     ("arch", "dims", "feature", "heads"),
     params(ARCHS, [(64, 512), (64, 256), (192, 128)], ["qv", "qv-paged", "qv-128-heads"], [1, 2])
-    + params(ARCHS, [(64, 512), (32, 300)], ["plain", "paged", "prefill"], [1, 8]),
+    + params(ARCHS, [(64, 512), (32, 300)], ["plain", "paged", "prefill"], [1, 8])
+    + params(ARCHS, WIDE_PAIRS, ["plain", "paged", "prefill", "everything"], [1, 8]),
 )
 def test_qv_and_wide_values(arch: str, dims: tuple[int, int], feature: str, heads: int):
     check_decode(arch, dims, feature, heads)
@@ -144,8 +150,8 @@ def test_odd_dims_and_narrow_vectors(arch: str, dims: tuple[int, int], vector_by
 def test_every_pair_of_head_dims_has_a_tile_on_every_arch(arch: str):
     """Planning only; validate() checks shared memory and threads against the arch."""
     for feature, heads in (("plain", 8), ("plain", 1), ("prefill", 8), ("everything", 8)):
-        for head_dim_qk in range(16, 257, 16):
-            for head_dim_v in range(16, 257, 16):
+        for head_dim_qk in (*range(16, 257, 16), *range(264, 577, 24)):
+            for head_dim_v in (*range(16, 257, 16), *range(264, 513, 31)):
                 asked = problem((head_dim_qk, head_dim_v), feature, "bf16", heads)
                 decode_tiles.decode_spec(asked, arch, True)
 

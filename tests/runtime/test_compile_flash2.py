@@ -138,7 +138,10 @@ SAMPLE = [
     *params(["sm_100"], [(128, 128)], ["plain"], ["fp16"]),
     *params(["sm_90"], [(192, 128)], ["paged_varlen"], ["bf16"]),
     *params(["sm_89", "sm_100", "sm_120"], [(128, 128)], ["causal"], ["fp16"]),
+    *params(["sm_80", "sm_86", "sm_90"], [(512, 256)], ["causal"], ["bf16"]),
+    *params(["sm_86"], [(576, 64)], ["paged", "dropout"], ["bf16"]),
 ]
+WIDE_PAIRS = [(320, 192), (512, 64), (512, 128), (512, 256), (576, 256), (264, 40)]
 
 
 @pytest.mark.parametrize(("arch", "dims", "feature", "dtype"), SAMPLE)
@@ -159,7 +162,8 @@ def test_prebuilt(arch: str, dims: tuple[int, int], feature: str, dtype: str):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "dims", "feature", "dtype"),
-    params(["sm_80", "sm_86", "sm_90"], NAMED_PAIRS + [(256, 256)], list(FEATURES), ["bf16"]),
+    params(["sm_80", "sm_86", "sm_90"], NAMED_PAIRS + [(256, 256)], list(FEATURES), ["bf16"])
+    + params(["sm_80", "sm_86", "sm_90"], WIDE_PAIRS, list(FEATURES), ["bf16"]),
 )
 def test_features(arch: str, dims: tuple[int, int], feature: str, dtype: str):
     check_named(arch, dims, feature, dtype)

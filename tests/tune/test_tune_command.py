@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import hopper_tree
 import pytest
 import torch
 from tune_bench import CLEAN, FORWARD, problem
@@ -13,6 +14,9 @@ from flash_attn_interface._common import env
 from flash_attn_interface._common.prebuild import build as prebuild
 from flash_attn_interface._common.tiles import tuned_tiles
 from flash_attn_interface._flash2 import fwd_tiles
+from flash_attn_interface.call import backends
+from flash_attn_interface.call.selection import Device
+from flash_attn_interface.call.simulation import capability_of
 from flash_attn_interface.tune import command as tune
 from flash_attn_interface.tune import compile as tune_compile
 from flash_attn_interface.tune import report as tune_report
@@ -228,3 +232,19 @@ def test_help_says_what_it_does(capsys):
     with pytest.raises(SystemExit):
         tune.main(["--help"])
     assert "--dims QK V" in capsys.readouterr().out
+
+
+def test_directions_that_a_tree_does_not_serve_are_left_out(capsys, monkeypatch):
+    monkeypatch.setattr(backends, "hopper", lambda: hopper_tree.load().BACKEND)
+    options = tune.parser().parse_args(["--dims", "512", "64", "--arch", "sm_80", "--causal", "no"])
+    found = tune.subjects(options, Device(capability_of("sm_80")))
+    assert {subject.tunable.direction for subject in found} == {"fwd", "decode"}
+    assert "left out, head dims of its backward are limited to 256" in capsys.readouterr().err
+    options = tune.parser().parse_args(
+        ["--dims", "512", "512", "--arch", "sm_90", "--causal", "no"]
+    )
+    found = tune.subjects(options, Device(capability_of("sm_90")))
+    assert {subject.tunable.direction for subject in found} == {"decode"}
+    told = capsys.readouterr().err
+    assert "no tile of fwd.cu for head dims (512, 512)" in told  # of the Hopper tree
+    assert "it takes V in parts of up to 256 columns" in told
