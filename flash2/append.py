@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._common.ask.kv_problem import CacheProblem
+from .._common.ask.call import Cache, Tensors
+from .._common.ask.kv_problem import Append
 from .._common.ask.problem import Problem, Target
 from .._common.features import kv
 from .._common.launch import kernels
@@ -25,10 +26,9 @@ MAX_ITEMS = 2**31 - NUM_THREADS
 _RARE = ("cache_batch_idx", "cu_seqlens_q", "cu_seqlens_k_new", "rotary_seqlens")
 
 
-def attention_after_append(problem: CacheProblem) -> Problem:
+def attention_after_append(p: Problem) -> Problem:
     """The attention over the cache on what `AppendPlan.run` returns: rotated queries are dense."""
-    p = problem.forward
-    if not problem.rotary:
+    if p.append is None or not p.append.rotary:
         return p
     head, row = p.head_dim_qk, p.num_heads_q * p.head_dim_qk
     return replace(
@@ -41,16 +41,14 @@ def attention_after_append(problem: CacheProblem) -> Problem:
 class AppendPlan:
     """One problem on one target. Not shared between threads."""
 
-    def __init__(self, problem: CacheProblem, target: Target) -> None:
-        self.problem = problem
+    def __init__(self, problem: Problem, target: Target) -> None:
+        p = self.problem = problem
         self.target = target
-        p = problem.forward
+        new = self.new = problem.append or Append()
         self._new_rows = 0
-        if problem.appends:
-            self._new_rows = (
-                problem.total_new if problem.varlen_new else p.batch * problem.seqlen_new
-            )
-        self._q_rows = p.total_q if problem.rotary else 0
+        if new.appends:
+            self._new_rows = new.total_new if new.varlen_new else p.batch * new.seqlen_new
+        self._q_rows = p.total_q if new.rotary else 0
         heads = max(p.num_heads_q, p.num_heads_k, p.num_heads_v)
         if max(self._new_rows, self._q_rows) * heads >= MAX_ITEMS:
             raise NotImplementedError(
@@ -61,65 +59,38 @@ class AppendPlan:
         self.device = (
             torch.device("cpu") if target.simulated else torch.device("cuda", target.device_index)
         )
-        self._has_rare = (
-            p.cache_batch_idx or p.varlen_q or problem.varlen_new or problem.has_rotary_seqlens
-        )
+        self._has_rare = p.cache_batch_idx or p.varlen_q or new.varlen_new or new.has_rotary_seqlens
         self.rotated_bytes = 0  # of the queries, contiguous
-        if problem.rotary:
+        if new.rotary:
             self.rotated_bytes = p.total_q * p.num_heads_q * p.head_dim_qk * fwd_tiles.ELEM_BYTES
         self._launches: dict[int, _Launch] = {}  # by the alignment of the rotary tables
 
-    def run(
-        self,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        k_new: Tensor | None = None,
-        v_new: Tensor | None = None,
-        cache_seqlens: Tensor | int | None = None,
-        cache_batch_idx: Tensor | None = None,
-        page_table: Tensor | None = None,
-        cu_seqlens_q: Tensor | None = None,
-        cu_seqlens_k_new: Tensor | None = None,
-        rotary_cos: Tensor | None = None,
-        rotary_sin: Tensor | None = None,
-        rotary_seqlens: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def run(self, tensors: Tensors, cache: Cache) -> tuple[Tensor, Tensor]:
         """(q or its rotated copy, seqused_k): seqused_k is int32 (batch,), keys after the append.
 
-        Writes k_new, rotated, and v_new into the caches at positions cache_seqlens and up. Rows
+        Writes cache.k, rotated, and cache.v into the caches at positions cache.seqlens and up. Rows
         whose position, slot or page lies outside of the cache are dropped. Positions are absolute:
         no left padding is known here.
         """
-        seqused_k = torch.empty(self.problem.forward.batch, dtype=torch.int32, device=self.device)
+        q = tensors.q
+        seqused_k = torch.empty(self.problem.batch, dtype=torch.int32, device=self.device)
         rotated = torch.empty(q.shape, dtype=q.dtype, device=q.device) if self.rotated_bytes else q
-        self.launch(
-            rotated.data_ptr(), seqused_k.data_ptr(), (rotated, seqused_k), q, k_cache, v_cache,
-            k_new, v_new, cache_seqlens, cache_batch_idx, page_table, cu_seqlens_q,
-            cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens,
-        )  # fmt: skip
-        return rotated, seqused_k
+        results = (rotated, seqused_k)
+        self.launch(rotated.data_ptr(), seqused_k.data_ptr(), results, tensors, cache)
+        return results
 
     def launch(
         self,
         q_rotated: int,
         seqused_k: int,
         results: tuple[Tensor, ...],
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        k_new: Tensor | None,
-        v_new: Tensor | None,
-        cache_seqlens: Tensor | int | None,
-        cache_batch_idx: Tensor | None,
-        page_table: Tensor | None,
-        cu_seqlens_q: Tensor | None,
-        cu_seqlens_k_new: Tensor | None,
-        rotary_cos: Tensor | None,
-        rotary_sin: Tensor | None,
-        rotary_seqlens: Tensor | None,
+        tensors: Tensors,
+        cache: Cache,
     ) -> None:
         """As `run`, with results at addresses, which lie in the tensors `results`."""
+        q, k_cache, v_cache = tensors[:3]
+        page_table, cache_batch_idx = tensors.page_table, tensors.cache_batch_idx
+        k_new, v_new, _, rotary_cos, rotary_sin, cache_seqlens, *others = cache
         alignment = 0
         if rotary_cos is not None and rotary_sin is not None:
             cos, sin = rotary_cos.data_ptr(), rotary_sin.data_ptr()
@@ -143,7 +114,7 @@ class AppendPlan:
             launch.page_table.value = page_table.data_ptr()
             launch.page_table_stride.value = page_table.stride()[0]
             launch.last_table_row.value = page_table.shape[0] - 1
-        rare = (cache_batch_idx, cu_seqlens_q, cu_seqlens_k_new, rotary_seqlens)
+        rare = (cache_batch_idx, tensors.cu_seqlens_q, *others)
         if self._has_rare:
             for slot, tensor in zip(launch.rare, rare, strict=True):
                 if tensor is not None:
@@ -166,25 +137,25 @@ class AppendPlan:
 
         table_alignment: low bits of the rotary tables' addresses.
         """
-        p = self.problem.forward
+        p = self.problem
         size = gcd(
             p.vector_bytes,
             p.head_dim_qk * fwd_tiles.ELEM_BYTES,
             p.head_dim_v * fwd_tiles.ELEM_BYTES,
         )
-        if self.problem.appends:
-            size = gcd(size, self.problem.new_vector_bytes)
-        if self.problem.rotary:  # a row of the tables has rotary_dim bytes
-            if self.problem.rotary_interleaved:  # pieces of tables are half as long
-                size = gcd(size, 2 * gcd(self.problem.rotary_dim, table_alignment))
+        if self.new.appends:
+            size = gcd(size, self.new.new_vector_bytes)
+        if self.new.rotary:  # a row of the tables has rotary_dim bytes
+            if self.new.rotary_interleaved:  # pieces of tables are half as long
+                size = gcd(size, 2 * gcd(self.new.rotary_dim, table_alignment))
             else:
-                size = gcd(size, self.problem.rotary_dim, table_alignment)
+                size = gcd(size, self.new.rotary_dim, table_alignment)
         return size
 
     def _prepare(self, table_alignment: int) -> _Launch:
         spec = append_spec(self.problem, self.target.arch, self._vector_bytes(table_alignment))
         rows_per_cta = NUM_THREADS // int(spec["threads_per_row"])
-        p = self.problem.forward
+        p = self.problem
         k_ctas = -(-self._new_rows * p.num_heads_k // rows_per_cta)
         v_ctas = -(-self._new_rows * p.num_heads_v // rows_per_cta)
         q_ctas = -(-self._q_rows * p.num_heads_q // rows_per_cta)
@@ -197,7 +168,7 @@ class AppendPlan:
 
     def _values(self) -> dict[str, Any]:
         """The fields of AppendParams that the problem fixes."""
-        problem, p = self.problem, self.problem.forward
+        p, new = self.problem, self.new
         values: dict[str, Any] = {
             "new_rows": self._new_rows,
             "num_heads_k": p.num_heads_k,
@@ -210,14 +181,14 @@ class AppendPlan:
             "batch": p.batch,
             "seqlen_k": p.seqlen_k,
             **kv.values(p),
-            **kv.append_values(problem),
+            **kv.append_values(p),
         }
         for name, strides in (
             ("q", p.q_strides),
             ("k", p.k_strides),
             ("v", p.v_strides),
-            ("k_new", problem.k_new_strides),
-            ("v_new", problem.v_new_strides),
+            ("k_new", new.k_new_strides),
+            ("v_new", new.v_new_strides),
         ):
             for axis, stride in zip(("batch", "row", "head"), strides, strict=True):
                 values[f"{name}_{axis}_stride"] = stride

@@ -1,8 +1,8 @@
-"""CacheProblem -> KernelSpec of append.cu. Pure, and without torch, as every choice of kernels."""
+"""Problem -> KernelSpec of append.cu. Pure, and without torch, as every choice of kernels."""
 
 from __future__ import annotations
 
-from .._common.ask.kv_problem import CacheProblem
+from .._common.ask.problem import Problem
 from .._common.features import dtype, kv
 from .._common.runtime.spec import KernelSpec
 from .fwd_tiles import ELEM_BYTES
@@ -10,12 +10,12 @@ from .fwd_tiles import ELEM_BYTES
 NUM_THREADS = 256
 
 
-def append_spec(problem: CacheProblem, arch: str, vector_bytes: int) -> KernelSpec:
+def append_spec(problem: Problem, arch: str, vector_bytes: int) -> KernelSpec:
     """The kernel that copies in pieces of vector_bytes. Sizes are parameters: it only moves rows.
 
     A row belongs to as many threads as it has vectors, up to a warp.
     """
-    row_bytes = max(problem.forward.head_dim_qk, problem.forward.head_dim_v) * ELEM_BYTES
+    row_bytes = max(problem.head_dim_qk, problem.head_dim_v) * ELEM_BYTES
     threads_per_row = 1
     while threads_per_row < 32 and threads_per_row * vector_bytes < row_bytes:
         threads_per_row *= 2
@@ -29,6 +29,6 @@ def append_spec(problem: CacheProblem, arch: str, vector_bytes: int) -> KernelSp
         num_threads=NUM_THREADS,
         min_ctas_per_sm=1,
         smem_bytes=0,
-        **dtype.element(problem.forward.dtype),
+        **dtype.element(problem.dtype),
         **kv.append_constants(problem),
     )

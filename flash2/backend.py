@@ -5,10 +5,9 @@ Called by `flash_attn_interface/call/dispatch.py`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .._common.ask.backward_problem import BackwardProblem
-from .._common.ask.kv_problem import CacheProblem
 from .._common.ask.problem import Problem, Target
 from .._common.features import union
 from . import fwd_tiles, part_tiles
@@ -18,7 +17,6 @@ from .fwd_parts import PartsPlan
 if TYPE_CHECKING:  # imported where they are planned: a process that only infers needs half of it
     from .._common.tiles.tuning import Tunable
     from .bwd import BackwardPlan
-    from .kv import CachePlan
 
 # fwd.cu takes the columns of V in up to two parts, decode.cu divides them among warps.
 MAX_HEAD_DIM_V = part_tiles.MAX_PARTS * fwd_tiles.MAX_HEAD_DIM_V
@@ -50,9 +48,20 @@ class Flash2Backend:
 
     def refuses_forward(self, problem: Problem, target: Target) -> str | None:
         """Why this problem cannot be served on this target; None if it can."""
-        return _refuses(problem) or union.refuses(problem, SERVES, "forward")
+        if problem.append is None:
+            return _refuses(problem) or union.refuses(problem, SERVES, "forward")
+        reason = _refuses(problem)
+        if reason is None and problem.qv and problem.head_dim_qk > MAX_HEAD_DIM_QK_WITH_QV:
+            reason = f"beside qv, head_dim_qk is limited to {MAX_HEAD_DIM_QK_WITH_QV}"
+        return reason or union.refuses(problem, SERVES, "decode")
 
-    def plan_forward(self, problem: Problem, target: Target) -> ForwardPlan | PartsPlan:
+    def plan_forward(self, problem: Problem, target: Target) -> Any:
+        """A `backends.Plan`: with the forward kernel, for a wide v in parts, or, over a key and
+        value cache, that or the decode kernel."""
+        if problem.append is not None:
+            from .kv import CachePlan
+
+            return CachePlan(problem, target)
         wide = problem.head_dim_v > fwd_tiles.MAX_HEAD_DIM_V
         return PartsPlan(problem, target) if wide else ForwardPlan(problem, target)
 
@@ -70,19 +79,6 @@ class Flash2Backend:
         from .bwd import BackwardPlan
 
         return BackwardPlan(problem, target)
-
-    def refuses_cache(self, problem: CacheProblem, target: Target) -> str | None:
-        """As refuses_forward, of attention over a key and value cache."""
-        p = problem.forward
-        reason = _refuses(p)
-        if reason is None and p.qv and p.head_dim_qk > MAX_HEAD_DIM_QK_WITH_QV:
-            reason = f"beside qv, head_dim_qk is limited to {MAX_HEAD_DIM_QK_WITH_QV}"
-        return reason or union.refuses(problem, SERVES, "decode")
-
-    def plan_cache(self, problem: CacheProblem, target: Target) -> CachePlan:
-        from .kv import CachePlan
-
-        return CachePlan(problem, target)
 
     def tunables(self) -> tuple[Tunable, ...]:
         """The kernels that the autotuner can find tiles for."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .._common.ask.backward_problem import BackwardProblem
+from .._common.ask.call import Backward, Tensors
 from .._common.ask.problem import Target
 from .._common.features import dropout, union
 from .._common.launch import kernels
@@ -112,36 +113,20 @@ class BackwardPlan:
         self._slots = tuple(slot(name) for name in _POINTERS)
         self._kernels = loaded
 
-    def run(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        softmax_lse: Tensor,
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
-        cu_seqlens_q: Tensor | None = None,
-        cu_seqlens_k: Tensor | None = None,
-        seqused_q: Tensor | None = None,
-        seqused_k: Tensor | None = None,
-        alibi_slopes: Tensor | None = None,
-        rng_state: Tensor | None = None,
-        dlse: Tensor | None = None,
-    ) -> Tensor:
+    def run(self, tensors: Tensors, backward: Backward) -> Tensor:
         """Writes dq, dk and dv, all of their rows; returns softmax_d = rowsum(dout * out) - dlse.
 
         Args:
-            out, softmax_lse: of the forward, or merged over more keys than k holds (ring
-                attention): then the results are what these keys contribute to the gradients.
-            dlse: gradient of softmax_lse, same shape; None is zero.
+            tensors: out and softmax_lse of the backward's are the forward's, or merged over more
+                keys than k holds (ring attention): then the results are what these keys contribute
+                to the gradients. dlse: gradient of softmax_lse, same shape; None is zero.
 
         Returns:
             fp32 (batch, num_heads_q, seqlen_q rounded up to 128); packed (num_heads_q, total_q +
             128 * batch), where sequence b begins at cu_seqlens_q[b] + 128 * b.
         """
+        q, k, v, *lengths = tensors[:8]
+        dout, out, softmax_lse, dq, dk, dv, rng_state, dlse = backward
         softmax_d = self._empty(self._stat_shape())
         if self._is_empty:
             for gradient in (dq, dk, dv):
@@ -156,17 +141,15 @@ class BackwardPlan:
         dq_accum = self._empty((self._dq_accum_size,))
         dk_accum = self._empty((self._dk_accum_size,)) if self._dk_accum_size else None
         dv_accum = self._empty((self._dv_accum_size,)) if self._dv_accum_size else None
-        tensors = (
-            dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, seqused_q,
-            seqused_k, alibi_slopes, rng_state, dlse, softmax_d, lse_log2, dq_accum, dk_accum,
-            dv_accum,
-        )  # fmt: skip
-        for slot, tensor in zip(self._slots, tensors, strict=True):
+        read_and_written = (dout, q, k, v, out, softmax_lse, dq, dk, dv, *lengths, rng_state, dlse)
+        scratch = (softmax_d, lse_log2, dq_accum, dk_accum, dv_accum)
+        pointed_to: tuple[Tensor | None, ...] = (*read_and_written, *scratch)
+        for slot, tensor in zip(self._slots, pointed_to, strict=True):
             slot.value = 0 if tensor is None else tensor.data_ptr()
         self._point_maps(dout, q, k, v)
         programmatic = False  # the first waits for all that is ahead on the stream
         for kernel, grid in zip(self._kernels, self.grids, strict=True):
-            kernel.launch(grid, self._block, tensors, programmatic)
+            kernel.launch(grid, self._block, pointed_to, programmatic)
             programmatic = self.programmatic
         return softmax_d
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._common.ask.kv_problem import CacheProblem
-from .._common.ask.problem import Target
+from .._common.ask.call import Cache, Tensors
+from .._common.ask.problem import Problem, Target
 from .._common.features import union
 from .._common.launch import kernels, launch_counters
 from .._common.launch.plan_values import out_template, template
@@ -41,26 +41,25 @@ def num_sms(target: Target) -> int:
 
 
 def chosen_num_splits(
-    problem: CacheProblem, target: Target, tile: decode_tiles.DecodeTile | None = None
+    problem: Problem, target: Target, tile: decode_tiles.DecodeTile | None = None
 ) -> int:
     """The number of splits that the problem asks for, or the best one."""
     if problem.num_splits:
         return problem.num_splits
-    tile = tile or decode_tiles.chosen_tile(problem.forward, target)
+    tile = tile or decode_tiles.chosen_tile(problem, target)
     sms = max(1, num_sms(target) - problem.sm_margin)
-    return decode_splits.choose_num_splits(problem.forward, tile, sms)
+    return decode_splits.choose_num_splits(problem, tile, sms)
 
 
-def _chosen_tile(problem: CacheProblem, target: Target) -> decode_tiles.DecodeTile:
-    p = problem.forward
-    if problem.num_splits == 1 and p.varlen_q:
+def _chosen_tile(p: Problem, target: Target) -> decode_tiles.DecodeTile:
+    if p.num_splits == 1 and p.varlen_q:
         # The promise of one split: the longest of the other sequences changes nothing.
         p = replace(p, seqlen_q=1)
     return decode_tiles.chosen_tile(p, target)
 
 
 class DecodePlan:
-    """Attention of a CacheProblem's query rows over the cache: one launch, two for large merges.
+    """Attention of a problem's query rows over a cache: one launch, two for large merges.
 
     Not shared between threads. Making one compiles nothing. `run` loads the kernels at its first
     call, allocates outputs and workspace, patches the pointers and launches on torch's current
@@ -69,13 +68,13 @@ class DecodePlan:
 
     def __init__(
         self,
-        problem: CacheProblem,
+        problem: Problem,
         target: Target,
         tile: decode_tiles.DecodeTile | None = None,
         reserved_bytes: int = 0,
     ) -> None:
         """reserved_bytes: to have at the end of the scratch memory, see `scratch`."""
-        p = self.problem = problem.forward
+        p = self.problem = problem
         self.target = target
         self.tile = tile or _chosen_tile(problem, target)
         self.num_splits = chosen_num_splits(problem, target, self.tile)
@@ -179,27 +178,16 @@ class DecodePlan:
         self._kernel = kernel
         return kernel
 
-    def run(
-        self,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        seqused_k: Tensor | int | None = None,
-        cache_batch_idx: Tensor | None = None,
-        leftpad_k: Tensor | None = None,
-        page_table: Tensor | None = None,
-        cu_seqlens_q: Tensor | None = None,
-        alibi_slopes: Tensor | None = None,
-        qv: Tensor | None = None,
-        s_aux: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def run(self, tensors: Tensors, cache: Cache | None = None) -> tuple[Tensor, Tensor | None]:
         """(out, softmax_lse or None) of tensors that fit the problem.
 
-        seqused_k: None where all of the capacity is valid; an int, for all sequences, where the
+        cache.seqlens: None where all of the capacity is valid; an int, for all sequences, where the
         problem says one_length. page_table: (batch, or more with cache_batch_idx; pages of a
         sequence).
         """
         scratch = self.scratch() if self.num_splits > 1 else None
+        q, cache = tensors.q, cache or Cache()
+        seqused_k = cache.seqlens
         lengths, address = None, 0
         if isinstance(seqused_k, Tensor):
             lengths, address = seqused_k, seqused_k.data_ptr()
@@ -207,10 +195,7 @@ class DecodePlan:
             if self._kernel is None:
                 self._prepare()
             self._seqlen_k.value = seqused_k
-        return self.launch(
-            q.data_ptr(), address, (q, lengths), scratch, k_cache, v_cache, cache_batch_idx,
-            leftpad_k, page_table, cu_seqlens_q, alibi_slopes, qv, s_aux,
-        )  # fmt: skip
+        return self.launch(q.data_ptr(), address, (q, lengths), scratch, tensors, cache.qv)
 
     def scratch(self) -> Tensor:
         """Memory for one `launch`: the partial results of splits, and behind
@@ -225,21 +210,16 @@ class DecodePlan:
         seqused_k: int,
         memory: tuple[Tensor | None, ...],
         scratch: Tensor | None,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        cache_batch_idx: Tensor | None,
-        leftpad_k: Tensor | None,
-        page_table: Tensor | None,
-        cu_seqlens_q: Tensor | None,
-        alibi_slopes: Tensor | None,
+        tensors: Tensors,
         qv: Tensor | None = None,
-        s_aux: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """As `run`, with q and seqused_k at addresses, which lie in the tensors `memory`.
 
         scratch: from `scratch()`; not needed without splits.
         """
         kernel = self._kernel or self._prepare()
+        _, k_cache, v_cache, cu_seqlens_q, _, _, _, alibi_slopes, *of_cache = tensors
+        page_table, cache_batch_idx, leftpad_k, s_aux = of_cache
         self._q.value, self._seqused_k.value = q, seqused_k
         self._k.value, self._v.value = k_cache.data_ptr(), v_cache.data_ptr()
         if page_table is not None:

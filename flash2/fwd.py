@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._common.ask.call import Cache, Tensors
 from .._common.ask.problem import Problem, Target
 from .._common.features import union
 from .._common.launch import kernels
@@ -22,11 +23,8 @@ from . import fwd_tiles
 L2_BUDGET_BYTES = 16 * 2**20
 DMASK_MULTIPLE = 128
 
-# Tensor arguments of `run` that a problem may lack, in its order: fields of FwdParams.
-_OPTIONAL = (
-    "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "alibi_slopes", "rng_state",
-    "page_table", "cache_batch_idx", "leftpad_k", "s_aux",
-)  # fmt: skip
+# Tensors that a problem may lack: fields of FwdParams.
+_OPTIONAL = (*Tensors._fields[3:], "rng_state")
 
 
 class ForwardPlan:
@@ -80,20 +78,7 @@ class ForwardPlan:
         return kernel
 
     def run(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens_q: Tensor | None = None,
-        cu_seqlens_k: Tensor | None = None,
-        seqused_q: Tensor | None = None,
-        seqused_k: Tensor | None = None,
-        alibi_slopes: Tensor | None = None,
-        rng_state: Tensor | None = None,
-        page_table: Tensor | None = None,
-        cache_batch_idx: Tensor | None = None,
-        leftpad_k: Tensor | None = None,
-        s_aux: Tensor | None = None,
+        self, tensors: Tensors, cache: Cache | None = None, rng_state: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(out, softmax_lse or None, s_dmask or None) of tensors that fit the problem.
 
@@ -103,6 +88,7 @@ class ForwardPlan:
         out = torch.empty_like(self._out_like, memory_format=torch.contiguous_format)
         if self._out_axes is not None:
             out = out.permute(self._out_axes)
+        q, k, v, *lengths_and_tables = tensors
         self._q.value = q.data_ptr()
         self._k.value = k.data_ptr()
         self._v.value = v.data_ptr()
@@ -114,10 +100,8 @@ class ForwardPlan:
         if self.problem.return_softmax:
             dmask = torch.zeros(self._dmask_shape(), dtype=out.dtype, device=self.device)
             self._dmask.value = dmask.data_ptr()
-        optional = (
-            cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, rng_state, page_table,
-            cache_batch_idx, leftpad_k, s_aux,
-        )  # fmt: skip
+        optional = (*lengths_and_tables, rng_state)
+        page_table = tensors.page_table
         if page_table is not None:
             self._page_table_stride.value = page_table.stride(0)
             self._last_table_row.value = page_table.shape[0] - 1

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._common.ask.call import Cache, Tensors
 from .._common.ask.problem import Problem, Target
 from .._common.launch import kernels
 from .._common.launch.plan_values import out_template
@@ -35,10 +36,11 @@ class PartPlan(ForwardPlan):
         return self._kernel or self._prepare()
 
     def launch(
-        self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, optional: tuple[Tensor | None, ...]
+        self, out: Tensor, tensors: Tensors, rng_state: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Fills its columns of `out`; (softmax_lse or None, s_dmask or None). optional: the other
-        arguments of `run`, in their order."""
+        """Fills its columns of `out`; (softmax_lse or None, s_dmask or None)."""
+        q, k, v, *lengths_and_tables = tensors
+        optional = (*lengths_and_tables, rng_state)
         kernel = self.prepare()
         self._q.value, self._k.value = q.data_ptr(), k.data_ptr()
         self._v.value = v.data_ptr() + self.first_byte
@@ -50,7 +52,7 @@ class PartPlan(ForwardPlan):
         if self.problem.return_softmax:
             dmask = torch.zeros(self._dmask_shape(), dtype=out.dtype, device=self.device)
             self._dmask.value = dmask.data_ptr()
-        page_table = optional[6]
+        page_table = tensors.page_table
         if page_table is not None:
             self._page_table_stride.value = page_table.stride(0)
             self._last_table_row.value = page_table.shape[0] - 1
@@ -79,20 +81,7 @@ class PartsPlan:
         self._out_axes: tuple[int, ...] | None = None
 
     def run(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens_q: Tensor | None = None,
-        cu_seqlens_k: Tensor | None = None,
-        seqused_q: Tensor | None = None,
-        seqused_k: Tensor | None = None,
-        alibi_slopes: Tensor | None = None,
-        rng_state: Tensor | None = None,
-        page_table: Tensor | None = None,
-        cache_batch_idx: Tensor | None = None,
-        leftpad_k: Tensor | None = None,
-        s_aux: Tensor | None = None,
+        self, tensors: Tensors, cache: Cache | None = None, rng_state: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(out, softmax_lse or None, s_dmask or None) of tensors that fit the problem."""
         for part in self.parts:  # a kernel that cannot be had must not leave half of O behind
@@ -102,11 +91,7 @@ class PartsPlan:
         out = torch.empty_like(self._out_like, memory_format=torch.contiguous_format)
         if self._out_axes is not None:
             out = out.permute(self._out_axes)
-        optional = (
-            cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, rng_state, page_table,
-            cache_batch_idx, leftpad_k, s_aux,
-        )  # fmt: skip
-        (lse, dmask), *_ = [part.launch(out, q, k, v, optional) for part in self.parts]
+        (lse, dmask), *_ = [part.launch(out, tensors, rng_state) for part in self.parts]
         return out, lse, dmask
 
     def describe(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from .._common.ask.kv_problem import Append
 from .._common.ask.problem import Problem, Target
 from .._common.prebuild.headdim import Pair, Wanted
 from .._common.prebuild.problems import (
@@ -49,8 +50,8 @@ def _planned(pair: Pair, wanted: Wanted, arch: str, gpu: str) -> Iterator[Kernel
     for problem in paged_problems(pair, wanted):
         yield from forward_specs(problem, arch, gpu)
     for cache in cache_problems(pair, wanted):
-        yield append_spec(cache, arch, cache.new_vector_bytes)
-        yield from _decode_specs(cache.forward, arch, gpu)
+        yield append_spec(cache, arch, (cache.append or Append()).new_vector_bytes)
+        yield from _decode_specs(cache, arch, gpu)
 
 
 def _decode_specs(problem: Problem, arch: str, gpu: str) -> Iterator[KernelSpec]:

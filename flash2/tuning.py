@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import product
 
 from .._common.ask.backward_problem import BackwardProblem
-from .._common.ask.kv_problem import CacheProblem
+from .._common.ask.kv_problem import Append
 from .._common.ask.problem import Problem, Strides, Target
 from .._common.runtime.spec import KernelSpec
 from .._common.tiles.tuning import Tunable, register_budget
@@ -242,14 +242,14 @@ def _decode_cost(tile: DecodeTile, problem: Problem) -> float:
     return row_tiles * (in_flight + 0.2 * few_warps + step) + 0.02 * idle_rows
 
 
-def cache_problem(forward: Problem) -> CacheProblem:
+def cache_problem(forward: Problem) -> Problem:
     """Attention over all of a contiguous cache, into as many splits as the planner likes."""
-    return CacheProblem(replace(forward, has_seqused_k=True, cache_slots=forward.batch))
+    return replace(forward, has_seqused_k=True, cache_slots=forward.batch, append=Append())
 
 
 def _decode_specs(problem: Problem, arch: str, tile: DecodeTile) -> tuple[KernelSpec, ...]:
     """With splits, for few and long sequences, and without."""
-    forward = cache_problem(problem).forward
+    forward = cache_problem(problem)
     return tuple(decode_tiles.decode_spec(forward, arch, split, tile) for split in (True, False))
 
 

@@ -6,10 +6,9 @@ Called by `flash_attn_interface/call/dispatch.py`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from flash_attn_interface._common.ask.backward_problem import BackwardProblem
-from flash_attn_interface._common.ask.kv_problem import CacheProblem
 from flash_attn_interface._common.ask.problem import Problem, Target
 from flash_attn_interface._common.features import union
 from flash_attn_interface._common.runtime import sources
@@ -50,6 +49,8 @@ class HopperBackend:
     def refuses_forward(self, problem: Problem, target: Target) -> str | None:
         """Why this problem cannot be served on this target; None if it can."""
         p = problem
+        if p.append is not None:
+            return "it has no kernels that read a cache"
         if target.arch != fwd_tiles.ARCH:
             return f"its kernels are {fwd_tiles.ARCH} code"
         reason = fwd_tiles.refuses_head_dims(p.head_dim_qk, p.head_dim_v)
@@ -82,13 +83,6 @@ class HopperBackend:
 
     def plan_backward(self, problem: BackwardProblem, target: Target) -> BackwardPlan:
         return BackwardPlan(problem, target)
-
-    def refuses_cache(self, problem: CacheProblem, target: Target) -> str | None:
-        """As refuses_forward."""
-        return "it has no kernels that read a cache"
-
-    def plan_cache(self, problem: CacheProblem, target: Target) -> NoReturn:
-        raise NotImplementedError(self.refuses_cache(problem, target))
 
     def tunables(self) -> tuple[Tunable, ...]:
         """The kernels that the autotuner can find tiles for."""

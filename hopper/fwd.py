@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flash_attn_interface._common.ask.call import Tensors
 from flash_attn_interface._common.ask.problem import Problem, Target
 from flash_attn_interface._common.features import union
 from flash_attn_interface._common.launch import kernels, launch_counters, tensor_map
@@ -27,11 +28,8 @@ L2_BUDGET_BYTES = 32 * 2**20
 # CTAs, where no device can be asked: of an H100 SXM, and few, so that each draws several tiles.
 DEFAULT_SMS, SIMULATED_SMS = fwd_tiles.SMS, 2
 
-# Tensor arguments of `run` that a problem may lack, in its order: fields of HopperFwdParams.
-_OPTIONAL = (
-    "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "alibi_slopes", "rng_state",
-    "s_aux",
-)  # fmt: skip
+# Tensors that a problem may lack: fields of HopperFwdParams.
+_OPTIONAL = (*Tensors._fields[3:8], "rng_state", "s_aux")
 
 
 class ForwardPlan:
@@ -95,22 +93,10 @@ class ForwardPlan:
         return kernel
 
     def run(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens_q: Tensor | None = None,
-        cu_seqlens_k: Tensor | None = None,
-        seqused_q: Tensor | None = None,
-        seqused_k: Tensor | None = None,
-        alibi_slopes: Tensor | None = None,
-        rng_state: Tensor | None = None,
-        page_table: None = None,
-        cache_batch_idx: None = None,
-        leftpad_k: None = None,
-        s_aux: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        self, tensors: Tensors, cache: None = None, rng_state: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, None]:
         """(out, softmax_lse or None, None) of tensors that fit the problem."""
+        q, k, v = tensors[:3]
         kernel = self._kernel or self._prepare(q, k, v)
         out = torch.empty_like(self._out_like, memory_format=torch.contiguous_format)
         if self._out_axes is not None:
@@ -123,9 +109,7 @@ class ForwardPlan:
         if self.problem.return_lse:
             lse = torch.empty_like(self._lse_like, memory_format=torch.contiguous_format)
             self._lse.value = lse.data_ptr()
-        optional = (
-            cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, rng_state, s_aux,
-        )  # fmt: skip
+        optional = (*tensors[3:8], rng_state, tensors.s_aux)
         if self._has_optional:
             for slot, tensor in zip(self._optional, optional, strict=True):
                 if tensor is not None:

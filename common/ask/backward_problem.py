@@ -15,6 +15,8 @@ from .problem import Problem, Strides
 if TYPE_CHECKING:  # planning a build needs no torch
     from torch import Tensor
 
+    from .call import Backward, Call
+
 MAX_VECTOR_BYTES = 16
 
 
@@ -41,19 +43,11 @@ class BackwardProblem:
 
     @classmethod
     def of(
-        cls,
-        forward: Problem,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
-        deterministic: bool = False,
+        cls, forward: Problem, call: Call, tensors: Backward, deterministic: bool = False
     ) -> BackwardProblem:
-        """The problem of these tensors. forward: the one that made out."""
+        """The problem of these tensors. forward: that of the call, which made tensors.out."""
+        q, k, v = call.tensors[:3]
+        dout, out, _, dq, dk, dv = tensors[:6]
         return cls(
             forward,
             out_strides=_strides(out),

@@ -6,33 +6,17 @@ has checked q, k, v and the options by then.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
-from torch import Tensor
 
+from .call import Backward, Call
 from .check_overlap import check_outputs
 from .check_tensors import require_device, require_shape, require_tensor
 from .problem import Problem
 
 
-class BackwardTensors(NamedTuple):
-    """Tensors of a backward besides those of its forward."""
-
-    dout: Tensor
-    out: Tensor
-    softmax_lse: Tensor
-    dq: Tensor
-    dk: Tensor
-    dv: Tensor
-    rng_state: Tensor | None
-    dlse: Tensor | None
-
-
-def check_backward(
-    problem: Problem, q: Tensor, k: Tensor, v: Tensor, tensors: BackwardTensors
-) -> None:
-    """That the tensors fit the problem of q, k and v."""
+def check_backward(problem: Problem, call: Call, tensors: Backward) -> None:
+    """That the tensors fit the problem of the call."""
+    q, k, v = call.tensors[:3]
     out_shape = (*q.shape[:-1], problem.head_dim_v)
     of_lse = "the queries and heads of q"
     expected: dict[str, tuple[tuple[int, ...], torch.dtype, str]] = {
@@ -63,12 +47,11 @@ _MAX_KNOWN = 4096
 _known: set[tuple[object, ...]] = set()  # addresses and layouts of gradients found to be apart
 
 
-def check_gradients(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor,
-    dk: Tensor, dv: Tensor,
-) -> None:  # fmt: skip
+def check_gradients(call: Call, backward: Backward) -> None:
     """That these are tensors, and that dq, dk and dv, which the caller brings, overlap nothing, at
     the price of a look-up where addresses come again."""
+    q, k, v = call.tensors[:3]
+    dout, out, softmax_lse, dq, dk, dv = backward[:6]
     tensors = {
         "q": q, "k": k, "v": v, "dout": dout, "out": out, "softmax_lse": softmax_lse, "dq": dq,
         "dk": dk, "dv": dv,

@@ -1,20 +1,20 @@
-"""Every user error of flash_attn_with_kvcache is raised here; what passes becomes a CacheProblem.
+"""Every user error of flash_attn_with_kvcache is raised here; what passes becomes a Problem.
 
-Called by `flash_attn_interface/call/kv_dispatch.py` once per new combination of shapes, layouts and
+Called by `flash_attn_interface/call/dispatch.py` once per new combination of shapes, layouts and
 options. As in `checks.py`, nothing in `check_cache` reads device memory: values in device tensors
 are trusted (the kernels clamp them), unless `check_cache_values` is asked to read them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import check_values
+from .call import Cache, Call, Tensors, cache_names
 from .check_overlap import check_output
 from .check_paged import MAX_TABLE_ELEMENTS
 from .check_tensors import (
@@ -33,80 +33,51 @@ from .checks import (
     seqlen_bound,
     strides_of,
 )
-from .kv_problem import CacheProblem
+from .kv_problem import Append
 from .problem import Problem, normalise_window
 
 MAX_SPLITS = 256
 ROTARY_DIM_MULTIPLE = 16
 
 
-class CacheCall(NamedTuple):
-    """Arguments of one call, in the order used by every layer below the public functions."""
-
-    q: Tensor
-    k_cache: Tensor
-    v_cache: Tensor
-    k: Tensor | None = None
-    v: Tensor | None = None
-    qv: Tensor | None = None
-    rotary_cos: Tensor | None = None
-    rotary_sin: Tensor | None = None
-    cache_seqlens: int | Tensor | None = None
-    cache_batch_idx: Tensor | None = None
-    cache_leftpad: Tensor | None = None
-    page_table: Tensor | None = None
-    cu_seqlens_q: Tensor | None = None
-    cu_seqlens_k_new: Tensor | None = None
-    max_seqlen_q: int | Tensor | None = None
-    rotary_seqlens: Tensor | None = None
-    softmax_scale: float | None = None
-    causal: bool = False
-    window_size: Any = (-1, -1)
-    attention_chunk: int = 0
-    softcap: float = 0.0
-    rotary_interleaved: bool = True
-    alibi_slopes: Tensor | None = None
-    num_splits: int = 0
-    sm_margin: int = 0
-    return_lse: bool = False
-
-
-def check_cache(call: CacheCall) -> CacheProblem:
-    """The CacheProblem that `call` states; q, k, v and qv have contiguous last dims."""
-    q, k_cache, v_cache = call.q, call.k_cache, call.v_cache
-    heads = _check_queries_and_caches(call)
-    batch = _batch_of_queries(call)
+def check_cache(call: Call) -> Problem:
+    """The Problem that `call` states; q, k, v and qv have contiguous last dims."""
+    tensors, sequences, options, cache = call.tensors, call.sequences, call.options, call.cache
+    assert cache is not None
+    q, k_cache, v_cache = tensors[:3]
+    heads = _check_queries_and_caches(tensors, cache)
+    batch = _batch_of_queries(tensors)
     if batch == 0 or heads.num_heads_q == 0:
         raise ValueError(
             f"q has {batch} sequences and {heads.num_heads_q} heads: each must be >= 1"
         )
-    rows = _check_slots(call, batch)
-    seqlen_new, total_new = _check_new(call, heads, batch, rows)
-    _check_cache_seqlens(call.cache_seqlens, batch, rows - seqlen_new, q)
-    rotary_dim, rotary_rows = _check_rotary(call, heads.head_dim_qk, batch, rows)
-    check_int32_vector("cache_leftpad", call.cache_leftpad, batch, q.device)
-    alibi_strides = check_alibi_slopes(call.alibi_slopes, batch, heads.num_heads_q, q.device)
+    rows = _check_slots(tensors, batch)
+    seqlen_new, total_new = _check_new(q, cache, heads, batch, rows)
+    _check_cache_seqlens(cache.seqlens, batch, rows - seqlen_new, q)
+    rotary_dim, rotary_rows = _check_rotary(q, cache, heads.head_dim_qk, batch, rows)
+    check_int32_vector("cache_leftpad", tensors.leftpad_k, batch, q.device)
+    alibi_strides = check_alibi_slopes(tensors.alibi_slopes, batch, heads.num_heads_q, q.device)
 
-    varlen_q = call.cu_seqlens_q is not None
-    seqlen_q = seqlen_bound("q", call.max_seqlen_q, q) if varlen_q else q.shape[1]
+    varlen_q = tensors.cu_seqlens_q is not None
+    seqlen_q = seqlen_bound("q", sequences.max_seqlen_q, q) if varlen_q else q.shape[1]
     total_q = q.shape[0] if varlen_q else batch * seqlen_q
     total_k = k_cache.shape[0] * k_cache.shape[1]
     check_row_counts({"q": max(total_q, seqlen_q), "k_cache": max(total_k, rows)})
-    left, right = check_values.window_pair(call.window_size)
+    left, right = check_values.window_pair(options.window_size)
     causal, left, right = normalise_window(
-        check_values.flag("causal", call.causal), left, right, total_q if varlen_q else seqlen_q,
+        check_values.flag("causal", options.causal), left, right, total_q if varlen_q else seqlen_q,
         rows,
     )  # fmt: skip
-    chunk = check_values.attention_chunk(call.attention_chunk, rows)
+    chunk = check_values.attention_chunk(options.attention_chunk, rows)
     q_strides = strides_of(q, varlen_q)
     k_strides, v_strides = strides_of(k_cache, False), strides_of(v_cache, False)
-    scale_dim = heads.head_dim_qk + (0 if call.qv is None else heads.head_dim_v)
-    scale = check_values.softmax_scale(call.softmax_scale, scale_dim)
-    tensors, strides = [q, k_cache, v_cache], [q_strides, k_strides, v_strides]
-    if call.qv is not None:
-        tensors.append(call.qv)
-        strides.append(strides_of(call.qv, varlen_q))
-    forward = Problem(
+    scale_dim = heads.head_dim_qk + (0 if cache.qv is None else heads.head_dim_v)
+    scale = check_values.softmax_scale(options.softmax_scale, scale_dim)
+    read, strides = [q, k_cache, v_cache], [q_strides, k_strides, v_strides]
+    if cache.qv is not None:
+        read.append(cache.qv)
+        strides.append(strides_of(cache.qv, varlen_q))
+    problem = Problem(
         dtype=DTYPE_NAMES[q.dtype],
         head_dim_qk=heads.head_dim_qk,
         head_dim_v=heads.head_dim_v,
@@ -125,48 +96,49 @@ def check_cache(call: CacheCall) -> CacheProblem:
         window_left=left,
         window_right=right,
         attention_chunk=chunk,
-        softcap=check_values.softcap(call.softcap, scale),
-        alibi=call.alibi_slopes is not None,
+        softcap=check_values.softcap(options.softcap, scale),
+        alibi=tensors.alibi_slopes is not None,
         alibi_strides=alibi_strides,
-        return_lse=check_values.flag("return_softmax_lse", call.return_lse),
+        return_lse=check_values.flag("return_softmax_lse", options.return_lse),
         q_strides=q_strides,
         k_strides=k_strides,
         v_strides=v_strides,
-        vector_bytes=common_vector_bytes(tensors, strides),
-        page_size=0 if call.page_table is None else k_cache.shape[1],
-        cache_batch_idx=call.cache_batch_idx is not None,
-        leftpad_k=call.cache_leftpad is not None,
+        vector_bytes=common_vector_bytes(read, strides),
+        page_size=0 if tensors.page_table is None else k_cache.shape[1],
+        cache_batch_idx=tensors.cache_batch_idx is not None,
+        leftpad_k=tensors.leftpad_k is not None,
         cache_slots=k_cache.shape[0],
-        qv=call.qv is not None,
-        qv_strides=(0, 0, 0) if call.qv is None else strides[-1],
+        qv=cache.qv is not None,
+        qv_strides=(0, 0, 0) if cache.qv is None else strides[-1],
+        num_splits=check_num_splits(options.num_splits),
+        extra=options.extra,
+        sm_margin=check_values.non_negative("sm_margin", options.sm_margin),
     )
-    problem = CacheProblem(
-        forward,
-        num_splits=check_num_splits(call.num_splits),
+    append = Append(
         rotary_dim=rotary_dim,
         rotary_rows=rotary_rows,
-        rotary_interleaved=check_values.flag("rotary_interleaved", call.rotary_interleaved),
-        rotary_per_row=causal or forward.local or chunk > 0,
-        has_rotary_seqlens=rotary_dim > 0 and call.rotary_seqlens is not None,
-        has_cache_seqlens=call.cache_seqlens is not None,
-        one_length=not isinstance(call.cache_seqlens, Tensor | None),
-        sm_margin=check_values.non_negative("sm_margin", call.sm_margin),
+        rotary_interleaved=check_values.flag("rotary_interleaved", options.rotary_interleaved),
+        rotary_per_row=causal or problem.local or chunk > 0,
+        has_rotary_seqlens=rotary_dim > 0 and cache.rotary_seqlens is not None,
+        has_cache_seqlens=cache.seqlens is not None,
+        one_length=not isinstance(cache.seqlens, Tensor | None),
     )
-    if call.k is None or call.v is None or seqlen_new == 0:
-        return problem
+    if cache.k is None or cache.v is None or seqlen_new == 0:
+        return replace(problem, append=append)
     for name, written in (("k_cache", k_cache), ("v_cache", v_cache)):
         check_output(name, written)
-    varlen_new = call.cu_seqlens_k_new is not None
-    k_new_strides, v_new_strides = strides_of(call.k, varlen_new), strides_of(call.v, varlen_new)
-    return replace(
-        problem,
+    varlen_new = cache.cu_seqlens_k_new is not None
+    k_new_strides, v_new_strides = strides_of(cache.k, varlen_new), strides_of(cache.v, varlen_new)
+    append = replace(
+        append,
         seqlen_new=seqlen_new,
         total_new=total_new,
         varlen_new=varlen_new,
         k_new_strides=k_new_strides,
         v_new_strides=v_new_strides,
-        new_vector_bytes=common_vector_bytes((call.k, call.v), (k_new_strides, v_new_strides)),
+        new_vector_bytes=common_vector_bytes((cache.k, cache.v), (k_new_strides, v_new_strides)),
     )
+    return replace(problem, append=append)
 
 
 def check_cache_tensors(q: Any, k_cache: Any, v_cache: Any) -> None:
@@ -177,78 +149,78 @@ def check_cache_tensors(q: Any, k_cache: Any, v_cache: Any) -> None:
         require_tensor(name, value)
 
 
-def check_dense(arguments: Sequence[Any]) -> None:
-    """TypeError for a tensor without strides among the arguments of a CacheCall, on which torch's
-    own errors do not say much."""
-    for name, value in zip(CacheCall._fields, arguments, strict=True):
-        if isinstance(value, Tensor) and name not in ("window_size", "return_lse"):
+def check_dense(call: Call) -> None:
+    """TypeError for a tensor without strides among the arguments of a call over a cache, on which
+    torch's own errors do not say much."""
+    for name, value in cache_names(call).items():
+        if isinstance(value, Tensor):
             require_tensor(name, value)
 
 
-def _check_queries_and_caches(call: CacheCall) -> Heads:
-    q, k_cache, v_cache = call.q, call.k_cache, call.v_cache
-    given = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": call.k, "v": call.v}
-    tensors = {name: x for name, x in (given | {"qv": call.qv}).items() if x is not None}
-    check_kinds(tensors)
-    if q.ndim != (4 if call.cu_seqlens_q is None else 3):
+def _check_queries_and_caches(tensors: Tensors, cache: Cache) -> Heads:
+    q, k_cache, v_cache = tensors.q, tensors.k, tensors.v
+    given = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": cache.k, "v": cache.v}
+    known = {name: x for name, x in (given | {"qv": cache.qv}).items() if x is not None}
+    check_kinds(known)
+    if q.ndim != (4 if tensors.cu_seqlens_q is None else 3):
         wanted = (
             "(batch, seqlen_q, num_heads_q, head_dim_qk); ragged queries need cu_seqlens_q"
-            if call.cu_seqlens_q is None
+            if tensors.cu_seqlens_q is None
             else "(total_q, num_heads_q, head_dim_qk) because cu_seqlens_q is given"
         )
         raise ValueError(f"q has shape {tuple(q.shape)}: expected {wanted}")
-    paged = call.page_table is not None
+    paged = tensors.page_table is not None
     layout = "num_pages, page_size" if paged else "batch, capacity"
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if cache.ndim != 4:
+    for name, kept in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if kept.ndim != 4:
             raise ValueError(
-                f"{name} has shape {tuple(cache.shape)}: expected ({layout}, num_heads, head_dim)"
+                f"{name} has shape {tuple(kept.shape)}: expected ({layout}, num_heads, head_dim)"
             )
-        if cache.stride(-1) != 1 and cache.shape[-1] > 1:
+        if kept.stride(-1) != 1 and kept.shape[-1] > 1:
             raise ValueError(
-                f"{name} has stride {cache.stride()}: the last must be 1; caches are updated in "
+                f"{name} has stride {kept.stride()}: the last must be 1; caches are updated in "
                 "place, so they are never copied"
             )
     heads = check_heads(q, k_cache, v_cache, "k_cache", "v_cache")
-    if call.qv is not None and call.qv.shape != (*q.shape[:-1], heads.head_dim_v):
+    if cache.qv is not None and cache.qv.shape != (*q.shape[:-1], heads.head_dim_v):
         raise ValueError(
-            f"qv has shape {tuple(call.qv.shape)}: expected {(*q.shape[:-1], heads.head_dim_v)}, "
+            f"qv has shape {tuple(cache.qv.shape)}: expected {(*q.shape[:-1], heads.head_dim_v)}, "
             "the shape of q with the head_dim of v_cache"
         )
     return heads
 
 
-def _batch_of_queries(call: CacheCall) -> int:
-    if call.cu_seqlens_q is None:
-        return call.q.shape[0]
-    require_tensor("cu_seqlens_q", call.cu_seqlens_q)
-    if call.cu_seqlens_q.ndim != 1 or call.cu_seqlens_q.shape[0] < 1:
+def _batch_of_queries(tensors: Tensors) -> int:
+    if tensors.cu_seqlens_q is None:
+        return tensors.q.shape[0]
+    require_tensor("cu_seqlens_q", tensors.cu_seqlens_q)
+    if tensors.cu_seqlens_q.ndim != 1 or tensors.cu_seqlens_q.shape[0] < 1:
         raise ValueError(
-            f"cu_seqlens_q has shape {tuple(call.cu_seqlens_q.shape)}: expected (batch + 1,)"
+            f"cu_seqlens_q has shape {tuple(tensors.cu_seqlens_q.shape)}: expected (batch + 1,)"
         )
-    batch = call.cu_seqlens_q.shape[0] - 1
-    check_int32_vector("cu_seqlens_q", call.cu_seqlens_q, batch + 1, call.q.device)
+    batch = tensors.cu_seqlens_q.shape[0] - 1
+    check_int32_vector("cu_seqlens_q", tensors.cu_seqlens_q, batch + 1, tensors.q.device)
     return batch
 
 
-def _check_slots(call: CacheCall, batch: int) -> int:
+def _check_slots(tensors: Tensors, batch: int) -> int:
     """Rows that a sequence has room for in the cache."""
-    k_cache, table = call.k_cache, call.page_table
-    check_int32_vector("cache_batch_idx", call.cache_batch_idx, batch, call.q.device)
+    k_cache, table = tensors.k, tensors.page_table
+    check_int32_vector("cache_batch_idx", tensors.cache_batch_idx, batch, tensors.q.device)
     if table is None:
-        if call.cache_batch_idx is None and k_cache.shape[0] < batch:
+        if tensors.cache_batch_idx is None and k_cache.shape[0] < batch:
             raise ValueError(
                 f"k_cache holds {k_cache.shape[0]} sequences but q has {batch}: they must be as "
                 "many, or cache_batch_idx must name the one for each query sequence"
             )
         if k_cache.shape[0] == 0:
             raise ValueError("k_cache holds no sequences: expected at least 1")
-        return k_cache.shape[1]
+        return int(k_cache.shape[1])
     name = "page_table (block_table)"
     require_tensor(name, table)
     check_int32_matrix(name, table, "(batch, pages of a sequence)")
-    require_device(name, table, call.q.device)
-    if table.shape[0] != batch and call.cache_batch_idx is None:
+    require_device(name, table, tensors.q.device)
+    if table.shape[0] != batch and tensors.cache_batch_idx is None:
         raise ValueError(
             f"{name} has {table.shape[0]} rows but q has {batch} sequences: they must be as many, "
             "or cache_batch_idx must name the row for each"
@@ -263,7 +235,7 @@ def _check_slots(call: CacheCall, batch: int) -> int:
             f"{name} has shape {tuple(table.shape)} and k_cache {tuple(k_cache.shape)}: expected "
             "at least one page of at least one row"
         )
-    return table.shape[1] * k_cache.shape[1]
+    return table.shape[1] * int(k_cache.shape[1])
 
 
 def check_int32_matrix(name: str, tensor: Tensor, shape: str) -> None:
@@ -280,9 +252,9 @@ def check_int32_matrix(name: str, tensor: Tensor, shape: str) -> None:
         )
 
 
-def _check_new(call: CacheCall, heads: Heads, batch: int, rows: int) -> tuple[int, int]:
+def _check_new(q: Tensor, cache: Cache, heads: Heads, batch: int, rows: int) -> tuple[int, int]:
     """(new rows of a sequence, or a bound of them; new rows in all)."""
-    k, v, cu_seqlens = call.k, call.v, call.cu_seqlens_k_new
+    k, v, cu_seqlens = cache.k, cache.v, cache.cu_seqlens_k_new
     if k is None or v is None:
         for name, value, other in (("k", k, "v"), ("v", v, "k")):
             if value is not None:
@@ -290,11 +262,11 @@ def _check_new(call: CacheCall, heads: Heads, batch: int, rows: int) -> tuple[in
         if cu_seqlens is not None:
             raise ValueError("cu_seqlens_k_new is given without k and v, the rows it delimits")
         return 0, 0
-    if call.cache_seqlens is None:
+    if cache.seqlens is None:
         raise ValueError(
             "k and v are given without cache_seqlens: it says behind which row to write them"
         )
-    check_int32_vector("cu_seqlens_k_new", cu_seqlens, batch + 1, call.q.device)
+    check_int32_vector("cu_seqlens_k_new", cu_seqlens, batch + 1, q.device)
     if k.ndim != (4 if cu_seqlens is None else 3):
         wanted = (
             "(batch, seqlen_new, num_heads_k, head_dim_qk); ragged rows need cu_seqlens_k_new"
@@ -337,24 +309,26 @@ def check_cache_length(cache_seqlens: Any, largest: int) -> int:
     return number
 
 
-def _check_rotary(call: CacheCall, head_dim_qk: int, batch: int, rows: int) -> tuple[int, int]:
+def _check_rotary(
+    q: Tensor, cache: Cache, head_dim_qk: int, batch: int, rows: int
+) -> tuple[int, int]:
     """(rotary_dim, rows of the tables)."""
-    cos, sin = call.rotary_cos, call.rotary_sin
+    cos, sin = cache.rotary_cos, cache.rotary_sin
     if cos is None or sin is None:
         for name, value in (("rotary_cos", cos), ("rotary_sin", sin)):
             if value is not None:
                 raise ValueError(f"{name} is given alone: rotary_cos and rotary_sin go together")
         return 0, 0  # rotary_seqlens without them is ignored, as in FlashAttention-3
-    if call.k is None:
+    if cache.k is None:
         raise ValueError(
             "rotary_cos and rotary_sin are given without k and v: the cached keys are rotated "
             "already; rotate q with flash_attn.layers.rotary.apply_rotary_emb"
         )
     for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
         require_tensor(name, table)
-        if table.dtype != call.q.dtype:
-            raise TypeError(f"{name} has dtype {table.dtype} but q has {call.q.dtype}")
-        require_device(name, table, call.q.device)
+        if table.dtype != q.dtype:
+            raise TypeError(f"{name} has dtype {table.dtype} but q has {q.dtype}")
+        require_device(name, table, q.device)
         if not table.is_contiguous():
             raise ValueError(f"{name} has stride {table.stride()}: must be contiguous")
     if cos.ndim != 2 or cos.shape != sin.shape:
@@ -374,7 +348,7 @@ def _check_rotary(call: CacheCall, head_dim_qk: int, batch: int, rows: int) -> t
             f"{rows} keys in k_cache by its shape or page_table (block_table): expected at least "
             "as many"
         )
-    check_int32_vector("rotary_seqlens", call.rotary_seqlens, batch, call.q.device)
+    check_int32_vector("rotary_seqlens", cache.rotary_seqlens, batch, q.device)
     return rotary_dim, cos.shape[0]
 
 

@@ -1,6 +1,6 @@
 """Lengths, indices and page tables that point outside the cache, found by reading them.
 
-Called by `flash_attn_interface/call/kv_dispatch.py` for tensors in CPU memory, for the PyTorch
+Called by `flash_attn_interface/call/dispatch.py` for tensors in CPU memory, for the PyTorch
 reference, and for any when FLASH_ATTN_INTERFACE_CHECK_CACHE is on, which then waits for the GPU.
 """
 
@@ -8,25 +8,26 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .check_kv import CacheCall
+from .call import Call
 from .checks import shorten
-from .kv_problem import CacheProblem
+from .problem import Problem
 
 
-def check_cache_values(call: CacheCall, problem: CacheProblem) -> None:
+def check_cache_values(call: Call, problem: Problem) -> None:
     """ValueError for the first that is out of range; without it, kernels clamp."""
-    forward = problem.forward
-    batch, capacity = forward.batch, forward.seqlen_k
-    _check_offsets("q", call.cu_seqlens_q, forward.total_q, forward.seqlen_q, "max_seqlen_q")
-    new = [problem.seqlen_new] * batch
-    if call.cu_seqlens_k_new is not None:
-        total_new = 0 if call.k is None else call.k.shape[0]
+    tensors, cache, append = call.tensors, call.cache, problem.append
+    assert cache is not None and append is not None
+    batch, capacity = problem.batch, problem.seqlen_k
+    _check_offsets("q", tensors.cu_seqlens_q, problem.total_q, problem.seqlen_q, "max_seqlen_q")
+    new = [append.seqlen_new] * batch
+    if cache.cu_seqlens_k_new is not None:
+        total_new = 0 if cache.k is None else cache.k.shape[0]
         new = _check_offsets(
-            "k_new", call.cu_seqlens_k_new, total_new, capacity, "the capacity of k_cache"
+            "k_new", cache.cu_seqlens_k_new, total_new, capacity, "the capacity of k_cache"
         )
     used = [capacity] * batch
-    if call.cache_seqlens is not None:
-        given = call.cache_seqlens
+    if cache.seqlens is not None:
+        given = cache.seqlens
         lengths = given.tolist() if isinstance(given, Tensor) else [given] * batch
         used = [length + more for length, more in zip(lengths, new, strict=True)]
         if min(lengths) < 0 or max(used) > capacity:
@@ -36,21 +37,21 @@ def check_cache_values(call: CacheCall, problem: CacheProblem) -> None:
                 "(k)"
             )
     first = [0] * batch
-    if call.cache_leftpad is not None:
-        first = call.cache_leftpad.tolist()
+    if tensors.leftpad_k is not None:
+        first = tensors.leftpad_k.tolist()
         if any(not 0 <= begin <= end for begin, end in zip(first, used, strict=True)):
             raise ValueError(
                 f"cache_leftpad is {shorten(first)}: expected 0 to the valid keys, {shorten(used)}"
             )
-    if call.rotary_seqlens is not None and problem.has_rotary_seqlens:
-        positions = call.rotary_seqlens.tolist()
+    if cache.rotary_seqlens is not None and append.has_rotary_seqlens:
+        positions = cache.rotary_seqlens.tolist()
         if min(positions) < 0:
             raise ValueError(f"rotary_seqlens is {shorten(positions)}: expected positions >= 0")
-    table = call.page_table
+    table = tensors.page_table
     rows = list(range(batch))
-    if call.cache_batch_idx is not None:
-        rows = call.cache_batch_idx.tolist()
-        count = forward.cache_slots if table is None else table.shape[0]
+    if tensors.cache_batch_idx is not None:
+        rows = tensors.cache_batch_idx.tolist()
+        count = problem.cache_slots if table is None else table.shape[0]
         if min(rows) < 0 or max(rows) >= count:
             of = "k_cache" if table is None else "page_table (block_table)"
             raise ValueError(
@@ -86,10 +87,10 @@ def _check_pages(
     rows: list[int],
     first: list[int],
     used: list[int],
-    problem: CacheProblem,
+    problem: Problem,
 ) -> None:
     """Of the pages that hold valid keys; entries beyond them may be anything."""
-    page_size, num_pages = problem.forward.page_size, problem.forward.cache_slots
+    page_size, num_pages = problem.page_size, problem.cache_slots
     for row, begin, end in zip(rows, first, used, strict=True):
         if begin >= end:
             continue

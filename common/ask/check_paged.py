@@ -10,7 +10,7 @@ from torch import Tensor
 from .check_tensors import require_device, require_tensor
 
 if TYPE_CHECKING:
-    from .checks import ForwardCall
+    from .call import Tensors
     from .problem import Problem
 
 MAX_TABLE_ELEMENTS = 2**31
@@ -54,7 +54,7 @@ def check_page_table(table: Any, k: Tensor, batch: int, name: str = "block_table
     return table.shape[1] * page_size if k.shape[0] else 0
 
 
-def check_paged_values(call: ForwardCall, problem: Problem) -> None:
+def check_paged_values(call: Tensors, problem: Problem) -> None:
     """Read lengths and table, which must be in CPU memory; reject what points outside."""
     used = [problem.seqlen_k] * problem.batch
     if call.cu_seqlens_k is not None:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .call import Options
+
 # What the public functions take; fewer where no installed backend serves them. 576 and 512 are
 # those of latent attention (MLA) in its absorbed form.
 MAX_HEAD_DIM_QK, MAX_HEAD_DIM_V = 576, 512
@@ -93,25 +95,24 @@ def optional_flag(name: str, value: Any) -> bool | None:
     return None if value is None else flag(name, value)
 
 
-def attention_flags(
-    causal: Any, return_lse: Any, return_softmax: Any, deterministic: Any, pack_gqa: Any
-) -> tuple[bool, bool, bool, bool, bool | None]:
-    """The flags of a public function. return_lse, return_softmax: both its return_attn_probs."""
-    return (
-        flag("causal", causal),
-        flag("return_attn_probs", return_lse),
-        flag("return_attn_probs", return_softmax),
-        flag("deterministic", deterministic),
-        optional_flag("pack_gqa", pack_gqa),
+def with_flags(options: Options) -> Options:
+    """The options of a public function, with flags that are bools. return_lse, return_softmax: both
+    its return_attn_probs."""
+    return options._replace(
+        causal=flag("causal", options.causal),
+        return_lse=flag("return_attn_probs", options.return_lse),
+        return_softmax=flag("return_attn_probs", options.return_softmax),
+        deterministic=flag("deterministic", options.deterministic),
+        pack_gqa=optional_flag("pack_gqa", options.pack_gqa),
     )
 
 
-def cache_flags(causal: Any, rotary_interleaved: Any, return_lse: Any) -> tuple[bool, bool, bool]:
-    """The flags of flash_attn_with_kvcache."""
-    return (
-        flag("causal", causal),
-        flag("rotary_interleaved", rotary_interleaved),
-        flag("return_softmax_lse", return_lse),
+def with_cache_flags(options: Options) -> Options:
+    """Likewise, of flash_attn_with_kvcache."""
+    return options._replace(
+        causal=flag("causal", options.causal),
+        rotary_interleaved=flag("rotary_interleaved", options.rotary_interleaved),
+        return_lse=flag("return_softmax_lse", options.return_lse),
     )
 
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from . import check_paged, check_values
+from .call import Call, Tensors
 from .check_tensors import (
     DTYPE_NAMES,
     check_alibi_slopes,
@@ -33,70 +34,44 @@ _MAX_INT32 = 2**31 - 1
 _MAX_VECTOR_BYTES = 16
 
 
-class ForwardCall(NamedTuple):
-    """Arguments of one forward, in the order used by every layer below the public functions."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    cu_seqlens_q: Tensor | None = None
-    cu_seqlens_k: Tensor | None = None
-    max_seqlen_q: int | Tensor | None = None
-    max_seqlen_k: int | Tensor | None = None
-    seqused_q: Tensor | None = None
-    seqused_k: Tensor | None = None
-    softmax_scale: float | None = None
-    causal: bool = False
-    window_size: Any = (-1, -1)
-    attention_chunk: int = 0
-    softcap: float = 0.0
-    alibi_slopes: Tensor | None = None
-    dropout_p: float = 0.0
-    return_lse: bool = False
-    return_softmax: bool = False
-    page_table: Tensor | None = None  # block_table; k and v are then pages
-    leftpad_k: Tensor | None = None
-    sm_margin: int = 0
-    pack_gqa: bool | None = None
-
-
-def check_forward(call: ForwardCall) -> Problem:
+def check_forward(call: Call) -> Problem:
     """The Problem that `call` states; q, k and v must have gone through `last_dim_contiguous`."""
-    q, k, v = call.q, call.k, call.v
+    tensors, sequences, options = call.tensors, call.sequences, call.options
+    q, k, v = tensors[:3]
     check_qkv_kind(q, k, v)
-    heads = _check_qkv_shapes(call)
-    batch = _check_batch(call)
+    heads = _check_qkv_shapes(tensors)
+    batch = _check_batch(tensors)
     if batch == 0 or heads.num_heads_q == 0:
         raise ValueError(
             f"q has {batch} sequences and {heads.num_heads_q} heads: each must be >= 1"
         )
     for name in ("cu_seqlens_q", "cu_seqlens_k"):
-        check_int32_vector(name, getattr(call, name), batch + 1, q.device)
+        check_int32_vector(name, getattr(tensors, name), batch + 1, q.device)
     for name in ("seqused_q", "seqused_k", "leftpad_k"):
-        check_int32_vector(name, getattr(call, name), batch, q.device)
-    alibi_strides = check_alibi_slopes(call.alibi_slopes, batch, heads.num_heads_q, q.device)
+        check_int32_vector(name, getattr(tensors, name), batch, q.device)
+    alibi_strides = check_alibi_slopes(tensors.alibi_slopes, batch, heads.num_heads_q, q.device)
 
-    varlen_q, varlen_k = call.cu_seqlens_q is not None, call.cu_seqlens_k is not None
-    seqlen_q = seqlen_bound("q", call.max_seqlen_q, q) if varlen_q else q.shape[1]
-    paged = call.page_table is not None
+    varlen_q, varlen_k = tensors.cu_seqlens_q is not None, tensors.cu_seqlens_k is not None
+    seqlen_q = seqlen_bound("q", sequences.max_seqlen_q, q) if varlen_q else q.shape[1]
+    paged = tensors.page_table is not None
     if paged:
-        seqlen_k = check_paged.check_page_table(call.page_table, k, batch)
+        seqlen_k = check_paged.check_page_table(tensors.page_table, k, batch)
     else:
-        seqlen_k = seqlen_bound("k", call.max_seqlen_k, k) if varlen_k else k.shape[1]
+        seqlen_k = seqlen_bound("k", sequences.max_seqlen_k, k) if varlen_k else k.shape[1]
     total_q = q.shape[0] if varlen_q else batch * seqlen_q
     total_k = k.shape[0] if varlen_k and not paged else batch * seqlen_k
     check_row_counts({"q": max(total_q, seqlen_q), "k": max(total_k, seqlen_k)})
 
-    left, right = check_values.window_pair(call.window_size)
+    left, right = check_values.window_pair(options.window_size)
     causal, left, right = normalise_window(
-        check_values.flag("causal", call.causal),
+        check_values.flag("causal", options.causal),
         left,
         right,
         total_q if varlen_q else seqlen_q,  # max_seqlen may claim too little
         total_k if varlen_k else seqlen_k,
     )
-    dropout_p = check_values.probability("dropout_p", call.dropout_p)
-    scale = check_values.softmax_scale(call.softmax_scale, heads.head_dim_qk)
+    dropout_p = check_values.probability("dropout_p", options.dropout_p)
+    scale = check_values.softmax_scale(options.softmax_scale, heads.head_dim_qk)
     q_strides, k_strides, v_strides = (
         strides_of(q, varlen_q),
         strides_of(k, varlen_k and not paged),
@@ -117,29 +92,32 @@ def check_forward(call: ForwardCall) -> Problem:
         softmax_scale=scale,
         varlen_q=varlen_q,
         varlen_k=varlen_k,
-        has_seqused_q=call.seqused_q is not None,
-        has_seqused_k=call.seqused_k is not None,
+        has_seqused_q=tensors.seqused_q is not None,
+        has_seqused_k=tensors.seqused_k is not None,
         causal=causal,
         window_left=left,
         window_right=right,
         attention_chunk=check_values.attention_chunk(
-            call.attention_chunk, total_k if varlen_k else seqlen_k
+            options.attention_chunk, total_k if varlen_k else seqlen_k
         ),
-        softcap=check_values.softcap(call.softcap, scale),
-        alibi=call.alibi_slopes is not None,
+        softcap=check_values.softcap(options.softcap, scale),
+        alibi=tensors.alibi_slopes is not None,
         alibi_strides=alibi_strides,
         dropout_p=dropout_p,
-        return_lse=check_values.flag("return_attn_probs", call.return_lse),
-        return_softmax=check_values.flag("return_softmax", call.return_softmax) and dropout_p > 0.0,
+        return_lse=check_values.flag("return_attn_probs", options.return_lse),
+        return_softmax=(
+            check_values.flag("return_softmax", options.return_softmax) and dropout_p > 0.0
+        ),
         q_strides=q_strides,
         k_strides=k_strides,
         v_strides=v_strides,
         vector_bytes=common_vector_bytes((q, k, v), (q_strides, k_strides, v_strides)),
         page_size=k.shape[1] if paged else 0,
-        leftpad_k=call.leftpad_k is not None,
+        leftpad_k=tensors.leftpad_k is not None,
         cache_slots=k.shape[0] if paged else 0,
-        sm_margin=check_values.non_negative("sm_margin", call.sm_margin),
-        pack_gqa=check_values.optional_flag("pack_gqa", call.pack_gqa),
+        sm_margin=check_values.non_negative("sm_margin", options.sm_margin),
+        pack_gqa=check_values.optional_flag("pack_gqa", options.pack_gqa),
+        extra=options.extra,
     )
 
 
@@ -156,7 +134,7 @@ class Heads(NamedTuple):
     head_dim_v: int
 
 
-def _check_qkv_shapes(call: ForwardCall) -> Heads:
+def _check_qkv_shapes(call: Tensors) -> Heads:
     q, k, v = call.q, call.k, call.v
     layouts = (
         ("q", q, call.cu_seqlens_q, "cu_seqlens_q"),
@@ -228,7 +206,7 @@ def _layout_hint(q: Tensor, k: Tensor, v: Tensor) -> str:
     )
 
 
-def _check_batch(call: ForwardCall) -> int:
+def _check_batch(call: Tensors) -> int:
     """Number of sequences, on which q and k must agree."""
     batches = []
     for name, tensor, cu_seqlens in (
@@ -254,7 +232,7 @@ def _check_batch(call: ForwardCall) -> int:
     return batches[0]
 
 
-def check_lengths(call: ForwardCall, problem: Problem) -> None:
+def check_lengths(call: Tensors, problem: Problem) -> None:
     """Read the lengths, which must be in CPU memory, and reject those that point outside."""
     if call.page_table is not None or call.leftpad_k is not None:
         check_paged.check_paged_values(call, problem)

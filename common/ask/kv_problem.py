@@ -1,27 +1,23 @@
-"""CacheProblem: what one call of flash_attn_with_kvcache asks, without its data.
+"""Append: what precedes the attention of one call of flash_attn_with_kvcache, without its data.
 
-Built by `check_kv.py` from checked arguments, read by the backends: the attention over the cache
-is an ordinary `Problem` (problem.py), and the append before it is described by the fields here.
+Part of the call's `Problem`. Built by `check_kv.py` from checked arguments.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .problem import Problem, Strides
+Strides = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class CacheProblem:
-    """One call over a key and value cache, normalised.
+class Append:
+    """New keys and values are written behind the cached ones (rotated, as q is, if there are rotary
+    tables) before the attention, and lengths count the keys before that.
 
-    The steps of a call: write the new keys and values behind the cached ones (rotated, as q is, if
-    there are rotary tables), attend over the cache, merge the splits. In `forward`, seqlen_k is the
-    capacity of a sequence in the cache, has_seqused_k is True, and k and v are the caches.
+    Of a call that appends and rotates nothing, all fields but the lengths' have their defaults.
     """
 
-    forward: Problem  # the attention over the cache, after the append
-    num_splits: int = 0  # parts of the keys that are attended to separately; 0 = choose
     seqlen_new: int = 0  # new keys of each sequence; an upper bound if varlen_new; 0 = no append
     total_new: int = 0  # rows of k_new in memory
     varlen_new: bool = False  # cu_seqlens_k_new given: k_new is (total_new, num_heads_k, ...)
@@ -33,7 +29,6 @@ class CacheProblem:
     one_length: bool = False  # cache_seqlens is an int, that of all sequences; run() gets it
     k_new_strides: Strides = (0, 0, 0)  # as Problem.k_strides
     v_new_strides: Strides = (0, 0, 0)
-    sm_margin: int = 0  # SMs that the caller would like to keep for others
     rotary_rows: int = 0  # rows of the rotary tables; positions beyond them stay unrotated
     new_vector_bytes: int = 16  # as Problem.vector_bytes, of k_new and v_new
 
@@ -46,19 +41,3 @@ class CacheProblem:
     def rotary(self) -> bool:
         """Whether q and the new keys are rotated."""
         return self.rotary_dim > 0
-
-    def features(self) -> tuple[str, ...]:
-        """Names of everything that is switched on besides the features of `forward`."""
-        named = {
-            f"append {self.seqlen_new}": self.appends and not self.varlen_new,
-            f"append up to {self.seqlen_new}": self.appends and self.varlen_new,
-            f"rotary {self.rotary_dim}": self.rotary,
-            "qv": self.forward.qv,
-            f"num_splits={self.num_splits}": self.num_splits > 0,
-            f"sm_margin={self.sm_margin}": self.sm_margin > 0,
-        }
-        return tuple(name for name, on in named.items() if on)
-
-    def describe(self) -> str:
-        """One line for people: the forward's, then 'over a cache, append 1, rotary 64'."""
-        return ", ".join([self.forward.describe(), "over a cache", *self.features()])

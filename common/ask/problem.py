@@ -8,8 +8,10 @@ backends that refuse or serve it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from .kv_problem import Append
 from .out_layout import memory_order, strides_in
 
 Strides = tuple[int, int, int]
@@ -95,6 +97,11 @@ class Problem:
     # those of q and k. Only with a cache.
     qv: bool = False
     qv_strides: Strides = (0, 0, 0)
+    # What precedes the attention of flash_attn_with_kvcache, in which seqlen_k is the capacity of a
+    # sequence and has_seqused_k is True. None: a call of another function.
+    append: Append | None = None
+    num_splits: int = 0  # parts of the keys that are attended to separately; 0 = choose
+    extra: str = ""  # a feature that is being added
     # Hints, without influence on the result.
     sm_margin: int = 0  # SMs to leave to others
     pack_gqa: bool | None = None  # rows of heads that share K and V in one tile; None: if it pays
@@ -180,8 +187,26 @@ class Problem:
             "leftpad": self.leftpad_k,
             "lse": self.return_lse,
             "softmax": self.return_softmax,
+            self.extra: bool(self.extra),
         }
-        return tuple(name for name, on in named.items() if on)
+        return (*(name for name, on in named.items() if on), *self._cache_features())
+
+    def _cache_features(self) -> Iterator[str]:
+        """Those of flash_attn_with_kvcache."""
+        if self.append is None:
+            return
+        new = self.append
+        yield "over a cache"
+        if new.appends:
+            yield f"append {'up to ' if new.varlen_new else ''}{new.seqlen_new}"
+        if new.rotary:
+            yield f"rotary {new.rotary_dim}"
+        if self.qv:
+            yield "qv"
+        if self.num_splits > 0:
+            yield f"num_splits={self.num_splits}"
+        if self.sm_margin > 0:
+            yield f"sm_margin={self.sm_margin}"
 
     def describe(self) -> str:
         """One line for people: 'bf16 qk128 v256, heads 8/8/8, batch 2, seqlen 512x512, causal'."""

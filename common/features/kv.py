@@ -4,21 +4,25 @@ flash2/device/kv_source.cuh, flash2/append.cu."""
 
 from __future__ import annotations
 
-from ..ask.kv_problem import CacheProblem
+from ..ask.kv_problem import Append
 from ..ask.problem import Problem
 from .direction import Direction
 
 FIELDS: tuple[str, ...] = (
     "page_size", "cache_batch_idx", "leftpad_k", "cache_slots", "qv", "qv_strides",
+    "append", "num_splits",
 )  # fmt: skip
 
 
 def asked(problem: Problem) -> dict[str, bool]:
+    """A number of splits is any backend's."""
     return {
         "pages": problem.page_size > 0,
         "cache_batch_idx": problem.cache_batch_idx,
         "leftpad_k": problem.leftpad_k,
         "qv": problem.qv,
+        "append": problem.append is not None and problem.append.appends,
+        "rotary": problem.append is not None and problem.append.rotary,
     }
 
 
@@ -50,25 +54,19 @@ def page_division(page_size: int) -> tuple[int, int]:
     return 2 ** (31 + shift) // page_size + 1, shift
 
 
-def asked_of_cache(problem: CacheProblem) -> dict[str, bool]:
-    """What a call over a cache asks besides its attention. A number of splits is any backend's."""
-    return {"append": problem.appends, "rotary": problem.rotary}
-
-
-def append_constants(problem: CacheProblem) -> dict[str, bool | int]:
+def append_constants(problem: Problem) -> dict[str, bool | int]:
     """Of flash2/append.cu."""
-    return {
-        "rotary": problem.rotary,
-        "rotary_interleaved": problem.rotary and problem.rotary_interleaved,
-    }
+    new = problem.append or Append()
+    return {"rotary": new.rotary, "rotary_interleaved": new.rotary and new.rotary_interleaved}
 
 
-def append_values(problem: CacheProblem) -> dict[str, int | float]:
+def append_values(problem: Problem) -> dict[str, int | float]:
     """Of flash2/append.cu, besides `values`."""
+    new = problem.append or Append()
     return {
-        "seqlen_new": problem.seqlen_new,
-        "rotary_dim": problem.rotary_dim,
-        "rotary_rows": problem.rotary_rows,
-        "rotary_per_row": problem.rotary_per_row,
-        "cached_keys": problem.forward.seqlen_k,
+        "seqlen_new": new.seqlen_new,
+        "rotary_dim": new.rotary_dim,
+        "rotary_rows": new.rotary_rows,
+        "rotary_per_row": new.rotary_per_row,
+        "cached_keys": problem.seqlen_k,
     }

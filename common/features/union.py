@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from ..ask.backward_problem import BackwardProblem
-from ..ask.kv_problem import CacheProblem
 from ..ask.problem import Problem
-from . import dropout, dtype, kv, lengths, mask, outputs, score, sink
+from . import dropout, dtype, extra, kv, lengths, mask, outputs, score, sink
 from .direction import Direction
 
 
@@ -36,7 +35,7 @@ class Block(Protocol):
         """
 
 
-BLOCKS: tuple[Block, ...] = (dtype, lengths, mask, score, dropout, sink, kv, outputs)
+BLOCKS: tuple[Block, ...] = (dtype, lengths, mask, score, dropout, sink, kv, outputs, extra)
 
 # Fields of Problem that are no feature: every kernel has some value of them.
 SHAPE_FIELDS = (
@@ -62,12 +61,10 @@ def values(problem: Problem) -> dict[str, int | float]:
     return found
 
 
-def asked(problem: Problem | BackwardProblem | CacheProblem) -> dict[str, bool]:
+def asked(problem: Problem | BackwardProblem) -> dict[str, bool]:
     """Name of each feature -> whether the problem asks for it."""
     if isinstance(problem, BackwardProblem):
         return {**asked(problem.forward), "deterministic": problem.deterministic}
-    if isinstance(problem, CacheProblem):
-        return {**asked(problem.forward), **kv.asked_of_cache(problem)}
     found: dict[str, bool] = {}
     for block in BLOCKS:
         found |= block.asked(problem)
@@ -83,9 +80,7 @@ _TITLES: dict[Direction, str] = {
 }
 
 
-def refuses(
-    problem: Problem | BackwardProblem | CacheProblem, serves: Serves, direction: Direction
-) -> str | None:
+def refuses(problem: Problem | BackwardProblem, serves: Serves, direction: Direction) -> str | None:
     """What the problem asks that the backend does not serve; None if there is nothing."""
     served = serves[direction]
     missing = [name for name, is_asked in asked(problem).items() if is_asked and name not in served]

@@ -12,7 +12,7 @@ from math import gcd
 from typing import Any
 
 from ..ask.backward_problem import MAX_VECTOR_BYTES, BackwardProblem
-from ..ask.kv_problem import CacheProblem
+from ..ask.kv_problem import Append
 from ..ask.problem import Problem, Strides
 from ..tiles import tuned_tiles
 from .headdim import Pair, Wanted
@@ -83,7 +83,7 @@ def paged_problems(pair: Pair, wanted: Wanted) -> Iterator[Problem]:
             )
 
 
-def cache_problems(pair: Pair, wanted: Wanted) -> Iterator[CacheProblem]:
+def cache_problems(pair: Pair, wanted: Wanted) -> Iterator[Problem]:
     """A step of decoding: paged and not, with and without an append, rotated in either way or not.
 
     One query per sequence; a few where there is a causal mask, which only then means something.
@@ -104,14 +104,14 @@ def cache_problems(pair: Pair, wanted: Wanted) -> Iterator[CacheProblem]:
                 cache_slots=2 * _ROWS // _PAGE_SIZE if paged else 2,
             )
             for rotary_dim, interleaved in ((0, True), (_ROTARY_DIM, True), (_ROTARY_DIM, False)):
-                yield CacheProblem(
-                    attention,
+                append = Append(
                     seqlen_new=rows,
                     total_new=2 * rows,
                     rotary_dim=rotary_dim,
                     rotary_interleaved=interleaved,
                     new_vector_bytes=attention.vector_bytes,
                 )
+                yield replace(attention, append=append)
 
 
 # Rows of the tables are copied in pieces of 16 bytes for any multiple of 16.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .._common.ask.call import DENSE, Call, Options, Sequences, Tensors
 from ..call.autograd import attention
 from .fa3 import OutAndLse, WindowSize, _check_hints, _result
 
@@ -52,11 +53,11 @@ def flash_attn_f3b2_func(
     if isinstance(qv, bool):
         qv, deterministic = None, qv or deterministic
     _check_hints(softmax_scale, qv, q_descale, k_descale, v_descale, num_splits, sm_margin)
-    out, softmax_lse, _ = attention(
-        q, k, v, None, None, None, None, None, None, softmax_scale, causal, window_size,
-        attention_chunk, softcap, None, 0.0, return_attn_probs, False, deterministic,
-        backward_backend=_BACKWARD, sm_margin=sm_margin, pack_gqa=pack_gqa,
+    options = Options(
+        softmax_scale, causal, window_size, attention_chunk, softcap, 0.0, return_attn_probs, False,
+        deterministic, None, _BACKWARD, sm_margin, pack_gqa,
     )  # fmt: skip
+    out, softmax_lse, _ = attention(Call(Tensors(q, k, v), DENSE, None, options))
     return _result(out, softmax_lse)
 
 
@@ -100,10 +101,11 @@ def flash_attn_f3b2_varlen_func(
         TypeError, ValueError, NotImplementedError: as `flash_attn_varlen_func`.
     """
     _check_hints(softmax_scale, qv, q_descale, k_descale, v_descale, num_splits, sm_margin)
-    out, softmax_lse, _ = attention(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k,
-        softmax_scale, causal, window_size, attention_chunk, softcap, None, 0.0,
-        return_attn_probs, False, deterministic, backward_backend=_BACKWARD, sm_margin=sm_margin,
-        pack_gqa=pack_gqa,
+    options = Options(
+        softmax_scale, causal, window_size, attention_chunk, softcap, 0.0, return_attn_probs, False,
+        deterministic, None, _BACKWARD, sm_margin, pack_gqa,
     )  # fmt: skip
+    tensors = Tensors(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    lengths = Sequences(max_seqlen_q, max_seqlen_k)
+    out, softmax_lse, _ = attention(Call(tensors, lengths, None, options))
     return _result(out, softmax_lse)

@@ -12,11 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._common.ask.call import DENSE, Call, Options, Sequences, Tensors
 from .._common.ask.check_tensors import require_tensor
-from .._common.ask.check_values import flag
 from ..call.autograd import attention
 from ..call.packing import Packing
-from ..call.paged import paged_attention
 
 WindowSize = Sequence[int] | Tensor
 OutLseSoftmax = tuple[Tensor, Tensor, Tensor]
@@ -78,10 +77,12 @@ def flash_attn_func(
         ValueError: shapes, devices or values disagree or are out of range.
         NotImplementedError: the GPU is older than sm_80, or alibi_slopes require a gradient.
     """
-    return _dense(
-        q, k, v, None, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-        deterministic, return_attn_probs,
+    options = Options(
+        softmax_scale, causal, window_size, 0, softcap, dropout_p, return_attn_probs,
+        return_attn_probs, deterministic,
     )  # fmt: skip
+    tensors = Tensors(q, k, v, None, None, None, None, alibi_slopes)
+    return _result(*attention(Call(tensors, DENSE, None, options)))
 
 
 def flash_attn_kvpacked_func(
@@ -110,10 +111,12 @@ def flash_attn_kvpacked_func(
     Raises:
         TypeError, ValueError, NotImplementedError: as `flash_attn_func`.
     """
-    return _dense(
-        q, kv, None, _packing("kv", kv, 2, 1), dropout_p, softmax_scale, causal, window_size,
-        softcap, alibi_slopes, deterministic, return_attn_probs,
+    options = Options(
+        softmax_scale, causal, window_size, 0, softcap, dropout_p, return_attn_probs,
+        return_attn_probs, deterministic, _packing("kv", kv, 2, 1),
     )  # fmt: skip
+    tensors = Tensors(q, kv, None, None, None, None, None, alibi_slopes)
+    return _result(*attention(Call(tensors, DENSE, None, options)))
 
 
 def flash_attn_qkvpacked_func(
@@ -140,10 +143,12 @@ def flash_attn_qkvpacked_func(
     Raises:
         TypeError, ValueError, NotImplementedError: as `flash_attn_func`.
     """
-    return _dense(
-        qkv, None, None, _packing("qkv", qkv, 3, 1), dropout_p, softmax_scale, causal, window_size,
-        softcap, alibi_slopes, deterministic, return_attn_probs,
+    options = Options(
+        softmax_scale, causal, window_size, 0, softcap, dropout_p, return_attn_probs,
+        return_attn_probs, deterministic, _packing("qkv", qkv, 3, 1),
     )  # fmt: skip
+    tensors = Tensors(qkv, None, None, None, None, None, None, alibi_slopes)
+    return _result(*attention(Call(tensors, DENSE, None, options)))
 
 
 def flash_attn_varlen_func(
@@ -197,20 +202,15 @@ def flash_attn_varlen_func(
             and block_table are checked. For CUDA tensors cu_seqlens are trusted; pages out of range
             are clamped, so that nothing outside of k and v is read.
     """
-    if block_table is not None:
-        flag("deterministic", deterministic)  # there is no backward that it could change
-        return _result(
-            *paged_attention(
-                q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale,
-                causal, window_size, softcap, alibi_slopes, dropout_p, return_attn_probs,
-                block_table,
-            )
-        )  # fmt: skip
-    return _varlen(
-        q, k, v, None, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
-        softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
-        return_attn_probs,
+    options = Options(
+        softmax_scale, causal, window_size, 0, softcap, dropout_p, return_attn_probs,
+        return_attn_probs, deterministic,
     )  # fmt: skip
+    tensors = Tensors(
+        q, k, v, *_ragged(cu_seqlens_q, cu_seqlens_k), None, None, alibi_slopes, block_table
+    )
+    lengths = Sequences(max_seqlen_q, max_seqlen_k)
+    return _result(*attention(Call(tensors, lengths, None, options)))
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -244,11 +244,13 @@ def flash_attn_varlen_kvpacked_func(
     Raises:
         TypeError, ValueError, NotImplementedError: as `flash_attn_varlen_func`.
     """
-    return _varlen(
-        q, kv, None, _packing("kv", kv, 2, 0), cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-        max_seqlen_k, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-        deterministic, return_attn_probs,
+    options = Options(
+        softmax_scale, causal, window_size, 0, softcap, dropout_p, return_attn_probs,
+        return_attn_probs, deterministic, _packing("kv", kv, 2, 0),
     )  # fmt: skip
+    tensors = Tensors(q, kv, None, *_ragged(cu_seqlens_q, cu_seqlens_k), None, None, alibi_slopes)
+    lengths = Sequences(max_seqlen_q, max_seqlen_k)
+    return _result(*attention(Call(tensors, lengths, None, options)))
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -279,62 +281,21 @@ def flash_attn_varlen_qkvpacked_func(
     Raises:
         TypeError, ValueError, NotImplementedError: as `flash_attn_varlen_func`.
     """
-    return _varlen(
-        qkv, None, None, _packing("qkv", qkv, 3, 0), cu_seqlens, cu_seqlens, max_seqlen,
-        max_seqlen, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-        deterministic, return_attn_probs,
+    options = Options(
+        softmax_scale, causal, window_size, 0, softcap, dropout_p, return_attn_probs,
+        return_attn_probs, deterministic, _packing("qkv", qkv, 3, 0),
     )  # fmt: skip
+    tensors = Tensors(qkv, None, None, *_ragged(cu_seqlens, cu_seqlens), None, None, alibi_slopes)
+    lengths = Sequences(max_seqlen, max_seqlen)
+    return _result(*attention(Call(tensors, lengths, None, options)))
 
 
-def _dense(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    packing: Packing | None,
-    dropout_p: float,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: WindowSize,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    deterministic: bool,
-    return_attn_probs: bool,
-) -> Tensor | OutLseSoftmax:
-    out, softmax_lse, s_dmask = attention(
-        q, k, v, None, None, None, None, None, None, softmax_scale, causal, window_size, 0,
-        softcap, alibi_slopes, dropout_p, return_attn_probs, return_attn_probs, deterministic,
-        packing,
-    )  # fmt: skip
-    return _result(out, softmax_lse, s_dmask)
-
-
-def _varlen(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    packing: Packing | None,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int | Tensor,
-    max_seqlen_k: int | Tensor,
-    dropout_p: float,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: WindowSize,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    deterministic: bool,
-    return_attn_probs: bool,
-) -> Tensor | OutLseSoftmax:
-    for name, given in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if given is None:
-            raise TypeError(f"{name} is None: expected an int32 tensor of shape (batch + 1,)")
-    out, softmax_lse, s_dmask = attention(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, None, softmax_scale,
-        causal, window_size, 0, softcap, alibi_slopes, dropout_p, return_attn_probs,
-        return_attn_probs, deterministic, packing,
-    )  # fmt: skip
-    return _result(out, softmax_lse, s_dmask)
+def _ragged(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both, which must be given."""
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        name = "cu_seqlens_q" if cu_seqlens_q is None else "cu_seqlens_k"
+        raise TypeError(f"{name} is None: expected an int32 tensor of shape (batch + 1,)")
+    return cu_seqlens_q, cu_seqlens_k
 
 
 def _packing(name: str, packed: Tensor, count: int, tokens: int) -> Packing:

@@ -6,12 +6,11 @@ describes the arguments in full; docs/decoding.md is the guide for users.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .._common.ask.check_kv import check_dense
-from ..call import autocast
-from .kvcache import WindowSize, attend_function
+from .._common.ask.call import DENSE, Cache, Call, Options, Tensors
+from ..call.autograd import attention
+from .kvcache import WindowSize
 
 
 def flash_attn_with_kvcache(
@@ -78,22 +77,16 @@ def flash_attn_with_kvcache(
             and tables are checked for CPU tensors; on a GPU they are clamped, or, with
             FLASH_ATTN_INTERFACE_CHECK_CACHE=1, checked as well.
     """
-    if torch.is_autocast_enabled() or not getattr(q, "is_cuda", False):
-        q, k, v, rotary_cos, rotary_sin = autocast.cast(
-            q, k, v, rotary_cos, rotary_sin, like=k_cache
+    tables = (alibi_slopes, block_table, cache_batch_idx, cache_leftpad)
+    out, softmax_lse, _ = attention(
+        Call(
+            Tensors(q, k_cache, v_cache, None, None, None, None, *tables),
+            DENSE,
+            Cache(k, v, None, rotary_cos, rotary_sin, cache_seqlens),
+            Options(
+                softmax_scale, causal, window_size, 0, softcap, 0.0, return_softmax_lse, False,
+                False, None, None, 0, None, num_splits, rotary_interleaved,
+            ),
         )
-    run = attend_function(
-        q, k_cache, v_cache, k, v, None, alibi_slopes, rotary_cos, rotary_sin, cache_seqlens,
-        cache_batch_idx, cache_leftpad, block_table,
     )  # fmt: skip
-    arguments = (
-        q, k_cache, v_cache, k, v, None, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx,
-        cache_leftpad, block_table, None, None, None, None, softmax_scale, causal, window_size, 0,
-        softcap, rotary_interleaved, alibi_slopes, num_splits, 0, return_softmax_lse,
-    )  # fmt: skip
-    try:
-        out, softmax_lse = run(*arguments)
-    except RuntimeError:
-        check_dense(arguments)
-        raise
     return out if softmax_lse is None else (out, softmax_lse)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._common.ask.call import DENSE, Call, Options, Sequences, Tensors
 from .._common.ask.check_tensors import require_tensor
 from .._common.ask.check_values import non_negative
 from ..call.autograd import attention
@@ -82,11 +83,11 @@ def flash_attn_func(
             The message says what to do instead.
     """
     _check_hints(softmax_scale, qv, q_descale, k_descale, v_descale, num_splits, sm_margin)
-    out, softmax_lse, _ = attention(
-        q, k, v, None, None, None, None, None, None, softmax_scale, causal, window_size,
-        attention_chunk, softcap, None, 0.0, return_attn_probs, False, deterministic,
-        sm_margin=sm_margin, pack_gqa=pack_gqa,
+    options = Options(
+        softmax_scale, causal, window_size, attention_chunk, softcap, 0.0, return_attn_probs, False,
+        deterministic, None, None, sm_margin, pack_gqa,
     )  # fmt: skip
+    out, softmax_lse, _ = attention(Call(Tensors(q, k, v), DENSE, None, options))
     return _result(out, softmax_lse)
 
 
@@ -147,11 +148,13 @@ def flash_attn_varlen_func(
             of cu_seqlens and seqused are checked, for CUDA tensors they are trusted.
     """
     _check_hints(softmax_scale, qv, q_descale, k_descale, v_descale, num_splits, sm_margin)
-    out, softmax_lse, _ = attention(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k,
-        softmax_scale, causal, window_size, attention_chunk, softcap, None, 0.0,
-        return_attn_probs, False, deterministic, sm_margin=sm_margin, pack_gqa=pack_gqa,
+    options = Options(
+        softmax_scale, causal, window_size, attention_chunk, softcap, 0.0, return_attn_probs, False,
+        deterministic, None, None, sm_margin, pack_gqa,
     )  # fmt: skip
+    tensors = Tensors(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    lengths = Sequences(max_seqlen_q, max_seqlen_k)
+    out, softmax_lse, _ = attention(Call(tensors, lengths, None, options))
     return _result(out, softmax_lse)
 
 
@@ -188,11 +191,11 @@ def flash_attn_qkvpacked_func(
     """
     packing = _qkv_packing(qkv, num_heads_q)
     _check_hints(softmax_scale, None, q_descale, k_descale, v_descale, 1, sm_margin)
-    out, softmax_lse, _ = attention(
-        qkv, None, None, None, None, None, None, None, None, softmax_scale, causal, window_size,
-        attention_chunk, softcap, None, 0.0, return_attn_probs, False, deterministic, packing,
-        sm_margin=sm_margin,
+    options = Options(
+        softmax_scale, causal, window_size, attention_chunk, softcap, 0.0, return_attn_probs, False,
+        deterministic, packing, None, sm_margin,
     )  # fmt: skip
+    out, softmax_lse, _ = attention(Call(Tensors(qkv, None, None), DENSE, None, options))
     return _result(out, softmax_lse)
 
 

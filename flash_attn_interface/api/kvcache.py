@@ -6,38 +6,19 @@ callers. Errors come from `common/ask/check_kv.py`; docs/decoding.md is the guid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
-from .._common.ask.check_kv import CacheCall, check_cache_tensors, check_dense
-from .._common.ask.check_tensors import check_int32_vector, refuse_layouts, require_tensor
+from .._common.ask.call import DENSE, Cache, Call, Options, Sequences, Tensors
+from .._common.ask.check_tensors import check_int32_vector, require_tensor
 from .._common.ask.check_values import flag, non_negative, optional_flag
-from ..call import autocast
-from ..call.inference_only import inference_only
-from ..call.kv_dispatch import attend
-from ..call.kv_ops import traced
-from ..call.kv_plans import CacheResult
-from ..call.sharding import on_one_mesh, refuse_to_move_caches
-from ..call.watchers import (
-    a_transform_is,
-    all_plain,
-    has_plain_type,
-    refuse_forward_mode,
-    unwatched,
-)
+from ..call.autograd import attention
 from .fa3 import _refuse_fa3_features
 
 WindowSize = Sequence[int] | Tensor
-
-_NO_BACKWARD = (
-    "flash_attn_with_kvcache has no backward, it is for inference: train with flash_attn_func or "
-    "flash_attn_varlen_func, or detach the output"
-)
 
 
 def flash_attn_with_kvcache(
@@ -135,126 +116,27 @@ def flash_attn_with_kvcache(
         optional_flag("pack_gqa", pack_gqa)
     if scheduler_metadata is not None:
         _check_scheduler_metadata(scheduler_metadata, q, cu_seqlens_q)
-    if torch.is_autocast_enabled() or not getattr(q, "is_cuda", False):
-        q, k, v, qv, rotary_cos, rotary_sin = autocast.cast(
-            q, k, v, qv, rotary_cos, rotary_sin, like=k_cache
+    cache = Cache(
+        k, v, qv, rotary_cos, rotary_sin, cache_seqlens, cu_seqlens_k_new, rotary_seqlens
+    )  # fmt: skip
+    out, softmax_lse, _ = attention(
+        Call(
+            Tensors(
+                q, k_cache, v_cache, cu_seqlens_q, None, None, None, None, page_table,
+                cache_batch_idx, cache_leftpad,
+            ),
+            DENSE if max_seqlen_q is None else Sequences(max_seqlen_q),
+            cache,
+            Options(
+                softmax_scale, causal, window_size, attention_chunk, softcap, 0.0,
+                return_softmax_lse, False, False, None, None, sm_margin, None, num_splits,
+                rotary_interleaved,
+            ),
         )
-    run = attend_function(
-        q, k_cache, v_cache, k, v, qv, None, rotary_cos, rotary_sin, cache_seqlens,
-        cache_batch_idx, cache_leftpad, page_table, cu_seqlens_q, cu_seqlens_k_new, rotary_seqlens,
     )  # fmt: skip
-    arguments = (
-        q, k_cache, v_cache, k, v, qv, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx,
-        cache_leftpad, page_table, cu_seqlens_q, cu_seqlens_k_new, max_seqlen_q, rotary_seqlens,
-        softmax_scale, causal, window_size, attention_chunk, softcap, rotary_interleaved, None,
-        num_splits, sm_margin, return_softmax_lse,
-    )  # fmt: skip
-    try:
-        out, softmax_lse = run(*arguments)
-    except RuntimeError:
-        check_dense(arguments)
-        raise
     if softmax_lse is None:
         return out
     return out, softmax_lse, softmax_lse.new_empty(0), softmax_lse.new_empty(0)
-
-
-def attend_function(
-    q: Any,
-    k_cache: Any,
-    v_cache: Any,
-    k: Any,
-    v: Any,
-    qv: Any,
-    alibi_slopes: Any,
-    rotary_cos: Any,
-    rotary_sin: Any,
-    cache_seqlens: Any,
-    cache_batch_idx: Any,
-    cache_leftpad: Any,
-    page_table: Any,
-    cu_seqlens_q: Any = None,
-    cu_seqlens_k_new: Any = None,
-    rotary_seqlens: Any = None,
-) -> Callable[..., CacheResult]:
-    """What a public function calls, with the arguments of `check_cache.CacheCall`, for (out,
-    softmax_lse or None): `attend` itself, unless a compiler traces, somebody watches the tensors
-    (`watchers.py`) or gradients are asked for.
-    """
-    if is_compiling():
-        return _attend_traced
-    if not (
-        unwatched(q, k_cache, v_cache)
-        and (q.is_cuda or not q.is_meta)
-        and (cache_seqlens is None or has_plain_type(cache_seqlens))
-        and (page_table is None or has_plain_type(page_table))
-        and (cache_batch_idx is None or has_plain_type(cache_batch_idx))
-        and (cache_leftpad is None or has_plain_type(cache_leftpad))
-        and (cu_seqlens_q is None or has_plain_type(cu_seqlens_q))
-        and (k is None or all_plain(k, v))
-        and (rotary_cos is None or all_plain(rotary_cos, rotary_sin))
-        and (cu_seqlens_k_new is None or has_plain_type(cu_seqlens_k_new))
-        and (rotary_seqlens is None or has_plain_type(rotary_seqlens))
-        and (qv is None or all_plain(qv))
-        and (alibi_slopes is None or all_plain(alibi_slopes))
-    ):
-        return _attend_watched
-    if torch.is_grad_enabled():
-        for x in (q, k_cache, v_cache, k, v, qv, alibi_slopes, rotary_cos, rotary_sin):
-            if x is not None and getattr(x, "requires_grad", False):
-                return _attend_without_gradients
-    return attend
-
-
-def _attend_traced(q: Tensor, k_cache: Tensor, v_cache: Tensor, *arguments: Any) -> CacheResult:
-    check_cache_tensors(q, k_cache, v_cache)
-    return traced(q, k_cache, v_cache, *arguments)  # has no derivative, and says so
-
-
-def _attend_watched(q: Tensor, k_cache: Tensor, v_cache: Tensor, *arguments: Any) -> CacheResult:
-    check_cache_tensors(q, k_cache, v_cache)
-    refuse_layouts(**CacheCall(q, k_cache, v_cache, *arguments)._asdict())
-    tensors = [x for x in (q, k_cache, v_cache, *arguments) if isinstance(x, Tensor)]
-    refuse_forward_mode(*tensors)
-    if a_transform_is("Grad"):
-        raise NotImplementedError(_NO_BACKWARD)
-    if arguments[0] is not None:
-        _refuse_to_append(k_cache, v_cache)
-    q, k_cache, v_cache, *others = on_one_mesh((q, k_cache, v_cache, *arguments))
-    refuse_to_move_caches(q, k_cache, v_cache, *others[:2])
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        run = partial(_detached, traced, q, k_cache, v_cache, *others)
-        results: CacheResult = inference_only(run, _NO_BACKWARD, *tensors)
-        return results
-    return traced(q, k_cache, v_cache, *others)
-
-
-def _refuse_to_append(k_cache: Tensor, v_cache: Tensor) -> None:
-    """NotImplementedError where torch cannot write through to the caches."""
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if cache.is_neg():
-            raise NotImplementedError(
-                f"{name} is a view with a pending negation, to which nothing can be appended: "
-                f"pass {name}.resolve_neg()"
-            )
-    if a_transform_is("Vmap"):
-        raise NotImplementedError(
-            "new keys and values under torch.vmap: a cache is written in place, which vmap cannot "
-            "do. Put the mapped dimension into the batch, or append beforehand."
-        )
-
-
-def _detached(run: Callable[..., CacheResult], *arguments: Any) -> CacheResult:
-    """In-place operators refuse leaves that require gradients; inside an autograd function, which
-    has nothing to record, they need not."""
-    return run(*(x.detach() if isinstance(x, Tensor) else x for x in arguments))
-
-
-def _attend_without_gradients(*arguments: Any) -> CacheResult:
-    """Lets a model run with gradients on, as upstream does, but none pass through unnoticed."""
-    tensors = (x for x in arguments if isinstance(x, Tensor))
-    results: CacheResult = inference_only(partial(attend, *arguments), _NO_BACKWARD, *tensors)
-    return results
 
 
 def get_scheduler_metadata(

@@ -1,4 +1,4 @@
-"""Where gradients meet dispatch: called by the public functions of `fa3.py` and `fa2.py`.
+"""Where gradients meet dispatch: called by all public functions, each with one `Call`.
 
 Eager calls on plain tensors go straight to `dispatch.py`. Under torch.compile the same autograd
 function calls the custom operations of `fa2_ops.py` and `ops.py` instead, which come back to
@@ -9,56 +9,43 @@ that no simulator takes run the reference, which autograd differentiates by itse
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from .._common.ask.call import Call, Tensors
+from .._common.ask.check import refuse_sinks
 from .._common.ask.check_tensors import check_tensors
-from .._common.ask.check_values import attention_flags
-from . import autocast, traced, watched
+from .._common.ask.check_values import with_flags
+from . import autocast, cached, dispatch, paged, traced, watched
 from .backends import ForwardResult
-from .dispatch import forward
-from .gradients import gradients, refuse_alibi_gradient
-from .packing import Packing, unpack
+from .gradients import Forward, gradients, refuse_alibi_gradient
+from .packing import unpacked
 from .simulation import simulate, simulated_arch
 from .watched import NoSecondBackward
 from .watchers import all_plain, has_plain_type, unwatched
 
 
-def attention(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int | Tensor | None,
-    max_seqlen_k: int | Tensor | None,
-    seqused_q: Tensor | None,
-    seqused_k: Tensor | None,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: Any,
-    attention_chunk: int,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    dropout_p: float,
-    return_lse: bool,
-    return_softmax: bool,
-    deterministic: bool = False,
-    packing: Packing | None = None,
-    backward_backend: str | None = None,
-    sm_margin: int = 0,
-    pack_gqa: bool | None = None,
-) -> ForwardResult:
-    """(out, softmax_lse, s_dmask) of one call, any layout. Arguments as in `checks.ForwardCall`.
+def attention(call: Call) -> ForwardResult:
+    """(out, softmax_lse, s_dmask) of one call.
 
-    k, v: None where an earlier tensor holds them as `packing` says.
-    return_lse: somebody will see softmax_lse; otherwise, and without gradients, it is neither
-        allocated nor written.
-    backward_backend: the kernel tree that has to serve the backward; None to choose.
+    softmax_lse is None unless `return_lse`: then, and without gradients, it is neither allocated
+    nor written.
     """
+    tensors, sequences, cache, options = call
+    if cache is not None:
+        return cached.attention(call)
+    (
+        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, page_table, _, _,
+        s_aux,
+    ) = tensors  # fmt: skip
+    if s_aux is not None:
+        refuse_sinks(call)
+    if page_table is not None:
+        return paged.attention(call)
+    packing = options.packing
     compiling = is_compiling()
     direct = (
         not compiling
@@ -73,15 +60,16 @@ def attention(
     if not direct:
         check_tensors(*((q, k, v) if packing is None else (q, q, q)))
     if not (
-        causal.__class__ is return_lse.__class__ is bool
-        and return_softmax.__class__ is deterministic.__class__ is bool
-        and (pack_gqa is None or pack_gqa.__class__ is bool)
-    ):  # in spite of the annotations, which nobody enforces
-        causal, return_lse, return_softmax, deterministic, pack_gqa = (  # type: ignore[unreachable]
-            attention_flags(causal, return_lse, return_softmax, deterministic, pack_gqa)
-        )
+        options.causal.__class__ is options.return_lse.__class__ is bool
+        and options.return_softmax.__class__ is options.deterministic.__class__ is bool
+        and (options.pack_gqa is None or options.pack_gqa.__class__ is bool)
+    ):  # in spite of the annotations, which nothing enforces
+        options = with_flags(options)  # type: ignore[unreachable]
+        call = Call(tensors, sequences, None, options)
     if torch.is_autocast_enabled() or not q.is_cuda:
         q, k, v = autocast.cast(q, k, v)
+        tensors = Tensors(q, k, v, *tensors[3:])
+        call = Call(tensors, sequences, None, options)
     if alibi_slopes is not None and torch.is_grad_enabled():
         refuse_alibi_gradient(alibi_slopes)
     differentiable = torch.is_grad_enabled() and (
@@ -90,85 +78,40 @@ def attention(
         or (v is not None and v.requires_grad)
     )
     if not direct or (differentiable and (q.is_cuda or simulated_arch() is not None)):
-        options = Options(
-            max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, attention_chunk,
-            softcap, dropout_p, return_lse, return_softmax, deterministic, packing,
-            backward_backend, sm_margin, pack_gqa,
-        )  # fmt: skip
-        tensors: tuple[Tensor | None, ...] = (
-            q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes,
-        )  # fmt: skip
         if not compiling and not direct:
-            return watched.attention(tensors, options)
+            return watched.attention(call)
         if differentiable:
+            inputs: tuple[Tensor | None, ...] = tensors
             if compiling:
-                tensors = traced.distinct(*tensors)
-            return _three(_Attention.apply(*tensors, options))  # type: ignore[no-untyped-call]
+                inputs = traced.distinct(*tensors)
+            results = _Attention.apply(*inputs, sequences, options)  # type: ignore[no-untyped-call]
+            return _three(results)
     if packing is not None:
-        q, k, v = unpack(q, k, v, packing)
-    run: Any = traced.forward if compiling else forward
-    out, softmax_lse, s_dmask, _ = run(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k,
-        softmax_scale, causal, window_size, attention_chunk, softcap, alibi_slopes, dropout_p,
-        return_lse, return_softmax, sm_margin=sm_margin, pack_gqa=pack_gqa,
-    )  # fmt: skip
+        call = unpacked(call)
+    run = traced.forward if compiling else dispatch.run
+    out, softmax_lse, s_dmask, _ = run(call)
     return out, softmax_lse, s_dmask
 
 
-class Options(NamedTuple):
-    """What a differentiable call has besides tensors."""
-
-    max_seqlen_q: int | Tensor | None
-    max_seqlen_k: int | Tensor | None
-    softmax_scale: float | None
-    causal: bool
-    window_size: Any
-    attention_chunk: int
-    softcap: float
-    dropout_p: float
-    return_lse: bool
-    return_softmax: bool
-    deterministic: bool
-    packing: Packing | None
-    backward_backend: str | None
-    sm_margin: int
-    pack_gqa: bool | None
-
-
 class _Attention(torch.autograd.Function):
-    """Attention of q, k and v, packed or not. Saves them as they came, out and softmax_lse."""
+    """Attention of a call, packed or not. Saves it as it came, out and softmax_lse."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor | None,
-        v: Tensor | None,
-        cu_seqlens_q: Tensor | None,
-        cu_seqlens_k: Tensor | None,
-        seqused_q: Tensor | None,
-        seqused_k: Tensor | None,
-        alibi_slopes: Tensor | None,
-        options: Options,
-    ) -> Any:
-        """out, or (out, softmax_lse), or (out, softmax_lse, s_dmask): what the call asks for."""
-        o = options
-        run = traced.forward if is_compiling() else forward
-        out, softmax_lse, s_dmask, rng_state = run(
-            *unpack(q, k, v, o.packing), cu_seqlens_q, cu_seqlens_k, o.max_seqlen_q,
-            o.max_seqlen_k, seqused_q, seqused_k, o.softmax_scale, o.causal, o.window_size,
-            o.attention_chunk, o.softcap, alibi_slopes, o.dropout_p, True, o.return_softmax,
-            sm_margin=o.sm_margin, pack_gqa=o.pack_gqa,
-        )  # fmt: skip
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        """out, or (out, softmax_lse), or (out, softmax_lse, s_dmask): what the call asks for.
+
+        inputs: the fields of `Tensors`, sequences, options.
+        """
+        *given, sequences, options = inputs
+        call = Call(Tensors(*given), sequences, None, options)
+        run = traced.forward if is_compiling() else dispatch.run
+        out, softmax_lse, s_dmask, rng_state = run(unpacked(call), True)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            q, k, v, out, softmax_lse, rng_state, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
-            alibi_slopes,
-        )  # fmt: skip
-        ctx.options = options
+        ctx.save_for_backward(*given, out, softmax_lse, rng_state)
+        ctx.sequences, ctx.options = sequences, options
         if not is_compiling():
             ctx.simulated_arch = simulated_arch()
-        if not o.return_lse:
+        if not options.return_lse:
             return out
         if s_dmask is None:
             return out, softmax_lse
@@ -177,24 +120,21 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Any = None, unused: Any = None) -> Any:
-        q, k, v, out, *others = ctx.saved_tensors
-        o = ctx.options
-        numbers: tuple[Any, ...] = (
-            o.max_seqlen_q, o.max_seqlen_k, o.softmax_scale, o.causal, o.window_size,
-            o.attention_chunk, o.softcap, o.dropout_p, o.deterministic, o.backward_backend,
-        )  # fmt: skip
+        *saved, out, softmax_lse, rng_state = ctx.saved_tensors
+        call = Call(Tensors(*saved), ctx.sequences, None, ctx.options)
         if dout is None:  # only softmax_lse was used
             dout = torch.zeros_like(out)
+        of_forward = Forward(out, softmax_lse, rng_state)
         if is_compiling():
-            results = traced.backward(dout, dlse, q, k, v, o.packing, out, *others, *numbers)
+            results = traced.backward(call, of_forward, dout, dlse)
         else:
             arch = ctx.simulated_arch
-            run = gradients if _direct_backward(dout, dlse, q) else traced.backward
+            run = gradients if _direct_backward(dout, dlse, saved[0]) else traced.backward
             with torch.no_grad(), nullcontext() if arch is None else simulate(arch):
-                results = run(dout, dlse, q, k, v, o.packing, out, *others, *numbers)
+                results = run(call, of_forward, dout, dlse)
             if torch.is_grad_enabled():  # create_graph=True
-                results = NoSecondBackward.apply(*results, q, k, v)  # type: ignore[no-untyped-call]
-        return (*results, None, None, None, None, None, None)
+                results = NoSecondBackward.apply(*results, *saved[:3])  # type: ignore[no-untyped-call]
+        return (*results, *([None] * (len(saved) - 1)))
 
 
 def _direct_backward(dout: Tensor, dlse: Tensor | None, q: Tensor) -> bool:

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from .._common.ask.backward_problem import BackwardProblem
-from .._common.ask.kv_problem import CacheProblem
+from .._common.ask.call import Backward, Cache, Tensors
 from .._common.ask.out_layout import new_out
 from .._common.ask.problem import Problem, Target
 from .._common.features import union
+from .._common.features.direction import Direction
 from .._common.runtime.spec import KernelSpec
 from .._common.tiles.tuning import Tunable
 from ..version import RELEASE
-from .kv_plans import CachePlan, ReferenceCachePlan
 
 ENTRY_POINT_GROUP = "flash_attn_interface.backends"
 HOPPER_DISTRIBUTION = "flash-attn-3"  # also the name of FlashAttention-3, which has no entry point
@@ -36,25 +36,16 @@ class Plan(Protocol):
     """How one Problem is run on one Target. Made once, run often, by one thread."""
 
     def run(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens_q: Tensor | None,
-        cu_seqlens_k: Tensor | None,
-        seqused_q: Tensor | None,
-        seqused_k: Tensor | None,
-        alibi_slopes: Tensor | None,
-        rng_state: Tensor | None,
-        page_table: Tensor | None = None,
-        cache_batch_idx: Tensor | None = None,
-        leftpad_k: Tensor | None = None,
-        s_aux: Tensor | None = None,
+        self, tensors: Tensors, cache: Cache | None = None, rng_state: Tensor | None = None
     ) -> ForwardResult:
         """Allocate and compute the results, on torch's current stream of the device.
 
         page_table: int32 (batch, seqlen_k / page_size), last dim contiguous; entries of unused
             pages may be anything. cache_batch_idx, leftpad_k: int32 (batch,). See `Problem`.
+        cache: where the problem says `append`. Its new keys and values are written into the caches
+            before the attention. seqlens: an int, which fits the cache, if `append` says
+            one_length.
+        rng_state: int64 (2,), with dropout.
         """
 
     def describe(self) -> str:
@@ -64,25 +55,7 @@ class Plan(Protocol):
 class BackwardPlan(Protocol):
     """How one BackwardProblem is run on one Target. Made once, run often, by one thread."""
 
-    def run(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        softmax_lse: Tensor,
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
-        cu_seqlens_q: Tensor | None,
-        cu_seqlens_k: Tensor | None,
-        seqused_q: Tensor | None,
-        seqused_k: Tensor | None,
-        alibi_slopes: Tensor | None,
-        rng_state: Tensor | None,
-        dlse: Tensor | None,
-    ) -> Tensor:
+    def run(self, tensors: Tensors, backward: Backward) -> Tensor:
         """Write every row of dq, dk and dv, on torch's current stream of the device.
 
         out and softmax_lse may be merged over more keys than k has (ring attention). dlse: gradient
@@ -115,18 +88,13 @@ class Backend(Protocol):
         """Why this tree cannot serve the problem there; None if it can."""
 
     def plan_forward(self, problem: Problem, target: Target) -> Plan:
-        """Cheap, works without a GPU: nothing is compiled or loaded before the plan's first run."""
+        """Chooses the kernels, the forward's or those of decoding. Cheap, works without a GPU:
+        nothing is compiled or loaded before the plan's first run."""
 
     def refuses_backward(self, problem: BackwardProblem, target: Target) -> str | None:
         """As refuses_forward. The forward may have been another tree's."""
 
     def plan_backward(self, problem: BackwardProblem, target: Target) -> BackwardPlan:
-        """As plan_forward."""
-
-    def refuses_cache(self, problem: CacheProblem, target: Target) -> str | None:
-        """As refuses_forward, of attention over a key and value cache."""
-
-    def plan_cache(self, problem: CacheProblem, target: Target) -> CachePlan:
         """As plan_forward."""
 
     def tunables(self) -> tuple[Tunable, ...]:
@@ -154,10 +122,11 @@ class ReferenceBackend:
     name = "reference"
 
     def refuses_forward(self, problem: Problem, target: Target | None) -> str | None:
-        return union.refuses(problem, SERVES, "forward")
+        direction: Direction = "forward" if problem.append is None else "decode"
+        return union.refuses(problem, SERVES, direction)
 
     def plan_forward(self, problem: Problem, target: Target | None) -> Plan:
-        return _ReferencePlan(problem)
+        return _ReferencePlan(problem) if problem.append is None else _ReferenceCachePlan(problem)
 
     def refuses_backward(self, problem: BackwardProblem, target: Target | None) -> str | None:
         reason = problem.forward.refuses_backward()
@@ -165,12 +134,6 @@ class ReferenceBackend:
 
     def plan_backward(self, problem: BackwardProblem, target: Target | None) -> BackwardPlan:
         return _ReferenceBackwardPlan(problem.forward)
-
-    def refuses_cache(self, problem: CacheProblem, target: Target | None) -> str | None:
-        return union.refuses(problem, SERVES, "decode")
-
-    def plan_cache(self, problem: CacheProblem, target: Target | None) -> CachePlan:
-        return ReferenceCachePlan(problem)
 
     def tunables(self) -> tuple[Tunable, ...]:
         return ()
@@ -181,30 +144,16 @@ class _ReferencePlan:
         self._problem = problem
 
     def run(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens_q: Tensor | None,
-        cu_seqlens_k: Tensor | None,
-        seqused_q: Tensor | None,
-        seqused_k: Tensor | None,
-        alibi_slopes: Tensor | None,
-        rng_state: Tensor | None,
-        page_table: Tensor | None = None,
-        cache_batch_idx: Tensor | None = None,
-        leftpad_k: Tensor | None = None,
-        s_aux: Tensor | None = None,
+        self, tensors: Tensors, cache: Cache | None = None, rng_state: Tensor | None = None
     ) -> ForwardResult:
         from ..reference.forward import attention_reference
         from ..reference.gathered import gathered
         from ..reference.sinks import apply_sinks
 
         problem = self._problem
+        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, *_ = tensors
         if problem.page_size or problem.cache_batch_idx or problem.leftpad_k:
-            k, v, cu_seqlens_k = gathered(
-                problem, k, v, cu_seqlens_k, seqused_k, page_table, cache_batch_idx, leftpad_k
-            )
+            k, v, cu_seqlens_k = gathered(problem, tensors)
             seqused_k = None
         out, softmax_lse, s_dmask = attention_reference(
             q,
@@ -227,8 +176,8 @@ class _ReferencePlan:
             return_lse=problem.return_lse or problem.sink,
             return_softmax=problem.return_softmax,
         )
-        if s_aux is not None and softmax_lse is not None:
-            out, softmax_lse = apply_sinks(out, softmax_lse, s_aux)
+        if tensors.s_aux is not None and softmax_lse is not None:
+            out, softmax_lse = apply_sinks(out, softmax_lse, tensors.s_aux)
         return out, softmax_lse if problem.return_lse else None, s_dmask
 
     def describe(self) -> str:
@@ -238,35 +187,66 @@ class _ReferencePlan:
         )
 
 
-class _ReferenceBackwardPlan:
+class _ReferenceCachePlan:
+    """PyTorch operations (`reference/kvcache.py`). Reads lengths and tables to the host."""
+
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
 
     def run(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        softmax_lse: Tensor,
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
-        cu_seqlens_q: Tensor | None,
-        cu_seqlens_k: Tensor | None,
-        seqused_q: Tensor | None,
-        seqused_k: Tensor | None,
-        alibi_slopes: Tensor | None,
-        rng_state: Tensor | None,
-        dlse: Tensor | None,
-    ) -> Tensor:
+        self, tensors: Tensors, cache: Cache | None = None, rng_state: Tensor | None = None
+    ) -> ForwardResult:
+        from ..reference.kvcache import cache_reference
+        from ..reference.sinks import apply_sinks
+
+        forward, append = self._problem, self._problem.append
+        assert cache is not None and append is not None
+        q, k_cache, v_cache = tensors[:3]
+        cache_seqlens = cache.seqlens
+        if isinstance(cache_seqlens, int):
+            cache_seqlens = q.new_full((forward.batch,), cache_seqlens, dtype=torch.int32)
+        out, softmax_lse = cache_reference(
+            q,
+            k_cache,
+            v_cache,
+            *cache[:3],
+            rotary_cos=cache.rotary_cos,
+            rotary_sin=cache.rotary_sin,
+            cache_seqlens=cache_seqlens,
+            cache_batch_idx=tensors.cache_batch_idx,
+            cache_leftpad=tensors.leftpad_k,
+            page_table=tensors.page_table,
+            cu_seqlens_q=tensors.cu_seqlens_q,
+            cu_seqlens_k_new=cache.cu_seqlens_k_new,
+            rotary_seqlens=cache.rotary_seqlens,
+            softmax_scale=forward.softmax_scale,
+            causal=forward.causal,
+            window_size=(forward.window_left, forward.window_right),
+            attention_chunk=forward.attention_chunk,
+            softcap=forward.softcap,
+            rotary_interleaved=append.rotary_interleaved,
+            rotary_per_row=append.rotary_per_row,
+            alibi_slopes=tensors.alibi_slopes,
+        )
+        if tensors.s_aux is not None:
+            out, softmax_lse = apply_sinks(out, softmax_lse, tensors.s_aux)
+        return out, softmax_lse if forward.return_lse else None, None
+
+    def describe(self) -> str:
+        return (
+            "PyTorch operations (flash_attn_interface/reference/kvcache.py), a sequence at a time; "
+            "lengths and tables are read to the host"
+        )
+
+
+class _ReferenceBackwardPlan:
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+
+    def run(self, tensors: Tensors, backward: Backward) -> Tensor:
         from ..reference.backward import reference_backward
 
-        return reference_backward(
-            self._problem, dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k,
-            seqused_q, seqused_k, alibi_slopes, rng_state, dlse,
-        )  # fmt: skip
+        return reference_backward(self._problem, tensors, backward)
 
     def describe(self) -> str:
         return "PyTorch operations (flash_attn_interface/reference/backward.py)"
@@ -279,23 +259,10 @@ class EmptyPlan:
         self._problem = problem
 
     def run(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens_q: Tensor | None,
-        cu_seqlens_k: Tensor | None,
-        seqused_q: Tensor | None,
-        seqused_k: Tensor | None,
-        alibi_slopes: Tensor | None,
-        rng_state: Tensor | None,
-        page_table: Tensor | None = None,
-        cache_batch_idx: Tensor | None = None,
-        leftpad_k: Tensor | None = None,
-        s_aux: Tensor | None = None,
+        self, tensors: Tensors, cache: Cache | None = None, rng_state: Tensor | None = None
     ) -> ForwardResult:
         """out = 0 and softmax_lse = -inf, or the sink, of which there may be no rows."""
-        problem = self._problem
+        q, s_aux, problem = tensors.q, tensors.s_aux, self._problem
         out = new_out(q, problem.head_dim_v).zero_()
         lse = s_dmask = None
         if problem.return_lse:
@@ -316,28 +283,10 @@ class EmptyBackwardPlan:
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
 
-    def run(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        softmax_lse: Tensor,
-        dq: Tensor,
-        dk: Tensor,
-        dv: Tensor,
-        cu_seqlens_q: Tensor | None,
-        cu_seqlens_k: Tensor | None,
-        seqused_q: Tensor | None,
-        seqused_k: Tensor | None,
-        alibi_slopes: Tensor | None,
-        rng_state: Tensor | None,
-        dlse: Tensor | None,
-    ) -> Tensor:
-        for gradient in (dq, dk, dv):
+    def run(self, tensors: Tensors, backward: Backward) -> Tensor:
+        for gradient in (backward.dq, backward.dk, backward.dv):
             gradient.zero_()
-        return q.new_zeros(softmax_d_shape(self._problem), dtype=torch.float32)
+        return tensors.q.new_zeros(softmax_d_shape(self._problem), dtype=torch.float32)
 
     def describe(self) -> str:
         return "no query or no key: zeros without a launch"

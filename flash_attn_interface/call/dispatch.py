@@ -1,28 +1,32 @@
-"""From checked arguments to a running plan, and the memory of earlier plans.
+"""From a call to a running plan: check, select, plan, run, and the memory of earlier plans.
 
-Called by `autograd.py`, `ops.py` and `fa2_ops.py`. `forward` is the hot path: a warm call on a
-GPU builds one flat key, finds its plan and runs it. A key seen for the first time goes through
-`checks.py` (errors), `selection.py` (which backend) and the backend's planner. `backward` likewise.
+Called by `autograd.py`, `cached.py` and the operators. `run` is the hot path of every forward and
+of decoding: a warm call on a GPU builds one key (`keys.py`), finds its plan and runs it. A key seen
+for the first time goes through `common/ask/check.py` (errors), `selection.py` (which backend) and
+the backend's planner. `backward` likewise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._common.ask import checks
+from .._common import env
+from .._common.ask import check
 from .._common.ask.backward_problem import BackwardProblem
-from .._common.ask.check_backward import BackwardTensors, check_backward
-from .._common.ask.check_tensors import check_qkv_kind
-from .._common.ask.check_values import flag, is_unlimited, window_pair
-from .._common.ask.checks import ForwardCall
+from .._common.ask.call import Backward, Cache, Call
+from .._common.ask.check_backward import check_backward
+from .._common.ask.check_kv import check_cache_length
+from .._common.ask.check_overlap import check_outputs
+from .._common.ask.check_tensors import last_dim_contiguous
+from .._common.ask.check_values import flag
 from .._common.ask.problem import Problem
-from . import backends
+from . import backends, keys
 from .backends import BackwardPlan, Plan
-from .plans import Slot, layout_of, plans
+from .plans import Slot, plans
 from .selection import Decision, device_of, select, select_backward
 from .selection import Device as Device
 from .selection import decide as decide
@@ -31,14 +35,21 @@ from .selection import target_for as target_for
 ForwardState = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 """(out, softmax_lse, s_dmask, rng_state); None where the call does not ask for it."""
 
-_ADDRESS_BITS = 15  # an address matters up to 16-byte alignment
+
+class _Planned(NamedTuple):
+    """A plan, and what is needed to use it again."""
+
+    plan: Plan
+    problem: Problem
+    reads_values: bool  # lengths, indices and tables of a cache are read and checked in every call
+    apart: set[int]  # hashes of addresses of tensors that were found not to overlap
 
 
 def make_plan(problem: Problem, decision: Decision) -> Plan:
     """The plan of the chosen backend, or the one that launches nothing."""
     if decision.target is None:
         return backends.REFERENCE.plan_forward(problem, None)
-    if problem.empty:
+    if problem.empty and not (problem.append is not None and problem.append.appends):
         return backends.EmptyPlan(problem)
     return decision.backend.plan_forward(problem, decision.target)
 
@@ -57,72 +68,17 @@ def forget_plans() -> None:
     plans.clear()
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int | Tensor | None,
-    max_seqlen_k: int | Tensor | None,
-    seqused_q: Tensor | None,
-    seqused_k: Tensor | None,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: Any,
-    attention_chunk: int,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    dropout_p: float,
-    return_lse: bool,
-    return_softmax: bool,
-    page_table: Tensor | None = None,
-    leftpad_k: Tensor | None = None,
-    sm_margin: int = 0,
-    pack_gqa: bool | None = None,
-) -> ForwardState:
-    """Attention forward without autograd. Arguments as in `ForwardCall`; q, k, v are tensors.
+def run(call: Call, keep_lse: bool = False) -> ForwardState:
+    """Attention without autograd; over a cache, new keys and values are appended first.
 
-    page_table, leftpad_k: only with cu_seqlens.
+    keep_lse: softmax_lse is needed, whatever the options say, by a backward.
     """
-    try:
-        q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
-        addresses = q.data_ptr() | k.data_ptr() | v.data_ptr()
-        gaps = q_strides[-1] != 1 or k_strides[-1] != 1 or v_strides[-1] != 1
-    except IndexError:  # no dimensions, which the checks will name
-        gaps = True
-    except (AttributeError, RuntimeError):  # no tensor, or one without strides or address
-        check_qkv_kind(q, k, v)
-        raise
-    if gaps:
-        q, k, v = (checks.last_dim_contiguous(tensor) for tensor in (q, k, v))
-        q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
-        addresses = q.data_ptr() | k.data_ptr() | v.data_ptr()
-    if not is_unlimited(window_size):
-        window_size = window_pair(window_size)
-    ragged = None
-    if cu_seqlens_q is not None or cu_seqlens_k is not None:
-        max_seqlen_q = checks.host_max_seqlen(max_seqlen_q, q)
-        max_seqlen_k = checks.host_max_seqlen(max_seqlen_k, k)
-        ragged = (
-            max_seqlen_q, max_seqlen_k, layout_of(cu_seqlens_q), layout_of(cu_seqlens_k),
-            None if page_table is None else layout_of(page_table),
-            None if leftpad_k is None else layout_of(leftpad_k),
-        )  # fmt: skip
-
-    key = plan = slot = None
-    device = q.get_device()
-    if device >= 0:
-        key = (  # flat, since hashing nested tuples is slower
-            "forward", q.shape, k.shape, v.shape, q_strides, k_strides, v_strides, q.dtype,
-            k.dtype, v.dtype, device, k.get_device(), v.get_device(),
-            addresses & _ADDRESS_BITS,
-            softmax_scale, causal, window_size, attention_chunk, softcap, dropout_p,
-            return_lse, return_softmax, ragged, sm_margin, pack_gqa,
-            None if seqused_q is None else layout_of(seqused_q),
-            None if seqused_k is None else layout_of(seqused_k),
-            None if alibi_slopes is None else layout_of(alibi_slopes),
-        )  # fmt: skip
+    if call.cache is None:
+        call, key, addresses = keys.of_forward(call, keep_lse)
+    else:
+        call, key, addresses = keys.of_cache(call)
+    planned = slot = None
+    if key is not None:
         try:
             slot = plans.find(key)
         except TypeError:  # an unhashable argument, a list say: the checks will name it
@@ -130,107 +86,105 @@ def forward(
         if slot is not None:
             slot.used = plans.clock
             try:
-                plan = slot.idle.pop()
+                planned = slot.idle.pop()
             except IndexError:  # other threads are running all
                 pass
-    if plan is None:
-        call = ForwardCall(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k,
-            softmax_scale, causal, window_size, attention_chunk, softcap, alibi_slopes, dropout_p,
-            return_lse, return_softmax, page_table, leftpad_k, sm_margin, pack_gqa,
-        )  # fmt: skip
-        slot, plan = _plan_for(call, key)
-
+    if planned is None:
+        slot, planned = _plan_for(call, key, keep_lse)
     assert slot is not None
+    tensors, _, cache, options = call
     rng_state = None
     try:
-        if dropout_p > 0.0:  # drawn on the device: CUDA graphs replay, torch.manual_seed repeats it
-            rng_state = torch.randint(0, 2**62, (2,), dtype=torch.int64, device=q.device)
-        out, softmax_lse, s_dmask = plan.run(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, rng_state,
-            page_table, None, leftpad_k,
-        )  # fmt: skip
+        if cache is not None:
+            cache = _ready(planned, call, cache, addresses)
+        elif options.dropout_p > 0.0:  # on the device: CUDA graphs replay, manual_seed repeats it
+            device = tensors.q.device
+            rng_state = torch.randint(0, 2**62, (2,), dtype=torch.int64, device=device)
+        out, softmax_lse, s_dmask = planned.plan.run(tensors, cache, rng_state)
     finally:
-        slot.idle.append(plan)
+        slot.idle.append(planned)
     return out, softmax_lse, s_dmask, rng_state
 
 
-def _plan_for(call: ForwardCall, key: Hashable | None) -> tuple[Slot, Plan]:
+def _plan_for(call: Call, key: Hashable | None, keep_lse: bool) -> tuple[Slot, _Planned]:
     """Check the call, choose a backend, and take a plan out of the table.
 
     key: None to remember it by problem, as for CPU tensors, whose lengths can be read and so are
     checked in every call.
     """
-    problem = checks.check_forward(call)
-    if call.q.device.type == "cpu":
-        checks.check_lengths(call, problem)
-    decision = select(problem, device_of(call.q))
+    if keep_lse:
+        call = call._replace(options=call.options._replace(return_lse=True))
+    problem = check.check(call)
+    q = call.tensors.q
+    on_host = q.device.type == "cpu"
+    if on_host and call.cache is None:
+        check.check_values(call, problem)
+    decision = select(problem, device_of(q))
     if key is None:
         key = (problem, decision.target)
-    return plans.take(key, lambda: make_plan(problem, decision))
+
+    def make() -> _Planned:
+        reads = on_host or decision.target is None or env.CHECK_CACHE.get()
+        return _Planned(make_plan(problem, decision), problem, reads, set())
+
+    return plans.take(key, make)
 
 
-def backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    softmax_lse: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int | Tensor | None,
-    max_seqlen_k: int | Tensor | None,
-    seqused_q: Tensor | None,
-    seqused_k: Tensor | None,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: Any,
-    attention_chunk: int,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    dropout_p: float,
-    rng_state: Tensor | None,
-    deterministic: bool,
-    dlse: Tensor | None = None,
-    backend: str | None = None,
-) -> Tensor:
+def _ready(planned: _Planned, call: Call, cache: Cache, addresses: int) -> Cache:
+    """The cache of a call that is about to run, once what changes between calls is checked."""
+    problem = planned.problem
+    if planned.reads_values:
+        check.check_values(call, problem)
+    if cache.k is not None and addresses not in planned.apart:
+        assert problem.append is not None
+        if problem.append.appends:
+            _check_apart(planned, addresses, call)
+    seqlens = cache.seqlens
+    if seqlens is None or isinstance(seqlens, Tensor):
+        return cache
+    assert problem.append is not None
+    room = problem.seqlen_k - problem.append.seqlen_new
+    return cache._replace(seqlens=check_cache_length(seqlens, room))
+
+
+_MAX_APART = 128
+
+
+def _check_apart(planned: _Planned, addresses: int, call: Call) -> None:
+    """That the caches, which are written, overlap neither each other nor what is read.
+
+    addresses: hash of those of these tensors, whose layouts belong to the plan, so that a warm call
+        is answered by a look-up; 0 on the CPU, where strides may differ between calls of one plan.
+    """
+    q, k_cache, v_cache = call.tensors[:3]
+    assert call.cache is not None
+    k, v, qv = call.cache[:3]
+    check_outputs({"k_cache": k_cache, "v_cache": v_cache}, {"q": q, "k": k, "v": v, "qv": qv})
+    if not addresses:
+        return
+    if len(planned.apart) >= _MAX_APART:
+        planned.apart.clear()
+    planned.apart.add(addresses)
+
+
+def backward(call: Call, backward: Backward) -> Tensor:
     """Attention backward without autograd: writes dq, dk and dv, which may have any strides.
 
-    Args:
-        out, softmax_lse: of the forward, or merged over more keys than k has.
-        rng_state: what the forward returned; only with dropout.
-        dlse: gradient of softmax_lse.
-        backend: the tree that has to serve it, if kernels do; None to choose.
-        Others as in `forward`.
+    call: that of the forward.
 
     Returns:
         softmax_d, see `backends.BackwardPlan`.
     """
-    dout, q, k, v, out = map(checks.last_dim_contiguous, (dout, q, k, v, out))
-    results = (dq, dk, dv)
-    dq, dk, dv = map(checks.last_dim_contiguous, results)
-    if not is_unlimited(window_size):
-        window_size = window_pair(window_size)
-    if cu_seqlens_q is not None or cu_seqlens_k is not None:
-        max_seqlen_q = checks.host_max_seqlen(max_seqlen_q, q)
-        max_seqlen_k = checks.host_max_seqlen(max_seqlen_k, k)
-
-    key = plan = slot = None
-    if q.is_cuda:
-        addresses = q.data_ptr() | k.data_ptr() | v.data_ptr() | dout.data_ptr() | out.data_ptr()
-        addresses |= dq.data_ptr() | dk.data_ptr() | dv.data_ptr()
-        key = (
-            "backward", *_layouts(q, k, v, dout, out, softmax_lse, dq, dk, dv),
-            addresses & _ADDRESS_BITS, softmax_scale, causal, window_size, attention_chunk,
-            softcap, dropout_p, deterministic, backend, max_seqlen_q, max_seqlen_k,
-            *_layouts(
-                cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, rng_state, dlse
-            ),
-        )  # fmt: skip
+    results = (backward.dq, backward.dk, backward.dv)
+    dout, out, softmax_lse, dq, dk, dv, *others = backward
+    dout, out, dq, dk, dv = map(last_dim_contiguous, (dout, out, dq, dk, dv))
+    backward = Backward(dout, out, softmax_lse, dq, dk, dv, *others)
+    tensors = call.tensors
+    q, k, v = map(last_dim_contiguous, tensors[:3])
+    tensors = type(tensors)(q, k, v, *tensors[3:])
+    call, key, _ = keys.of_backward(Call(tensors, call.sequences, None, call.options), backward)
+    plan = slot = None
+    if key is not None:
         try:
             slot = plans.find(key)
         except TypeError:  # an unhashable argument, a list say: the checks will name it
@@ -242,19 +196,10 @@ def backward(
             except IndexError:  # other threads are running all
                 pass
     if plan is None:
-        call = ForwardCall(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k,
-            softmax_scale, causal, window_size, attention_chunk, softcap, alibi_slopes, dropout_p,
-            True, False,
-        )  # fmt: skip
-        tensors = BackwardTensors(dout, out, softmax_lse, dq, dk, dv, rng_state, dlse)
-        slot, plan = _backward_plan_for(call, tensors, deterministic, backend, key)
+        slot, plan = _backward_plan_for(call, backward, key)
     assert slot is not None
     try:
-        softmax_d: Tensor = plan.run(
-            dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, seqused_q,
-            seqused_k, alibi_slopes, rng_state, dlse,
-        )  # fmt: skip
+        softmax_d: Tensor = plan.run(tensors, backward)
     finally:
         slot.idle.append(plan)
     for asked_for, written in zip(results, (dq, dk, dv), strict=True):
@@ -263,37 +208,20 @@ def backward(
     return softmax_d
 
 
-def _layouts(*tensors: Tensor | None) -> list[Hashable]:
-    """As `layout_of`, of all."""
-    found: list[Hashable] = []
-    for tensor in tensors:
-        if tensor is None:
-            found.append(None)
-            continue
-        try:
-            found += tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device()
-        except (AttributeError, RuntimeError):  # no tensor, or one without strides
-            found.append(layout_of(tensor))
-    return found
-
-
 def _backward_plan_for(
-    call: ForwardCall,
-    tensors: BackwardTensors,
-    deterministic: bool,
-    backend: str | None,
-    key: Hashable | None,
+    call: Call, backward: Backward, key: Hashable | None
 ) -> tuple[Slot, BackwardPlan]:
     """As `_plan_for`."""
-    forward_problem = checks.check_forward(call)
-    if call.q.device.type == "cpu":
-        checks.check_lengths(call, forward_problem)
-    check_backward(forward_problem, call.q, call.k, call.v, tensors)
-    problem = BackwardProblem.of(
-        forward_problem, tensors.dout, call.q, call.k, call.v, tensors.out, tensors.dq, tensors.dk,
-        tensors.dv, flag("deterministic", deterministic),
-    )  # fmt: skip
-    decision = select_backward(problem, device_of(call.q), backend)
+    options = call.options
+    call = call._replace(options=options._replace(return_lse=True, return_softmax=False))
+    q = call.tensors.q
+    forward_problem = check.check(call)
+    if q.device.type == "cpu":
+        check.check_values(call, forward_problem)
+    check_backward(forward_problem, call, backward)
+    deterministic = flag("deterministic", options.deterministic)
+    problem = BackwardProblem.of(forward_problem, call, backward, deterministic)
+    decision = select_backward(problem, device_of(q), options.backward_backend)
     if key is None:
         key = (problem, decision.target)
     return plans.take(key, lambda: make_backward_plan(problem, decision))

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._common.ask.call import Backward, Call, Options, Sequences, Tensors
 from .._common.ask.check_backward import check_gradients
 from .._common.ask.check_kv import check_num_splits
 from . import dispatch
 from .custom_op import custom_op
-from .gradients import empty_gradient, refuse_alibi_gradient
+from .gradients import Forward, empty_gradient, refuse_alibi_gradient
 from .ops import attention_backward, complete, fake_results
 from .paged import no_backward
 from .watchers import refuse_forward_mode
@@ -52,13 +53,18 @@ def _flash_attn_forward(
     backward; zero without dropout.
     """
     refuse_forward_mode(q, k, v)
+    options = Options(
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=(window_size_left, window_size_right),
+        softcap=softcap,
+        dropout_p=dropout_p,
+        return_lse=True,
+        return_softmax=return_softmax,
+    )
     return complete(
-        dispatch.forward(
-            q, k, v, None, None, None, None, None, None, softmax_scale, causal,
-            (window_size_left, window_size_right), 0, softcap, alibi_slopes, dropout_p, True,
-            return_softmax,
-        )
-    )  # fmt: skip
+        dispatch.run(Call(Tensors(q, k, v, alibi_slopes=alibi_slopes), options=options))
+    )
 
 
 @_flash_attn_forward.register_fake
@@ -123,13 +129,28 @@ def _flash_attn_varlen_forward(
             f"num_splits is {num_splits}, which this operation does not take together with "
             "block_table: pass 0 or 1, or call flash_attn_with_kvcache, which splits paged keys"
         )
-    return complete(
-        dispatch.forward(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, seqused_k,
-            softmax_scale, causal, (window_size_left, window_size_right), 0, softcap, alibi_slopes,
-            dropout_p, True, return_softmax, page_table=block_table, leftpad_k=leftpad_k,
-        )
-    )  # fmt: skip
+    tensors = Tensors(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seqused_k=seqused_k,
+        alibi_slopes=alibi_slopes,
+        page_table=block_table,
+        leftpad_k=leftpad_k,
+    )
+    options = Options(
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=(window_size_left, window_size_right),
+        softcap=softcap,
+        dropout_p=dropout_p,
+        return_lse=True,
+        return_softmax=return_softmax,
+    )
+    lengths = Sequences(max_seqlen_q, max_seqlen_k)
+    return complete(dispatch.run(Call(tensors, lengths, None, options)))
 
 
 @_flash_attn_varlen_forward.register_fake
@@ -189,16 +210,21 @@ def _flash_attn_backward(
     deterministic: bool,
     rng_state: Tensor | None = None,
 ) -> Tensor:
-    """Writes dq, dk and dv, which may have any strides; one that is None is computed for nobody.
+    """Writes dq, dk and dv, which may have any strides; one that is None is computed and dropped.
 
     Returns softmax_d = rowsum(dout * out), float32 (batch, num_heads_q, seqlen_q rounded up to
     128).
     """
-    return _backward(
-        dout, q, k, v, out, softmax_lse, dq, dk, dv, None, None, None, None, dropout_p,
-        softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
-        deterministic, rng_state,
-    )  # fmt: skip
+    options = Options(
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=(window_size_left, window_size_right),
+        softcap=softcap,
+        dropout_p=dropout_p,
+        deterministic=deterministic,
+    )
+    call = Call(Tensors(q, k, v, alibi_slopes=alibi_slopes), options=options)
+    return backward(call, Forward(out, softmax_lse, rng_state), dout, (dq, dk, dv))[0]
 
 
 @_flash_attn_backward.register_fake
@@ -250,11 +276,17 @@ def _flash_attn_varlen_backward(
 
     zero_tensors: rows of dq, dk and dv that belong to no sequence become zero in any case.
     """
-    return _backward(
-        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-        max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
-        softcap, alibi_slopes, deterministic, rng_state,
-    )  # fmt: skip
+    options = Options(
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=(window_size_left, window_size_right),
+        softcap=softcap,
+        dropout_p=dropout_p,
+        deterministic=deterministic,
+    )
+    tensors = Tensors(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes=alibi_slopes)
+    call = Call(tensors, Sequences(max_seqlen_q, max_seqlen_k), None, options)
+    return backward(call, Forward(out, softmax_lse, rng_state), dout, (dq, dk, dv))[0]
 
 
 @_flash_attn_varlen_backward.register_fake
@@ -276,39 +308,18 @@ def _(
     return q.new_empty((num_heads_q, rows), dtype=torch.float32)
 
 
-def _backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    softmax_lse: Tensor,
-    dq: Tensor | None,
-    dk: Tensor | None,
-    dv: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-    dropout_p: float,
-    softmax_scale: float,
-    causal: bool,
-    window_size_left: int,
-    window_size_right: int,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    deterministic: bool,
-    rng_state: Tensor | None,
-) -> Tensor:
-    dq = empty_gradient(q) if dq is None else dq
-    dk = empty_gradient(k) if dk is None else dk
-    dv = empty_gradient(v) if dv is None else dv
-    check_gradients(q, k, v, dout, out, softmax_lse, dq, dk, dv)
-    return dispatch.backward(
-        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-        max_seqlen_k, None, None, softmax_scale, causal, (window_size_left, window_size_right), 0,
-        softcap, alibi_slopes, dropout_p, rng_state if dropout_p > 0.0 else None, deterministic,
-    )  # fmt: skip
+def backward(
+    call: Call, forward: Forward, dout: Tensor, given: tuple[Tensor | None, ...]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(softmax_d, dq, dk, dv), the gradients being those given, if any."""
+    dq, dk, dv = (
+        empty_gradient(x) if into is None else into
+        for x, into in zip(call.tensors[:3], given, strict=True)
+    )
+    rng_state = forward.rng_state if call.options.dropout_p > 0.0 else None
+    asked = Backward(dout, forward.out, forward.softmax_lse, dq, dk, dv, rng_state)
+    check_gradients(call, asked)
+    return dispatch.backward(call, asked), dq, dk, dv
 
 
 # ---- Differentiating the forwards --------------------------------------------------------------
@@ -354,12 +365,23 @@ def _differentiate(
         raise NotImplementedError(ctx.no_backward)
     q, k, v, cu_q, cu_k, seqused_k, alibi_slopes, out, softmax_lse, rng_state = ctx.saved_tensors
     max_seqlens, dropout_p, softmax_scale, causal, left, right, softcap = ctx.options
-    dq, dk, dv = attention_backward(
-        torch.zeros_like(out) if dout is None else dout, dlse, q, k, v, 0, [], out, softmax_lse,
-        rng_state if dropout_p > 0.0 else None, cu_q, cu_k, None, seqused_k, alibi_slopes,
-        *max_seqlens, softmax_scale, causal, left, right, 0, softcap, dropout_p,
-        torch.are_deterministic_algorithms_enabled(), None,
-    )  # fmt: skip
+    dout = torch.zeros_like(out) if dout is None else dout
+    inputs: tuple[Any, ...] = (
+        dout,
+        dlse,
+        q,
+        k,
+        v,
+        0,
+        [],
+        out,
+        softmax_lse,
+        rng_state if dropout_p > 0.0 else None,
+    )
+    lengths = (cu_q, cu_k, None, seqused_k, alibi_slopes, *max_seqlens)
+    numbers = (softmax_scale, causal, left, right, 0, softcap, dropout_p)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    dq, dk, dv = attention_backward(*inputs, *lengths, *numbers, deterministic, None)
     return (dq, dk, dv, *([None] * (ctx.num_inputs - 3)))
 
 

@@ -2,67 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._common.ask.call import Backward, Call
 from . import dispatch
-from .packing import Packing, unpack
+from .packing import unpack, unpacked
 
 Gradients = tuple[Tensor, Tensor | None, Tensor | None]
 """Of (q, k, v), or (q, kv, None), or (qkv, None, None)."""
 
 
-def gradients(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    packing: Packing | None,
-    *others: Any,
-) -> Gradients:
-    """New tensors, into whose views the kernels write.
+class Forward(NamedTuple):
+    """What a backward needs of the forward besides its call."""
 
-    packing: where k, or k and v, are. others: arguments of `dispatch.backward`, see `_run`.
-    """
+    out: Tensor
+    softmax_lse: Tensor
+    rng_state: Tensor | None = None
+
+
+def gradients(call: Call, forward: Forward, dout: Tensor, dlse: Tensor | None) -> Gradients:
+    """New tensors, into whose views the kernels write. call: that of the forward, maybe packed."""
+    q, k, v = call.tensors[:3]
     dq = empty_gradient(q)
     dk = None if k is None else empty_gradient(k)
     dv = None if v is None else empty_gradient(v)
-    _run(dout, dlse, unpack(q, k, v, packing), unpack(dq, dk, dv, packing), *others)
+    results = unpack(dq, dk, dv, call.options.packing)
+    out, softmax_lse, rng_state = forward
+    backward = Backward(dout, out, softmax_lse, *results, rng_state, dlse)
+    dispatch.backward(unpacked(call), backward)
     return dq, dk, dv
-
-
-def _run(
-    dout: Tensor,
-    dlse: Tensor | None,
-    inputs: tuple[Tensor, Tensor, Tensor],
-    results: tuple[Tensor, Tensor, Tensor],
-    out: Tensor,
-    softmax_lse: Tensor,
-    rng_state: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    seqused_q: Tensor | None,
-    seqused_k: Tensor | None,
-    alibi_slopes: Tensor | None,
-    max_seqlen_q: int | Tensor | None,
-    max_seqlen_k: int | Tensor | None,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: Any,
-    attention_chunk: int,
-    softcap: float,
-    dropout_p: float,
-    deterministic: bool,
-    backend: str | None,
-) -> None:
-    dispatch.backward(
-        dout, *inputs, out, softmax_lse, *results, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-        max_seqlen_k, seqused_q, seqused_k, softmax_scale, causal, window_size, attention_chunk,
-        softcap, alibi_slopes, dropout_p, rng_state, deterministic, dlse, backend,
-    )  # fmt: skip
 
 
 def empty_gradient(tensor: Tensor) -> Tensor:

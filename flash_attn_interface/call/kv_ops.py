@@ -1,6 +1,6 @@
 """Attention over a key and value cache as custom operations, for torch.compile and torch.export.
 
-`kvcache.py` calls `traced` in place of `kvcache_dispatch.attend`, with the same arguments. There
+`cached.py` calls `traced` in place of `dispatch.run`, with the same call. There
 are two operations, because a compiler copies whatever it cannot prove safe to mutate: the one
 without new keys and values leaves the caches alone, and says so.
 """
@@ -12,18 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._common.ask.call import Cache, Call, Options, Sequences, Tensors
 from .._common.ask.check_kv import check_cache_length
-from .._common.ask.check_values import cache_flags, non_negative, window_pair
+from .._common.ask.check_values import non_negative, window_pair, with_cache_flags
 from .._common.ask.out_layout import new_out
+from . import dispatch
 from .custom_op import custom_op
-from .kv_dispatch import attend
-from .kv_plans import CacheResult
+
+CacheResult = tuple[Tensor, Tensor | None]
+"""(out, softmax_lse); None if the call does not ask for it."""
 
 _REST = (
     "Tensor? cache_seqlens, Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? page_table, "
     "Tensor? cu_seqlens_q, SymInt max_seqlen_q, float? softmax_scale, bool causal, "
     "SymInt window_size_left, SymInt window_size_right, SymInt attention_chunk, float softcap, "
-    "Tensor? alibi_slopes, SymInt num_splits, SymInt sm_margin) -> (Tensor, Tensor)"
+    'Tensor? alibi_slopes, SymInt num_splits, SymInt sm_margin, str extra="") -> (Tensor, Tensor)'
 )
 
 
@@ -60,17 +63,26 @@ def append_and_attend(
     alibi_slopes: Tensor | None,
     num_splits: int,
     sm_margin: int,
+    extra: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """`kvcache_dispatch.attend` with new keys and values; writes them into the caches."""
-    return _complete(
-        attend(
-            q, k_cache, v_cache, k, v, qv, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx,
-            cache_leftpad, page_table, cu_seqlens_q, cu_seqlens_k_new, max_seqlen_q,
-            rotary_seqlens, softmax_scale, causal, (window_size_left, window_size_right),
-            attention_chunk, softcap, rotary_interleaved, alibi_slopes, num_splits, sm_margin,
-            True,
-        )
-    )  # fmt: skip
+    """`dispatch.run` with new keys and values; writes them into the caches."""
+    options = Options(
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=(window_size_left, window_size_right),
+        attention_chunk=attention_chunk,
+        softcap=softcap,
+        return_lse=True,
+        sm_margin=sm_margin,
+        num_splits=num_splits,
+        rotary_interleaved=rotary_interleaved,
+        extra=extra,
+    )
+    of_cache = (alibi_slopes, page_table, cache_batch_idx, cache_leftpad)
+    tensors = Tensors(q, k_cache, v_cache, cu_seqlens_q, None, None, None, *of_cache)
+    rotary = (rotary_cos, rotary_sin, cache_seqlens, cu_seqlens_k_new, rotary_seqlens)
+    cache = Cache(k, v, qv, *rotary)
+    return _complete(dispatch.run(Call(tensors, Sequences(max_seqlen_q), cache, options)))
 
 
 @append_and_attend.register_fake
@@ -107,16 +119,24 @@ def attend_over_cache(
     alibi_slopes: Tensor | None,
     num_splits: int,
     sm_margin: int,
+    extra: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """`kvcache_dispatch.attend` without new keys and values, hence without rotation."""
-    return _complete(
-        attend(
-            q, k_cache, v_cache, None, None, qv, None, None, cache_seqlens, cache_batch_idx,
-            cache_leftpad, page_table, cu_seqlens_q, None, max_seqlen_q, None, softmax_scale,
-            causal, (window_size_left, window_size_right), attention_chunk, softcap, True,
-            alibi_slopes, num_splits, sm_margin, True,
-        )
-    )  # fmt: skip
+    """`dispatch.run` without new keys and values, hence without rotation."""
+    options = Options(
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=(window_size_left, window_size_right),
+        attention_chunk=attention_chunk,
+        softcap=softcap,
+        return_lse=True,
+        sm_margin=sm_margin,
+        num_splits=num_splits,
+        extra=extra,
+    )
+    of_cache = (alibi_slopes, page_table, cache_batch_idx, cache_leftpad)
+    tensors = Tensors(q, k_cache, v_cache, cu_seqlens_q, None, None, None, *of_cache)
+    cache = Cache(qv=qv, seqlens=cache_seqlens)
+    return _complete(dispatch.run(Call(tensors, Sequences(max_seqlen_q), cache, options)))
 
 
 @attend_over_cache.register_fake
@@ -129,64 +149,40 @@ def _(
     return _fake_results(q, v_cache)
 
 
-def traced(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    qv: Tensor | None,
-    rotary_cos: Tensor | None,
-    rotary_sin: Tensor | None,
-    cache_seqlens: int | Tensor | None,
-    cache_batch_idx: Tensor | None,
-    cache_leftpad: Tensor | None,
-    page_table: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k_new: Tensor | None,
-    max_seqlen_q: int | Tensor | None,
-    rotary_seqlens: Tensor | None,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: Any,
-    attention_chunk: int,
-    softcap: float,
-    rotary_interleaved: bool,
-    alibi_slopes: Tensor | None,
-    num_splits: int,
-    sm_margin: int,
-    return_lse: bool,
-) -> CacheResult:
-    """`kvcache_dispatch.attend` while a compiler traces: nothing here looks at data or plans."""
-    left, right = window_pair(window_size)
-    causal, rotary_interleaved, return_lse = cache_flags(causal, rotary_interleaved, return_lse)
+def traced(call: Call) -> CacheResult:
+    """(out, softmax_lse) while a compiler traces: nothing here looks at data or plans."""
+    tensors, sequences, cache, options = call
+    assert cache is not None
+    options = with_cache_flags(options)
+    q, k_cache, v_cache, cu_seqlens_q, *_ = tensors
+    k, v, qv, rotary_cos, rotary_sin, cache_seqlens, cu_seqlens_k_new, rotary_seqlens = cache
     if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
         batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-        room = _room(k_cache, k, page_table)
+        room = _room(k_cache, k, tensors.page_table)
         if not 0 <= non_negative("cache_seqlens", cache_seqlens) <= room:
             check_cache_length(int(cache_seqlens), int(room))  # the error, of plain numbers
         cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
+    max_seqlen_q = sequences.max_seqlen_q
     if max_seqlen_q is None or cu_seqlens_q is None:
-        longest = 0  # not ragged, nobody reads it; or an error that the operation raises
+        longest = 0  # not ragged, where it means nothing; or an error that the operation raises
     else:  # reading a tensor would break the graph; the rows of q bound it as well
         longest = q.shape[0] if isinstance(max_seqlen_q, Tensor) else max_seqlen_q
-    common = (
-        cache_seqlens, cache_batch_idx, cache_leftpad, page_table, cu_seqlens_q, longest,
-        softmax_scale, causal, left, right, attention_chunk, softcap, alibi_slopes, num_splits,
-        sm_margin,
-    )  # fmt: skip
+    tables = (tensors.cache_batch_idx, tensors.leftpad_k, tensors.page_table, cu_seqlens_q)
+    mask = (options.causal, *window_pair(options.window_size), options.attention_chunk)
+    score = (options.softcap, tensors.alibi_slopes)
+    rest = (options.num_splits, options.sm_margin, options.extra)
+    common = (cache_seqlens, *tables, longest, options.softmax_scale, *mask, *score, *rest)
     if k is not None or v is not None:
         if k is None or v is None:
             raise ValueError("k and v are new rows of both caches: give both or none")
-        out, softmax_lse = append_and_attend(
-            q, k_cache, v_cache, k, v, qv, rotary_cos, rotary_sin, rotary_seqlens,
-            rotary_interleaved, cu_seqlens_k_new, *common,
-        )  # fmt: skip
+        rotary = (rotary_cos, rotary_sin, rotary_seqlens, options.rotary_interleaved)
+        new = (k, v, qv, *rotary, cu_seqlens_k_new)
+        out, softmax_lse = append_and_attend(q, k_cache, v_cache, *new, *common)
     else:
         if rotary_cos is not None or rotary_sin is not None:
             raise ValueError("rotary_cos and rotary_sin are given without k and v")
         out, softmax_lse = attend_over_cache(q, k_cache, v_cache, qv, *common)
-    return out, softmax_lse if return_lse else None
+    return out, softmax_lse if options.return_lse else None
 
 
 def _room(k_cache: Tensor, k: Tensor | None, page_table: Tensor | None) -> int:
@@ -195,8 +191,8 @@ def _room(k_cache: Tensor, k: Tensor | None, page_table: Tensor | None) -> int:
     return rows - (k.shape[1] if k is not None and k.ndim == 4 else 0)
 
 
-def _complete(result: CacheResult) -> tuple[Tensor, Tensor]:
-    out, softmax_lse = result
+def _complete(state: dispatch.ForwardState) -> tuple[Tensor, Tensor]:
+    out, softmax_lse, *_ = state
     assert softmax_lse is not None
     return out, softmax_lse.contiguous()
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._common.ask.call import Call, Options, Sequences, Tensors
 from .._common.ask.out_layout import new_out
 from . import dispatch
 from .custom_op import custom_op
-from .gradients import empty_gradient, gradients
+from .gradients import Forward, empty_gradient, gradients
 from .packing import Packing
 from .watchers import refuse_forward_mode
 
@@ -27,7 +28,7 @@ Results = tuple[Tensor, Tensor, Tensor, Tensor]
     "SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? seqused_q, Tensor? seqused_k, "
     "float softmax_scale, bool causal, SymInt window_size_left, "
     "SymInt window_size_right, SymInt attention_chunk, float softcap, "
-    "Tensor? alibi_slopes, float dropout_p, bool return_softmax) -> (Tensor, Tensor, "
+    'Tensor? alibi_slopes, float dropout_p, bool return_softmax, str extra="") -> (Tensor, Tensor, '
     "Tensor, Tensor)",
     random=True,
 )
@@ -50,16 +51,26 @@ def attention_forward(
     alibi_slopes: Tensor | None,
     dropout_p: float,
     return_softmax: bool,
+    extra: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`dispatch.forward`, all of whose results are tensors. Its autograd is `autograd.py`."""
+    """`dispatch.run`, all of whose results are tensors. Its autograd is `autograd.py`."""
     refuse_forward_mode(q, k, v)
+    options = Options(
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=(window_size_left, window_size_right),
+        attention_chunk=attention_chunk,
+        softcap=softcap,
+        dropout_p=dropout_p,
+        return_lse=True,
+        return_softmax=return_softmax,
+        extra=extra,
+    )
+    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    tensors = Tensors(q, k, v, *lengths, alibi_slopes)
     return complete(
-        dispatch.forward(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k,
-            softmax_scale, causal, (window_size_left, window_size_right), attention_chunk, softcap,
-            alibi_slopes, dropout_p, True, return_softmax,
-        )
-    )  # fmt: skip
+        dispatch.run(Call(tensors, Sequences(max_seqlen_q, max_seqlen_k), None, options))
+    )
 
 
 @attention_forward.register_fake
@@ -82,6 +93,7 @@ def _(
     alibi_slopes: Tensor | None,
     dropout_p: float,
     return_softmax: bool,
+    extra: str = "",
 ) -> Results:
     return fake_results(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
@@ -97,7 +109,7 @@ def _(
     "Tensor? alibi_slopes, SymInt max_seqlen_q, SymInt max_seqlen_k, "
     "float? softmax_scale, bool causal, SymInt window_size_left, "
     "SymInt window_size_right, SymInt attention_chunk, float softcap, float dropout_p, "
-    "bool deterministic, str? backend) -> (Tensor, Tensor, Tensor)",
+    'bool deterministic, str? backend, str extra="") -> (Tensor, Tensor, Tensor)',
 )
 def attention_backward(
     dout: Tensor,
@@ -126,14 +138,25 @@ def attention_backward(
     dropout_p: float,
     deterministic: bool,
     backend: str | None,
+    extra: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v; (0,) for k or v that is None. Arguments as in `gradients.py`."""
-    results = gradients(
-        dout, dlse, q, k, v, Packing(packing_axis, tuple(packing_heads)), out, softmax_lse,
-        rng_state, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, max_seqlen_q,
-        max_seqlen_k, softmax_scale, causal, (window_size_left, window_size_right),
-        attention_chunk, softcap, dropout_p, deterministic, backend,
-    )  # fmt: skip
+    """The gradients of q, k and v; (0,) for k or v that is None. See `gradients.py`."""
+    options = Options(
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=(window_size_left, window_size_right),
+        attention_chunk=attention_chunk,
+        softcap=softcap,
+        dropout_p=dropout_p,
+        deterministic=deterministic,
+        packing=Packing(packing_axis, tuple(packing_heads)),
+        backward_backend=backend,
+        extra=extra,
+    )
+    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    tensors = Tensors(q, k, v, *lengths, alibi_slopes)
+    call = Call(tensors, Sequences(max_seqlen_q, max_seqlen_k), None, options)
+    results = gradients(call, Forward(out, softmax_lse, rng_state), dout, dlse)
     dq, dk, dv = results
     return dq, dq.new_empty(0) if dk is None else dk, dq.new_empty(0) if dv is None else dv
 

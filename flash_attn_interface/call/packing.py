@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._common.ask.call import Call, Tensors
+
 
 class Packing(NamedTuple):
     """How a tensor holds several."""
@@ -28,6 +30,15 @@ def unpack(
     elif v is None:
         k, v = _parts(k, packing)
     return q, k, v
+
+
+def unpacked(call: Call) -> Call:
+    """The call on such views."""
+    tensors, sequences, cache, options = call
+    if options.packing is None:
+        return call
+    parts = unpack(*tensors[:3], options.packing)
+    return Call(Tensors(*parts, *tensors[3:]), sequences, cache, options)
 
 
 def _parts(packed: Tensor, packing: Packing | None) -> tuple[Tensor, ...]:

@@ -1,19 +1,19 @@
 """Attention of packed queries over paged keys, `flash_attn_varlen_func(block_table=...)`.
 
-Has no backward: called by `fa2.py` in place of `autograd.attention`.
+Has no backward: called by `autograd.py`.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from .._common.ask.call import Call, Tensors
 from .._common.ask.check_tensors import check_tensors, refuse_layouts
-from .._common.ask.check_values import default_softmax_scale, flag, window_pair
+from .._common.ask.check_values import default_softmax_scale, window_pair, with_flags
 from .._common.ask.checks import check_rows
 from . import autocast, dispatch
 from .backends import ForwardResult
@@ -23,72 +23,73 @@ from .sharding import on_one_mesh
 from .watchers import all_plain, refuse_forward_mode, unwatched
 
 
-def paged_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int | Tensor,
-    max_seqlen_k: int | Tensor,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: Any,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    dropout_p: float,
-    return_attn_probs: bool,
-    block_table: Tensor,
-) -> ForwardResult:
-    """(out, softmax_lse, s_dmask). Arguments as in `flash_attn_varlen_func`."""
+def attention(call: Call) -> ForwardResult:
+    """(out, softmax_lse, s_dmask) of a call with a page table."""
+    tensors, sequences, _, options = call
+    q, k, v = tensors[:3]
     check_tensors(q, k, v)
-    causal, return_attn_probs = flag("causal", causal), flag("return_attn_probs", return_attn_probs)
-    for name, given in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if given is None:
+    options = with_flags(options)
+    for name in ("cu_seqlens_q", "cu_seqlens_k"):
+        if getattr(tensors, name) is None:
             raise TypeError(f"{name} is None: expected an int32 tensor of shape (batch + 1,)")
     if torch.is_grad_enabled():
-        refuse_alibi_gradient(alibi_slopes)
+        refuse_alibi_gradient(tensors.alibi_slopes)
     q, k, v = autocast.cast(q, k, v)
-    tables = (cu_seqlens_q, cu_seqlens_k, block_table, alibi_slopes)
-    if not is_compiling() and _direct(q, k, v, tables):
-        run = partial(
-            dispatch.forward, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None,
-            None, softmax_scale, causal, window_size, 0, softcap, alibi_slopes, dropout_p,
-            return_attn_probs, return_attn_probs, page_table=block_table,
-        )  # fmt: skip
+    tensors = Tensors(q, k, v, *tensors[3:])
+    call = Call(tensors, sequences, None, options)
+    if not is_compiling() and _direct(tensors):
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            out, softmax_lse, s_dmask, _ = inference_only(run, no_backward(block_table), q, k, v)
+            run = partial(dispatch.run, call)
+            state = inference_only(run, no_backward(tensors.page_table), q, k, v)
         else:
-            out, softmax_lse, s_dmask, _ = run()
+            state = dispatch.run(call)
+        out, softmax_lse, s_dmask, _ = state
         return out, softmax_lse, s_dmask
+    if not is_compiling():
+        given = tensors._asdict()
+        given["block_table"] = given.pop("page_table")
+        refuse_layouts(**given)
+        check_rows("q", q, tensors.cu_seqlens_q, "cu_seqlens_q")
+        refuse_forward_mode(q, k, v)
+        tensors = Tensors(*on_one_mesh(tensors, options.dropout_p))
+    out, softmax_lse, s_dmask, _ = _operator(Call(tensors, sequences, None, options))
+    if not options.return_lse:
+        return out, None, None
+    return out, softmax_lse, s_dmask if options.dropout_p > 0.0 else None
+
+
+def _operator(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operation that takes a block_table."""
     from .fa2_ops import _flash_attn_varlen_forward
 
-    if not is_compiling():
-        refuse_layouts(
-            q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-            block_table=block_table, alibi_slopes=alibi_slopes,
-        )  # fmt: skip
-        check_rows("q", q, cu_seqlens_q, "cu_seqlens_q")
-        refuse_forward_mode(q, k, v)
-        q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, alibi_slopes = on_one_mesh(
-            (q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, alibi_slopes), dropout_p
-        )
+    q, k, v, cu_seqlens_q, cu_seqlens_k, *_ = call.tensors
+    tensors, options = call.tensors, call.options
     longest = [
         rows.shape[0] if isinstance(given, Tensor) else given  # reading it would break the graph
-        for given, rows in ((max_seqlen_q, q), (max_seqlen_k, k))
+        for given, rows in zip(call.sequences, (q, k), strict=True)
     ]
-    out, softmax_lse, s_dmask, _ = _flash_attn_varlen_forward(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, *longest, dropout_p,
-        default_softmax_scale(q.shape[-1]) if softmax_scale is None else softmax_scale, causal,
-        *window_pair(window_size), softcap, alibi_slopes, return_attn_probs and dropout_p > 0.0,
-        block_table,
-    )  # fmt: skip
-    if not return_attn_probs:
-        return out, None, None
-    return out, softmax_lse, s_dmask if dropout_p > 0.0 else None
+    scale = options.softmax_scale
+    results: tuple[Tensor, Tensor, Tensor, Tensor] = _flash_attn_varlen_forward(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        *longest,
+        options.dropout_p,
+        default_softmax_scale(q.shape[-1]) if scale is None else scale,
+        options.causal,
+        *window_pair(options.window_size),
+        options.softcap,
+        tensors.alibi_slopes,
+        options.return_softmax and options.dropout_p > 0.0,
+        tensors.page_table,
+    )
+    return results
 
 
-def _direct(q: Tensor, k: Tensor, v: Tensor, others: tuple[Any, ...]) -> bool:
+def _direct(tensors: Tensors) -> bool:
+    q, k, v, *others = tensors
     return unwatched(q, k, v) and all_plain(*others) and (q.is_cuda or not q.is_meta)
 
 

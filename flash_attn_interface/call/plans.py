@@ -1,6 +1,6 @@
 """The plans that calls have made, kept for their like: one table for the whole process.
 
-`dispatch.py`, `kv_dispatch.py` and `combine.py` look here first. A plan holds a parameter
+`dispatch.py` and `combine.py` look here first. A plan holds a parameter
 block that every run patches, so one thread at a time may run it: a call takes a plan out of its
 slot and puts it back. Threads that run the same call at the same time get a plan each. Beyond
 MAX_PLANS the least recently used ones go first.

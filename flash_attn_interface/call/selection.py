@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .._common import env, log
 from .._common.ask.backward_problem import BackwardProblem
-from .._common.ask.kv_problem import CacheProblem
 from .._common.ask.problem import Problem, Target
 from .._common.runtime.arch import arch_of
 from . import backends
@@ -64,6 +63,7 @@ def decide(
         device,
         installed,
         forced,
+        served_by_hopper=problem.append is None,
     )
 
 
@@ -81,24 +81,6 @@ def decide_backward(
         device,
         installed,
         forced,
-    )
-
-
-def decide_cache(
-    problem: CacheProblem,
-    device: Device,
-    installed: Iterable[Backend],
-    forced: str | None = None,
-) -> Decision:
-    """Choose the backend of attention over a cache. Else as `decide`."""
-    return _decide(
-        problem.describe(),
-        lambda backend, target: backend.refuses_cache(problem, target),
-        lambda: backends.REFERENCE.refuses_cache(problem, None),
-        device,
-        installed,
-        forced,
-        served_by_hopper=False,
     )
 
 
@@ -233,11 +215,4 @@ def select_backward(
     if backend is not None and device.capability is not None and forced != "reference":
         forced = backend
     decision = decide_backward(problem, device, _in_order(device, forced), forced)
-    return _logged(problem.describe(), decision)
-
-
-def select_cache(problem: CacheProblem, device: Device) -> Decision:
-    """`decide_cache` with what is installed and the environment."""
-    forced = env.FORCE_BACKEND.get()
-    decision = decide_cache(problem, device, _in_order(device, forced), forced)
     return _logged(problem.describe(), decision)

@@ -8,77 +8,60 @@ computes shapes alone for fake and meta tensors.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._common.ask.call import Call, Tensors
 from .._common.ask.check_tensors import refuse_layouts
 from .._common.ask.check_values import flag, probability, window_pair
 from .._common.ask.checks import check_rows
 from . import dispatch, traced
 from .backends import ForwardResult
-from .packing import unpack
+from .gradients import Forward
+from .packing import unpacked
 from .sharding import on_one_mesh
 from .simulation import simulate, simulated_arch
 from .watchers import a_transform_is, differentiates, refuse_forward_mode, tracing
 
-if TYPE_CHECKING:
-    from .autograd import Options
 
-
-_NAMES = (
-    "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "alibi_slopes",
-)  # fmt: skip
-
-
-def attention(tensors: tuple[Any, ...], o: Options) -> ForwardResult:
-    """(out, softmax_lse, s_dmask), with gradients.
-
-    tensors: q, k, v (or as `o.packing` says), cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
-        alibi_slopes.
-    """
-    q, k, v, *others = tensors
-    tensors = (*unpack(q, k, v, o.packing), *others)
-    if tensors[0].device.type == "cpu" and simulated_arch() is None and differentiates(*tensors):
-        out, softmax_lse, s_dmask, _ = _forward(dispatch.forward, tensors, o, o.return_lse)
+def attention(call: Call) -> ForwardResult:
+    """(out, softmax_lse, s_dmask), with gradients."""
+    call = unpacked(call)
+    tensors, sequences, _, o = call
+    if tensors.q.device.type == "cpu" and simulated_arch() is None and differentiates(*tensors):
+        out, softmax_lse, s_dmask, _ = dispatch.run(call)
         return out, softmax_lse, s_dmask
     refuse_forward_mode(*tensors)
-    refuse_layouts(**dict(zip(_NAMES, tensors, strict=True)))
-    check_rows("q", tensors[0], tensors[3], "cu_seqlens_q")
+    refuse_layouts(**tensors._asdict())
+    check_rows("q", tensors.q, tensors.cu_seqlens_q, "cu_seqlens_q")
     o = o._replace(
         causal=flag("causal", o.causal),
         window_size=window_pair(o.window_size),
         dropout_p=probability("dropout_p", o.dropout_p),
         deterministic=flag("deterministic", o.deterministic),
+        packing=None,
     )
     if o.dropout_p > 0.0 and a_transform_is("Vmap"):
         raise NotImplementedError(
             "dropout_p > 0 under torch.vmap: its randomness argument does not reach the kernels. "
             "Put the mapped dimension into the batch, or pass dropout_p=0.0."
         )
-    tensors = on_one_mesh(tensors, o.dropout_p)
+    tensors = Tensors(*on_one_mesh(tensors, o.dropout_p))
     differentiable = a_transform_is("Grad") or (
         torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors[:3])
     )
     if differentiable and not tracing():
-        out, softmax_lse, s_dmask, _ = _Attention.apply(*tensors, o)  # type: ignore[no-untyped-call]
+        results = _Attention.apply(*tensors, sequences, o)  # type: ignore[no-untyped-call]
     else:  # a trace records operators, which know their own gradients
-        out, softmax_lse, s_dmask, _ = _forward(traced.operators, tensors, o, True)
+        results = traced.operators(Call(tensors, sequences, None, o))
+    out, softmax_lse, s_dmask, _ = results
     return (
         out,
         softmax_lse if o.return_lse else None,
         s_dmask if o.return_softmax and o.dropout_p > 0.0 else None,
     )
-
-
-def _forward(run: Any, tensors: tuple[Any, ...], o: Options, return_lse: bool) -> Any:
-    q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes = tensors
-    return run(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, o.max_seqlen_q, o.max_seqlen_k, seqused_q, seqused_k,
-        o.softmax_scale, o.causal, o.window_size, o.attention_chunk, o.softcap, alibi_slopes,
-        o.dropout_p, return_lse, o.return_softmax, sm_margin=o.sm_margin, pack_gqa=o.pack_gqa,
-    )  # fmt: skip
 
 
 class _Attention(torch.autograd.Function):
@@ -87,40 +70,34 @@ class _Attention(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*arguments: Any) -> Any:
-        """(out, softmax_lse, s_dmask, rng_state) of the tensors and the options."""
-        *tensors, options = arguments
-        return _forward(traced.operators, tuple(tensors), options, True)
+    def forward(*inputs: Any) -> Any:
+        """(out, softmax_lse, s_dmask, rng_state) of the tensors, sequences and options."""
+        *tensors, sequences, options = inputs
+        return traced.operators(Call(Tensors(*tensors), sequences, None, options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, options = inputs
+        *tensors, sequences, options = inputs
         out, softmax_lse, s_dmask, rng_state = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(s_dmask, rng_state)
         ctx.save_for_backward(*tensors, out, softmax_lse, rng_state)
-        ctx.options = options
+        ctx.sequences, ctx.options = sequences, options
         ctx.simulated_arch = simulated_arch()
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *unused: Any) -> Any:
-        (
-            q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, out,
-            softmax_lse, rng_state,
-        ) = ctx.saved_tensors  # fmt: skip
-        o = ctx.options
+        *tensors, out, softmax_lse, rng_state = ctx.saved_tensors
+        call = Call(Tensors(*tensors), ctx.sequences, None, ctx.options)
+        of_forward = Forward(out, softmax_lse, rng_state if ctx.options.dropout_p > 0.0 else None)
         arch = ctx.simulated_arch
         with torch.no_grad(), nullcontext() if arch is None else simulate(arch):
             results: tuple[Any, ...] = traced.backward(
-                torch.zeros_like(out) if dout is None else dout, dlse, q, k, v, None, out,
-                softmax_lse, rng_state if o.dropout_p > 0.0 else None, cu_seqlens_q, cu_seqlens_k,
-                seqused_q, seqused_k, alibi_slopes, o.max_seqlen_q, o.max_seqlen_k,
-                o.softmax_scale, o.causal, o.window_size, o.attention_chunk, o.softcap,
-                o.dropout_p, o.deterministic, o.backward_backend,
-            )  # fmt: skip
+                call, of_forward, torch.zeros_like(out) if dout is None else dout, dlse
+            )
         if torch.is_grad_enabled():  # create_graph=True
-            results = NoSecondBackward.apply(*results, q, k, v)  # type: ignore[no-untyped-call]
-        return (*results, None, None, None, None, None, None)
+            results = NoSecondBackward.apply(*results, *tensors[:3])  # type: ignore[no-untyped-call]
+        return (*results, *([None] * (len(tensors) - 1)))
 
 
 class NoSecondBackward(torch.autograd.Function):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._common.ask import call as ask
 from .._common.ask.check_backward import check_gradients
 from .._common.ask.check_kv import check_cache_tensors
 from .._common.ask.check_overlap import check_outputs
@@ -250,7 +251,8 @@ def _backward(
     dq = empty_gradient(q) if dq is None else dq
     dk = empty_gradient(k) if dk is None else dk
     dv = empty_gradient(v) if dv is None else dv
-    check_gradients(q, k, v, dout, out, softmax_lse, dq, dk, dv)
+    given = ask.Backward(dout, out, softmax_lse, dq, dk, dv)
+    check_gradients(ask.Call(ask.Tensors(q, k, v)), given)
     others = (dout, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, alibi_slopes)
     left, right = window_sides(window_size_left, window_size_right)
     if cu_seqlens_q is None and cu_seqlens_k is None:

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._common.ask.check_backward import check_gradients
+from .._common.ask.call import Call, Options, Sequences, Tensors
 from .._common.ask.check_overlap import check_outputs
 from .._common.ask.check_tensors import require_tensor
 from ..api.fa3 import _check_hints
 from ..api.kvcache import flash_attn_with_kvcache
-from ..call import dispatch
+from ..call import dispatch, fa2_ops
 from ..call.custom_op import custom_op
-from ..call.gradients import empty_gradient
+from ..call.gradients import Forward
 from ..call.ops import Results, attention_backward, complete, fake_results
 from ..call.out_argument import check_attention_out
 from ..call.watchers import refuse_forward_mode
@@ -112,13 +112,19 @@ def _flash_attn_forward(
         softmax_lse = softmax_lse.contiguous()
     else:
         _check_hints(softmax_scale, qv, q_descale, k_descale, v_descale, num_splits, sm_margin)
-        out, softmax_lse, *_ = complete(
-            dispatch.forward(
-                q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q,
-                seqused_k, softmax_scale, causal, window_size, attention_chunk, softcap, None, 0.0,
-                True, False, sm_margin=sm_margin, pack_gqa=pack_gqa,
-            )
-        )  # fmt: skip
+        options = Options(
+            softmax_scale,
+            causal,
+            window_size,
+            attention_chunk,
+            softcap,
+            return_lse=True,
+            sm_margin=sm_margin,
+            pack_gqa=pack_gqa,
+        )
+        tensors = Tensors(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+        lengths = Sequences(max_seqlen_q, max_seqlen_k)
+        out, softmax_lse, *_ = complete(dispatch.run(Call(tensors, lengths, None, options)))
     if out_ is not None:
         out_.copy_(out)
     return out, softmax_lse, *no_accumulators(q)
@@ -220,7 +226,7 @@ def _flash_attn_backward(
     deterministic: bool = False,
     sm_margin: int = 0,
 ) -> Tensor:
-    """Writes dq, dk and dv, which may have any strides; one that is None is computed for nobody.
+    """Writes dq, dk and dv, which may have any strides; one that is None is computed and dropped.
 
     Returns softmax_d = rowsum(dout * out), float32 (batch, num_heads_q, seqlen_q rounded up to
     128), or (num_heads_q, total_q + 128 * batch) with cu_seqlens_q.
@@ -259,18 +265,19 @@ def backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(softmax_d, dq, dk, dv), the gradients being those given, if any."""
-    dq = empty_gradient(q) if dq is None else dq
-    dk = empty_gradient(k) if dk is None else dk
-    dv = empty_gradient(v) if dv is None else dv
-    check_gradients(q, k, v, dout, out, softmax_lse, dq, dk, dv)
+    require_tensor("softmax_lse", softmax_lse)
     if cu_seqlens_q is not None and softmax_lse.ndim == 3 and softmax_lse.shape[0] == 1:
         softmax_lse = softmax_lse[0]  # xformers keeps it so; FlashAttention-3 takes either
-    softmax_d = dispatch.backward(
-        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-        max_seqlen_k, seqused_q, seqused_k, softmax_scale, causal,
-        (window_size_left, window_size_right), 0, softcap, None, 0.0, None, deterministic,
-    )  # fmt: skip
-    return softmax_d, dq, dk, dv
+    options = Options(
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=(window_size_left, window_size_right),
+        softcap=softcap,
+        deterministic=deterministic,
+    )
+    tensors = Tensors(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    call = Call(tensors, Sequences(max_seqlen_q, max_seqlen_k), None, options)
+    return fa2_ops.backward(call, Forward(out, softmax_lse), dout, (dq, dk, dv))
 
 
 @_flash_attn_backward.register_fake
@@ -337,11 +344,11 @@ def _differentiate(
             "under torch.no_grad(), or on k and v without page_table and its like"
         )
     q, k, v, out, softmax_lse, cu_q, cu_k, seqused_q, seqused_k = ctx.saved_tensors
-    dq, dk, dv = attention_backward(
-        torch.zeros_like(out) if dout is None else dout, dlse, q, k, v, 0, [], out, softmax_lse,
-        None, cu_q, cu_k, seqused_q, seqused_k, None, *ctx.options,
-        torch.are_deterministic_algorithms_enabled(), None,
-    )  # fmt: skip
+    dout = torch.zeros_like(out) if dout is None else dout
+    inputs: tuple[Any, ...] = (dout, dlse, q, k, v, 0, [], out, softmax_lse, None)
+    lengths = (cu_q, cu_k, seqused_q, seqused_k, None)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    dq, dk, dv = attention_backward(*inputs, *lengths, *ctx.options, deterministic, None)
     return (dq, dk, dv, *([None] * (ctx.num_inputs - 3)))
 
 

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from .._common import env
+from .._common.ask.call import Backward, Call, Tensors
+from .._common.ask.call import Options as CallOptions
+from .._common.ask.call import Sequences as Lengths
 from .._common.ask.problem import Target
 from .._flash2.merge import MergePlan, MergeProblem
 from ..api.fa3 import flash_attn_func, flash_attn_varlen_func
@@ -104,31 +107,21 @@ def backward(
         return into
     results = into or (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
     with _machine(options):
-        dispatch.backward(
-            dout.to(q.dtype),
-            q,
-            k,
-            v,
-            out,
-            softmax_lse.contiguous(),
-            *results,
-            s.cu_seqlens_q,
-            s.cu_seqlens_k,
-            s.max_seqlen_q,
-            s.max_seqlen_k,
-            seqused_q=None,
-            seqused_k=None,
-            softmax_scale=options.softmax_scale,
-            causal=s.causal,
-            window_size=s.window,
-            attention_chunk=0,
-            softcap=options.softcap,
-            alibi_slopes=None,
-            dropout_p=0.0,
-            rng_state=None,
-            deterministic=options.deterministic,
-            dlse=None if dlse is None else dlse.contiguous(),
+        call = Call(
+            Tensors(q, k, v, s.cu_seqlens_q, s.cu_seqlens_k),
+            Lengths(s.max_seqlen_q, s.max_seqlen_k),
+            None,
+            CallOptions(
+                softmax_scale=options.softmax_scale,
+                causal=s.causal,
+                window_size=s.window,
+                softcap=options.softcap,
+                deterministic=options.deterministic,
+            ),
         )
+        dlse = None if dlse is None else dlse.contiguous()
+        lse = softmax_lse.contiguous()
+        dispatch.backward(call, Backward(dout.to(q.dtype), out, lse, *results, None, dlse))
     return results
 
 

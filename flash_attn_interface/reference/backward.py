@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .._common.ask.call import Backward, Tensors
 from .._common.ask.problem import Problem
 from .._common.launch.philox import keep_mask
 from .forward import _alibi_rows, _Options, _Slots, _visible
@@ -22,30 +23,14 @@ STAT_ROWS = 128  # FlashAttention-2's padding of softmax_d
 
 
 @without_autocast
-def reference_backward(
-    problem: Problem,
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    softmax_lse: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    seqused_q: Tensor | None,
-    seqused_k: Tensor | None,
-    alibi_slopes: Tensor | None,
-    rng_state: Tensor | None,
-    dlse: Tensor | None,
-) -> Tensor:
+def reference_backward(problem: Problem, tensors: Tensors, backward: Backward) -> Tensor:
     """Writes dq, dk and dv, zeros where no sequence is; returns softmax_d as FlashAttention-2 does.
 
     P = exp(scores - softmax_lse), also where softmax_lse and out were merged over more keys than k
     holds (ring attention). Rows whose softmax_lse is infinite, of either sign, have P = 0.
     """
+    q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes, *_ = tensors
+    dout, out, softmax_lse, dq, dk, dv, rng_state, dlse = backward
     softmax_d = (dout.float() * out.float()).sum(-1).transpose(-1, -2)
     if dlse is not None:
         softmax_d = softmax_d - dlse

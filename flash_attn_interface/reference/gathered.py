@@ -7,23 +7,16 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from .._common.ask.call import Tensors
 from .._common.ask.problem import Problem
 
 
-def gathered(
-    problem: Problem,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_k: Tensor | None,
-    seqused_k: Tensor | None,
-    page_table: Tensor | None,
-    cache_batch_idx: Tensor | None,
-    leftpad_k: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def gathered(problem: Problem, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
     """(k, v, cu_seqlens_k) with the visible keys of each sequence end to end.
 
-    Arguments as in `backends.Plan.run`. Indices are clamped like the kernels'.
+    Indices are clamped like the kernels'.
     """
+    _, k, v, _, cu_seqlens_k, _, seqused_k, _, page_table, cache_batch_idx, leftpad_k, _ = tensors
     rows, lengths = [], []
     starts = None if cu_seqlens_k is None else cu_seqlens_k.tolist()
     for b in range(problem.batch):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,15 +18,23 @@ R = TypeVar("R")
 def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     """For the reference: autocast would do its float32 arithmetic in 16 bits, or refuse a mixture.
 
-    Some of the arguments are tensors, of one device.
+    Some of the arguments, or of their items, are tensors, of one device.
     """
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        first = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        first = next(_tensors((*args, *kwargs.values())))
         if not autocasts(first):
             return function(*args, **kwargs)
         with torch.autocast(first.device.type, enabled=False):
             return function(*args, **kwargs)
 
     return run
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple):
+            yield from _tensors(value)

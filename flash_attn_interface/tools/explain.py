@@ -1,6 +1,6 @@
 """explain(...): the way one call would take, without running it. For people and for tests.
 
-It asks the same `checks.py`, `dispatch.py` and planners as the call itself; what it answers is in
+It asks the same `check.py`, `dispatch.py` and planners as the call itself; what it answers is in
 `explanation.py`.
 """
 
@@ -8,20 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from .._common.ask import checks
 from .._common.ask.backward_problem import BackwardProblem
-from .._common.ask.check_tensors import check_qkv_kind, require_tensor
+from .._common.ask.call import Backward as AskedBackward
+from .._common.ask.call import Cache, Call, Options, Sequences, Tensors
+from .._common.ask.check import check
+from .._common.ask.check_tensors import check_qkv_kind, last_dim_contiguous, require_tensor
 from .._common.ask.check_values import flag
-from .._common.ask.checks import ForwardCall
 from .._common.ask.problem import Problem, Target
 from .._common.runtime.spec import KernelSpec
 from ..call import dispatch, selection
-from ..call.selection import Device
+from ..call.backends import Plan
+from ..call.selection import Decision, Device
 from ..call.simulation import capability_of
 from .explanation import Backward, Explanation
 
@@ -79,38 +81,36 @@ def explain(
         TypeError, ValueError, NotImplementedError: the errors of arguments, as in the call itself.
             That no backend serves the call is not raised: the Explanation says so.
     """
-    call = _call_on_one_device(
-        ForwardCall(
-            q=_stand_in(q, dtype),
-            k=_stand_in(k, dtype),
-            v=_stand_in(v, dtype),
-            cu_seqlens_q=_stand_in(cu_seqlens_q, torch.int32),
-            cu_seqlens_k=_stand_in(cu_seqlens_k, torch.int32),
-            max_seqlen_q=max_seqlen_q,
-            max_seqlen_k=max_seqlen_k,
-            seqused_q=_stand_in(seqused_q, torch.int32),
-            seqused_k=_stand_in(seqused_k, torch.int32),
-            softmax_scale=softmax_scale,
-            causal=causal,
-            window_size=window_size,
-            attention_chunk=attention_chunk,
-            softcap=softcap,
-            alibi_slopes=_stand_in(alibi_slopes, torch.float32),
-            dropout_p=dropout_p,
-            return_lse=return_attn_probs,
-            return_softmax=return_attn_probs,
-            page_table=_stand_in(block_table, torch.int32),
-        )
+    tensors = Tensors(
+        stand_in(q, dtype),
+        stand_in(k, dtype),
+        stand_in(v, dtype),
+        cu_seqlens_q=stand_in(cu_seqlens_q, torch.int32),
+        cu_seqlens_k=stand_in(cu_seqlens_k, torch.int32),
+        seqused_q=stand_in(seqused_q, torch.int32),
+        seqused_k=stand_in(seqused_k, torch.int32),
+        alibi_slopes=stand_in(alibi_slopes, torch.float32),
+        page_table=stand_in(block_table, torch.int32),
     )
-    problem = checks.check_forward(call)
+    options = Options(
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        attention_chunk=attention_chunk,
+        softcap=softcap,
+        dropout_p=dropout_p,
+        return_lse=return_attn_probs,
+        return_softmax=return_attn_probs,
+    )
+    tensors = _contiguous_qkv(on_one_device(tensors))
+    call = Call(tensors, Sequences(max_seqlen_q, max_seqlen_k), None, options)
+    problem = check(call)
     deterministic = flag("deterministic", deterministic)
     verbose = flag("verbose", verbose)
-    device = _device(call.q, arch)
-    try:
-        decision = selection.select(problem, device)
-        plan = dispatch.make_plan(problem, decision)
-    except NotImplementedError as error:
-        return Explanation(problem, device, None, "", error=str(error), verbose=verbose)
+    device = device_for(tensors.q, arch)
+    decision, plan, refusal = planned(problem, device)
+    if decision is None or plan is None:
+        return Explanation(problem, device, None, "", error=refusal, verbose=verbose)
     backward = _explain_backward(call, problem, device, deterministic)
     spec = getattr(plan, "spec", None)
     if spec is None or decision.target is None:
@@ -133,16 +133,17 @@ def explain(
 
 
 def _explain_backward(
-    call: ForwardCall, problem: Problem, device: Device, deterministic: bool
+    call: Call, problem: Problem, device: Device, deterministic: bool
 ) -> Backward:
     """Of a dense dout, without launching anything."""
-    q, k, v = call.q, call.k, call.v
+    q, k, v = call.tensors[:3]
     refusal = problem.refuses_backward()
     if refusal is not None:  # its gradients have no shapes either
         return Backward(None, None, "", refusal)
     out = q.new_empty((*q.shape[:-1], problem.head_dim_v), device="meta")
     dq, dk, dv = (torch.empty_like(tensor, device="meta") for tensor in (q, k, v))
-    backward_problem = BackwardProblem.of(problem, out, q, k, v, out, dq, dk, dv, deterministic)
+    tensors = AskedBackward(out, out, out, dq, dk, dv)
+    backward_problem = BackwardProblem.of(problem, call, tensors, deterministic)
     try:
         decision = selection.select_backward(backward_problem, device)
         plan = dispatch.make_backward_plan(backward_problem, decision)
@@ -151,38 +152,45 @@ def _explain_backward(
     return Backward(backward_problem, decision, plan.describe())
 
 
-def _stand_in(value: Any, dtype: torch.dtype) -> Any:
+def stand_in(value: Any, dtype: torch.dtype) -> Any:
     """A meta tensor for a shape; everything else goes on to the checks as it is."""
     if isinstance(value, (tuple, list)) and all(isinstance(size, int) for size in value):
         return torch.empty(value, dtype=dtype, device="meta")
     return value
 
 
-_NO_TENSORS = ("window_size", "return_lse", "return_softmax")  # not even by mistake
+T = TypeVar("T", Tensors, Cache)
 
 
-def _call_on_one_device(call: ForwardCall) -> ForwardCall:
-    """If a shape or meta tensor stands for one tensor, meta tensors stand for all."""
-    for name, value in call._asdict().items():
-        if isinstance(value, Tensor) and name not in _NO_TENSORS:
+def on_one_device(tensors: T, *others: Any) -> T:
+    """If a shape or meta tensor stands for one tensor, here or among the others, meta tensors stand
+    for all."""
+    for name, value in zip(tensors._fields, tensors, strict=True):
+        if isinstance(value, Tensor):
             require_tensor(name, value)
-    if not any(isinstance(value, Tensor) and value.is_meta for value in call):
-        return call._replace(**_contiguous_qkv(call))
-    fields: dict[str, Any] = {
-        name: value.to("meta")
-        for name, value in call._asdict().items()
-        if isinstance(value, Tensor) and name not in (*_NO_TENSORS, "max_seqlen_q", "max_seqlen_k")
-    }
-    call = call._replace(**fields)
-    return call._replace(**_contiguous_qkv(call))
+    if not any(isinstance(value, Tensor) and value.is_meta for value in (*tensors, *others)):
+        return tensors
+    moved: Any = (value.to("meta") if isinstance(value, Tensor) else value for value in tensors)
+    return type(tensors)(*moved)
 
 
-def _contiguous_qkv(call: ForwardCall) -> dict[str, Any]:
-    check_qkv_kind(call.q, call.k, call.v)
-    return {name: checks.last_dim_contiguous(getattr(call, name)) for name in ("q", "k", "v")}
+def _contiguous_qkv(tensors: Tensors) -> Tensors:
+    q, k, v, *others = tensors
+    check_qkv_kind(q, k, v)
+    return Tensors(*map(last_dim_contiguous, (q, k, v)), *others)
 
 
-def _device(q: Tensor, arch: str | None) -> Device:
+def planned(problem: Problem, device: Device) -> tuple[Decision | None, Plan | None, str]:
+    """(decision, plan, ""), or (None, None, why no backend serves the problem)."""
+    try:
+        decision = selection.select(problem, device)
+        return decision, dispatch.make_plan(problem, decision), ""
+    except NotImplementedError as error:
+        return None, None, str(error)
+
+
+def device_for(q: Tensor, arch: str | None) -> Device:
+    """The device to explain for: of an architecture, or else that of q."""
     if arch is not None:
         return Device(capability_of(arch))
     if q.is_meta and torch.cuda.is_available():

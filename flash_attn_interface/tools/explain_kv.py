@@ -1,33 +1,23 @@
 """explain_with_kvcache(...): the way a call of flash_attn_with_kvcache would take, without running
-it. `explain.py` does the same for the plain forward."""
+it. It asks the same way as `explain.py`, which says what happens there."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from .._common.ask.check_kv import CacheCall, check_cache, check_cache_tensors, check_dense
+from .._common.ask.call import Cache, Call, Options, Sequences, Tensors, cache_names
+from .._common.ask.check import check
+from .._common.ask.check_kv import check_cache_tensors
 from .._common.ask.check_tensors import require_tensor
 from .._common.ask.check_values import flag, optional_flag
 from ..api.fa3 import _refuse_fa3_features
 from ..api.kvcache import WindowSize, _check_scheduler_metadata
-from ..call.kv_dispatch import make_cache_plan
-from ..call.selection import select_cache
-from .explain import TensorOrShape, _device, _stand_in
+from .explain import TensorOrShape, device_for, on_one_device, planned, stand_in
 from .explanation import CacheExplanation
-
-_FLOATING = ("q", "k_cache", "v_cache", "k", "v", "qv", "rotary_cos", "rotary_sin")
-_FLOAT32 = ("alibi_slopes",)
-_INT32 = (
-    "cache_seqlens", "cache_batch_idx", "cache_leftpad", "page_table", "cu_seqlens_q",
-    "cu_seqlens_k_new", "rotary_seqlens", "scheduler_metadata",
-)  # fmt: skip
-_TENSORS = (*_FLOATING, *_FLOAT32, *_INT32)
-_VALUES = ("softmax_scale", "causal", "window_size", "attention_chunk", "softcap")
-_OTHERS = ("q_descale", "k_descale", "v_descale", "pack_gqa", "scheduler_metadata", "block_table")
 
 
 def explain_with_kvcache(
@@ -95,44 +85,61 @@ def explain_with_kvcache(
         TypeError, ValueError, NotImplementedError: the errors of arguments, as in the call itself.
             That no backend serves the call is not raised: the explanation says so.
     """
-    given: dict[str, Any] = dict(locals())
-    for name in ("dtype", "arch", "verbose"):
-        del given[name]
     verbose = flag("verbose", verbose)
     if block_table is not None:
         if page_table is not None:
             raise ValueError("page_table and block_table are two names of one argument: pass one")
-        given["page_table"] = block_table
+        page_table = block_table
     if q_descale is not None or k_descale is not None or v_descale is not None:
         _refuse_fa3_features(None, q_descale, k_descale, v_descale)
     optional_flag("pack_gqa", pack_gqa)
-    given["return_lse"] = given.pop("return_softmax_lse")
-    fields: dict[str, Any] = {}
-    for name, value in given.items():
-        floating = torch.float32 if name in _FLOAT32 else dtype
-        kind = floating if name in _FLOATING + _FLOAT32 else torch.int32
-        fields[name] = value if name in _VALUES else _stand_in(value, kind)
-    for name, value in fields.items():
-        if isinstance(value, Tensor) and name in _TENSORS:
+    int32 = partial(stand_in, dtype=torch.int32)
+    tensors = Tensors(
+        stand_in(q, dtype),
+        stand_in(k_cache, dtype),
+        stand_in(v_cache, dtype),
+        cu_seqlens_q=int32(cu_seqlens_q),
+        alibi_slopes=stand_in(alibi_slopes, torch.float32),
+        page_table=int32(page_table),
+        cache_batch_idx=int32(cache_batch_idx),
+        leftpad_k=int32(cache_leftpad),
+    )
+    cache = Cache(
+        stand_in(k, dtype),
+        stand_in(v, dtype),
+        stand_in(qv, dtype),
+        stand_in(rotary_cos, dtype),
+        stand_in(rotary_sin, dtype),
+        int32(cache_seqlens),
+        int32(cu_seqlens_k_new),
+        int32(rotary_seqlens),
+    )
+    metadata = int32(scheduler_metadata)
+    options = Options(
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        attention_chunk=attention_chunk,
+        softcap=softcap,
+        return_lse=return_softmax_lse,
+        sm_margin=sm_margin,
+        num_splits=num_splits,
+        rotary_interleaved=rotary_interleaved,
+    )
+    for name, value in cache_names(Call(tensors, cache=cache)).items():
+        if isinstance(value, Tensor):
             require_tensor(name, value)
-    if any(isinstance(value, Tensor) and value.is_meta for value in fields.values()):
-        fields = {
-            name: value.to("meta") if isinstance(value, Tensor) and name not in _VALUES else value
-            for name, value in fields.items()
-        }
-    metadata = fields["scheduler_metadata"]
-    call = CacheCall(**{name: fields[name] for name in fields if name not in _OTHERS})
+    tensors, cache = on_one_device(tensors, *cache), on_one_device(cache, *tensors)
+    call = Call(tensors, Sequences(max_seqlen_q), cache, options)
     if metadata is not None:
-        _check_scheduler_metadata(metadata, call.q, call.cu_seqlens_q)
-    check_cache_tensors(call.q, call.k_cache, call.v_cache)
-    check_dense(call)
-    problem = check_cache(call)
-    device = _device(call.q, arch)
+        if tensors.q.is_meta and isinstance(metadata, Tensor):
+            metadata = metadata.to("meta")
+        _check_scheduler_metadata(metadata, tensors.q, tensors.cu_seqlens_q)
+    check_cache_tensors(*tensors[:3])
+    problem = check(call)
+    device = device_for(tensors.q, arch)
     if arch is not None and not torch.cuda.is_available():  # the splits depend on the SMs
         device = replace(device, simulated=True)
-    try:
-        decision = select_cache(problem, device)
-        plan = make_cache_plan(problem, decision)
-    except NotImplementedError as error:
-        return CacheExplanation(problem, device, None, "", str(error), verbose)
-    return CacheExplanation(problem, device, decision, plan.describe(), verbose=verbose)
+    decision, plan, refusal = planned(problem, device)
+    description = "" if plan is None else plan.describe()
+    return CacheExplanation(problem, device, decision, description, refusal, verbose=verbose)

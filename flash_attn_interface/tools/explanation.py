@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from .._common.ask.backward_problem import BackwardProblem
-from .._common.ask.kv_problem import CacheProblem
 from .._common.ask.problem import Problem
 from .._common.runtime.spec import KernelSpec
 from ..call.selection import Decision, Device
@@ -170,7 +169,7 @@ class Explanation:
 class CacheExplanation:
     """What `explain_with_kvcache` found; print it. error says why, if no backend serves it."""
 
-    problem: CacheProblem
+    problem: Problem
     device: Device
     decision: Decision | None
     plan: str  # the kernels in their order, in the plan's own words

@@ -301,7 +301,7 @@ def _refuses(backend: Backend, subject: Subject) -> str | None:
     if subject.tunable.direction == "bwd":
         return backend.refuses_backward(backward_problem(problem), target)
     if subject.tunable.direction == "decode":
-        return backend.refuses_cache(cache_problem(problem), target)
+        return backend.refuses_forward(cache_problem(problem), target)
     refusal = backend.refuses_forward(problem, target)
     if refusal is None:
         try:

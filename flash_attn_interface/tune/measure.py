@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .._common.ask.call import Backward, Tensors
 from .._common.ask.problem import Problem, Strides, Target
 from .._common.tiles.tuning import Tunable
 from ..call import backends
@@ -115,19 +116,18 @@ class Case:
 
     def run(self, plan: Any) -> Run:
         """What one call of the plan is. Returns out, softmax_lse if asked for; or dq, dk, dv."""
-        optional = (None, None, None, None, self.alibi_slopes, self.rng_state)
+        tensors = Tensors(self.q, self.k, self.v, alibi_slopes=self.alibi_slopes)
         if self.tunable.direction == "fwd":
 
             def forward() -> tuple[Tensor, ...]:
-                out, lse, _ = plan.run(self.q, self.k, self.v, *optional)
+                out, lse, _ = plan.run(tensors, None, self.rng_state)
                 return (out,) if lse is None else (out, lse)
 
             return forward
         if self.tunable.direction == "decode":
-            whole_cache = (None, None, None, None, None)
 
             def decode() -> tuple[Tensor, ...]:
-                out, lse = plan.run(self.q, self.k, self.v, *whole_cache, self.alibi_slopes)
+                out, lse = plan.run(tensors)
                 return (out,) if lse is None else (out, lse)
 
             return decode
@@ -135,10 +135,12 @@ class Case:
             self.forward_results = self._forward()
         if not self._gradients:
             self._gradients = tuple(torch.empty_like(t) for t in (self.q, self.k, self.v))
-        tensors = (self.dout, self.q, self.k, self.v, *self.forward_results, *self._gradients)
+        out, lse = self.forward_results
+        dq, dk, dv = self._gradients
+        asked = Backward(self.dout, out, lse, dq, dk, dv, self.rng_state)
 
         def backward() -> tuple[Tensor, ...]:
-            plan.run(*tensors, *optional, None)
+            plan.run(tensors, asked)
             return self._gradients
 
         return backward
@@ -154,8 +156,8 @@ class Case:
         arch = self.target.arch.rstrip("a")
         backend = backends.flash2()
         plan = backend.plan_forward(self.problem, replace(self.target, arch=arch))
-        tensors = (self.q, self.k, self.v, None, None, None, None)
-        out, lse, _ = plan.run(*tensors, self.alibi_slopes, self.rng_state)
+        tensors = Tensors(self.q, self.k, self.v, alibi_slopes=self.alibi_slopes)
+        out, lse, _ = plan.run(tensors, None, self.rng_state)
         assert lse is not None
         return out, lse
 

@@ -20,9 +20,10 @@ from conftest import Runner
 from inputs import Inputs, make_inputs
 from torch import Tensor
 
-from flash_attn_interface._common.ask import checks
+from flash_attn_interface._common.ask import call as ask
 from flash_attn_interface._common.ask.backward_problem import BackwardProblem
-from flash_attn_interface._common.ask.checks import ForwardCall
+from flash_attn_interface._common.ask.call import DENSE, Backward, Options, Sequences, Tensors
+from flash_attn_interface._common.ask.check import check as check_call
 from flash_attn_interface._common.ask.problem import Problem
 from flash_attn_interface._flash2 import BACKEND, bwd_tiles
 from flash_attn_interface._flash2.bwd import BackwardPlan
@@ -36,13 +37,24 @@ Grads = tuple[Tensor, Tensor, Tensor]
 
 
 def problem_of(case: Case, inputs: Inputs) -> Problem:
-    call = ForwardCall(
-        inputs.q, inputs.k, inputs.v, inputs.cu_seqlens_q, inputs.cu_seqlens_k,
-        inputs.max_seqlen_q if case.varlen else None, inputs.max_seqlen_k if case.varlen else None,
-        inputs.seqused_q, inputs.seqused_k, case.softmax_scale, case.causal, case.window_size,
-        case.attention_chunk, case.softcap, inputs.alibi_slopes, case.dropout_p, True, False,
+    return check_call(call_of(case, inputs))
+
+
+def call_of(case: Case, inputs: Inputs) -> Any:
+    tensors = Tensors(
+        *(x.detach() for x in (inputs.q, inputs.k, inputs.v)),
+        inputs.cu_seqlens_q,
+        inputs.cu_seqlens_k,
+        inputs.seqused_q,
+        inputs.seqused_k,
+        inputs.alibi_slopes,
+    )
+    options = Options(
+        case.softmax_scale, case.causal, case.window_size, case.attention_chunk, case.softcap,
+        case.dropout_p, True,
     )  # fmt: skip
-    return checks.check_forward(call)
+    lengths = Sequences(inputs.max_seqlen_q, inputs.max_seqlen_k) if case.varlen else DENSE
+    return ask.Call(tensors, lengths, None, options)
 
 
 class Call:
@@ -110,9 +122,9 @@ class Call:
         grads = (buffers.q, buffers.k, buffers.v)
         for grad in grads:
             grad.fill_(NAN)
-        problem = BackwardProblem.of(
-            self.problem, self.dout, *self._qkv(), self.out, *grads, deterministic=deterministic
-        )
+        call = call_of(self.case, self.inputs)
+        asked = Backward(self.dout, self.out, self.softmax_lse, *grads, self.rng_state, self.dlse)
+        problem = BackwardProblem.of(self.problem, call, asked, deterministic=deterministic)
         target = runner.target(backend.name)
         if plan_type is not None:
             plan = plan_type(problem, target, tile, heads_per_cta)
@@ -122,11 +134,7 @@ class Call:
             assert backend.refuses_backward(problem, target) is None
             plan = backend.plan_backward(problem, target)
         with runner.active():
-            softmax_d = plan.run(
-                self.dout, *self._qkv(), self.out, self.softmax_lse, *grads,
-                self.inputs.cu_seqlens_q, self.inputs.cu_seqlens_k, self.inputs.seqused_q,
-                self.inputs.seqused_k, self.inputs.alibi_slopes, self.rng_state, self.dlse,
-            )  # fmt: skip
+            softmax_d = plan.run(call.tensors, asked)
         assert_nothing_else_written(grads)
         return grads, softmax_d
 

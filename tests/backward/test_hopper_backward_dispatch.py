@@ -24,6 +24,7 @@ import flash_attn_2_cuda
 import flash_attn_interface as fa3
 from flash_attn.flash_attn_interface import _flash_attn_backward, _flash_attn_varlen_backward
 from flash_attn_interface import explain, simulate
+from flash_attn_interface._common.ask import call as ask
 from flash_attn_interface._common.ask.backward_problem import BackwardProblem
 from flash_attn_interface._common.ask.problem import Target
 from flash_attn_interface.call import backends, dispatch, selection
@@ -182,7 +183,8 @@ def problem_of(**changes: Any) -> BackwardProblem:
     forward = replace(explained.problem, **changes)
     q, k, v, out, dout = t.values()
     gradients = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    return BackwardProblem.of(forward, dout, q, k, v, out, *gradients)
+    asked = ask.Backward(dout, out, out, *gradients)
+    return BackwardProblem.of(forward, ask.Call(ask.Tensors(q, k, v)), asked)
 
 
 REFUSED = {

@@ -18,7 +18,7 @@ import flash_attn.flash_attn_interface
 import flash_attn_interface
 from flash_attn_interface import explain, simulate
 from flash_attn_interface.api import fa2, fa2_kvcache
-from flash_attn_interface.call.packing import unpack
+from flash_attn_interface.call.packing import unpacked
 from flash_attn_interface.reference.forward import attention_reference
 
 FA2_DENSE = (
@@ -242,9 +242,9 @@ def seen(monkeypatch) -> list[tuple[Any, ...]]:
     """(q, k, v) of every `attention` call, which is not run."""
     calls: list[tuple[Any, ...]] = []
 
-    def record(*arguments, **hints):
-        calls.append(unpack(*arguments[:3], arguments[19]))
-        return arguments[0], None, None
+    def record(call):
+        calls.append(unpacked(call).tensors[:3])
+        return call.tensors.q, None, None
 
     monkeypatch.setattr(fa2, "attention", record)
     monkeypatch.setattr("flash_attn_interface.api.fa3.attention", record)

@@ -7,19 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from asked import forward_call
 from fakes import qkv, ragged_qkv
 from torch import Tensor
 
 import flash_attn
 import flash_attn_interface
-from flash_attn_interface._common.ask.checks import ForwardCall, check_forward, check_lengths
+from flash_attn_interface._common.ask.check import check, check_values
 from flash_attn_interface._common.ask.problem import Problem, normalise_window
 
 BF16 = torch.bfloat16
 
 
 def problem_of(**arguments: Any) -> Problem:
-    return check_forward(ForwardCall(**arguments))
+    return check(forward_call(**arguments))
 
 
 def dense(**changes: Any) -> dict[str, Any]:
@@ -149,9 +150,9 @@ BAD_LENGTHS = {
 @pytest.mark.parametrize("case", BAD_LENGTHS)
 def test_lengths_in_cpu_memory_are_read(case):
     arguments, message = BAD_LENGTHS[case]
-    call = ForwardCall(**arguments)
+    call = forward_call(**arguments)
     with pytest.raises(ValueError, match=message):
-        check_lengths(call, check_forward(call))
+        check_values(call, check(call))
 
 
 @pytest.mark.parametrize(
@@ -165,8 +166,8 @@ def test_lengths_in_cpu_memory_are_read(case):
     ],
 )
 def test_valid_lengths_pass(changes):
-    call = ForwardCall(**ragged(**changes))
-    check_lengths(call, check_forward(call))
+    call = forward_call(**ragged(**changes))
+    check_values(call, check(call))
 
 
 # ---- what passes -------------------------------------------------------------------------------

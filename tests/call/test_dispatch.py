@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from asked import forward_call
 from fakes import FakeBackend, pretend_cuda, qkv, ragged_qkv
 
 import flash_attn
@@ -15,7 +16,8 @@ import flash_attn_interface
 from flash_attn_interface import simulate
 from flash_attn_interface._common import env
 from flash_attn_interface._common.ask.backward_problem import BackwardProblem
-from flash_attn_interface._common.ask.checks import ForwardCall, check_forward
+from flash_attn_interface._common.ask.call import Backward
+from flash_attn_interface._common.ask.check import check
 from flash_attn_interface._common.ask.problem import Problem, Target
 from flash_attn_interface.call import backends, dispatch, selection
 from flash_attn_interface.call.dispatch import Device, decide
@@ -26,7 +28,7 @@ GPU = Device((8, 0), 0)
 
 @pytest.fixture
 def problem() -> Problem:
-    return check_forward(ForwardCall(*qkv()))
+    return check(forward_call(*qkv()))
 
 
 @pytest.fixture
@@ -362,18 +364,7 @@ def run_backward(q, k, v, *, dout_stride: int = 1, **changes: Any) -> None:
     lse = torch.randn(q.shape[0], q.shape[2], q.shape[1])
     dout, out, lse = pretend_cuda(wide[..., :24], out, lse)
     results = [torch.empty_like(tensor) for tensor in (q, k, v)]
-    options = {
-        "softmax_scale": None,
-        "causal": False,
-        "window_size": (-1, -1),
-        "attention_chunk": 0,
-        "softcap": 0.0,
-        "alibi_slopes": None,
-        "dropout_p": 0.0,
-        "rng_state": None,
-        "deterministic": False,
-    }
-    dispatch.backward(dout, q, k, v, out, lse, *results, *[None] * 6, **(options | changes))
+    dispatch.backward(forward_call(q, k, v, **changes), Backward(dout, out, lse, *results))
 
 
 def test_one_backward_plan_serves_equal_calls(cuda):
@@ -387,7 +378,7 @@ def test_one_backward_plan_serves_equal_calls(cuda):
             {"softmax_scale": 0.5},
             {"deterministic": True},
             {"dout_stride": 2},
-            {"backend": "flash2"},
+            {"backward_backend": "flash2"},
         ],
         start=2,
     ):

@@ -17,7 +17,7 @@ from fakes import FakeBackend
 import flash_attn as fa2
 import flash_attn_interface as fa3
 from flash_attn_interface import simulate
-from flash_attn_interface.call import backends, dispatch, kv_dispatch, plans
+from flash_attn_interface.call import backends, dispatch, plans
 from flash_attn_interface.call.plans import MAX_PLANS, PlanTable
 
 BF16 = torch.bfloat16
@@ -174,7 +174,7 @@ def test_a_full_table_takes_less_than_32_mib(name: str):
     count = len(plans.plans) - made
     assert count >= 30
     # What a plan remembers of tensors that do not overlap, on a GPU alone.
-    hashes = {hash((first,) * 6) for first in range(kv_dispatch._MAX_APART)}
+    hashes = {hash((first,) * 6) for first in range(dispatch._MAX_APART)}
     remembered = sys.getsizeof(hashes) + sum(map(sys.getsizeof, hashes))
     each = size / count + (remembered if name == "decode" else 0)
     assert each * MAX_PLANS < 32 * MIB

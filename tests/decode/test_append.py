@@ -12,14 +12,15 @@ import cache_cases
 import pytest
 import rotation
 import torch
+from asked import cache_call
 from cache_cases import CacheCase, CacheTensors, make_cache
 from cases import on_both
 from conftest import Runner
 from torch import Tensor
 
 from flash_attn.layers.rotary import apply_rotary_emb
-from flash_attn_interface._common.ask.check_kv import CacheCall, check_cache
-from flash_attn_interface._common.ask.kv_problem import CacheProblem
+from flash_attn_interface._common.ask.check import check
+from flash_attn_interface._common.ask.problem import Problem
 from flash_attn_interface._flash2.append import AppendPlan, attention_after_append
 from flash_attn_interface.call.selection import device_of, target_for
 
@@ -59,24 +60,18 @@ LARGE = [  # about 300 MB each, most of it the expected caches in float64
 ]  # fmt: skip
 
 
-def problem_of(case: CacheCase, tensors: CacheTensors) -> CacheProblem:
-    return check_cache(CacheCall(**tensors, **case.options))
+def problem_of(case: CacheCase, tensors: CacheTensors) -> Problem:
+    return check(cache_call(**tensors, **case.options))
 
 
 def append(
-    runner: Runner, problem: CacheProblem, tensors: CacheTensors, **changes: Any
+    runner: Runner, problem: Problem, tensors: CacheTensors, **changes: Any
 ) -> tuple[Tensor, Tensor]:
     """(rotated q, seqused_k) of the kernel."""
-    names = (
-        "cache_seqlens", "cache_batch_idx", "page_table", "cu_seqlens_q", "cu_seqlens_k_new",
-        "rotary_cos", "rotary_sin", "rotary_seqlens",
-    )  # fmt: skip
-    t = tensors | changes
+    call = cache_call(**(tensors | changes))
     with runner.active():
-        target = target_for("flash2", device_of(t["q"]))
-        return AppendPlan(problem, target).run(
-            t["q"], t["k_cache"], t["v_cache"], t.get("k"), t.get("v"), *map(t.get, names)
-        )
+        target = target_for("flash2", device_of(call.tensors.q))
+        return AppendPlan(problem, target).run(call.tensors, call.cache)
 
 
 def copy(tensors: CacheTensors) -> CacheTensors:
@@ -142,7 +137,7 @@ def test_layouts_with_gaps_and_odd_alignment(runner: Runner, case: CacheCase, el
     before = copy(tensors)
     k_want, v_want = cache_cases.expect_caches(case, tensors)
     problem = problem_of(case, tensors)
-    assert problem.forward.vector_bytes == 2 * elements
+    assert problem.vector_bytes == 2 * elements
     q, _ = append(runner, problem, tensors)
     cache_cases.check_caches(case, before, tensors, k_want, v_want)
     rotation.close(q, turned(case, before))
@@ -181,7 +176,7 @@ def test_a_whole_cache_is_counted_by_its_capacity(runner: Runner, case: CacheCas
     tensors = make_cache(case, runner.device)
     problem = replace(problem_of(case, tensors), seqlen_new=0, total_new=0)
     _, seqused_k = append(runner, problem, tensors, k=None, v=None, cache_seqlens=None)
-    assert seqused_k.tolist() == [problem.forward.seqlen_k] * 4
+    assert seqused_k.tolist() == [problem.seqlen_k] * 4
 
 
 # Data out of range: nothing outside of the cache is touched, which the simulator sees and
@@ -255,12 +250,12 @@ def test_attention_after_append_reads_the_rotated_queries():
     tensors = make_cache(_ROTARY, "cpu")
     tensors["q"] = torch.cat([tensors["q"], tensors["q"]], -2)[..., ::2, :]  # head stride 64
     problem = problem_of(_ROTARY, tensors)
-    assert problem.forward.q_strides == (768, 256, 64)
+    assert problem.q_strides == (768, 256, 64)
     after = attention_after_append(problem)
     assert after.q_strides == (384, 128, 32)
-    assert replace(after, q_strides=problem.forward.q_strides) == problem.forward
+    assert replace(after, q_strides=problem.q_strides) == problem
     plain = replace(problem, rotary_dim=0)
-    assert attention_after_append(plain) == problem.forward
+    assert attention_after_append(plain) == problem
 
 
 def test_sizes_are_not_part_of_the_kernel():

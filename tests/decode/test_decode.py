@@ -11,14 +11,15 @@ import cache_cases
 import oracle
 import pytest
 import torch
+from asked import cache_call
 from cache_cases import CacheCase, CacheTensors, make_cache
 from cases import on_both
 from conftest import Runner
 from torch import Tensor
 
-from flash_attn_interface._common.ask.check_kv import CacheCall, check_cache
-from flash_attn_interface._common.ask.kv_problem import CacheProblem
-from flash_attn_interface._common.ask.problem import Target
+from flash_attn_interface._common.ask.check import check as check_call
+from flash_attn_interface._common.ask.kv_problem import Append
+from flash_attn_interface._common.ask.problem import Problem, Target
 from flash_attn_interface._common.sim import launcher as sim_launcher
 from flash_attn_interface._flash2 import decode, decode_merge, decode_splits, decode_tiles
 from flash_attn_interface._flash2.decode import DecodePlan
@@ -28,11 +29,11 @@ from flash_attn_interface._flash2.kv import CachePlan
 NAN = float("nan")
 
 
-def problem_of(case: CacheCase, tensors: CacheTensors) -> CacheProblem:
+def problem_of(case: CacheCase, tensors: CacheTensors) -> Problem:
     arguments = dict(tensors)
     del arguments["q"], arguments["k_cache"], arguments["v_cache"]
-    return check_cache(
-        CacheCall(
+    return check_call(
+        cache_call(
             tensors["q"],
             tensors["k_cache"],
             tensors["v_cache"],
@@ -46,7 +47,7 @@ def problem_of(case: CacheCase, tensors: CacheTensors) -> CacheProblem:
 
 def run(
     runner: Runner,
-    problem: CacheProblem,
+    problem: Problem,
     tensors: CacheTensors,
     tile: DecodeTile | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -57,18 +58,12 @@ def run_plan(
     runner: Runner, plan: DecodePlan, tensors: CacheTensors
 ) -> tuple[Tensor, Tensor | None]:
     with runner.active():
-        return plan.run(
-            tensors["q"],
-            tensors["k_cache"],
-            tensors["v_cache"],
-            tensors.get("cache_seqlens"),
-            tensors.get("cache_batch_idx"),
-            tensors.get("cache_leftpad"),
-            tensors.get("page_table"),
-            tensors.get("cu_seqlens_q"),
-            tensors.get("alibi_slopes"),
-            tensors.get("qv"),
-        )
+        call = cache_call(**tensors)
+        return plan.run(call.tensors, call.cache)
+
+
+def over_cache(forward: Problem, num_splits: int) -> Problem:
+    return replace(forward, append=Append(), num_splits=num_splits)
 
 
 def check(runner: Runner, case: CacheCase, tile: DecodeTile | None = None) -> None:
@@ -187,7 +182,7 @@ def test_views_with_any_alignment(runner: Runner, align_bytes: int, page_size: i
         wide[..., step:] = x
         tensors[name] = wide[..., step:]
     problem = problem_of(case, tensors)
-    assert problem.forward.vector_bytes == align_bytes
+    assert problem.vector_bytes == align_bytes
     oracle.check(expected, *run(runner, problem, tensors))
 
 
@@ -315,13 +310,13 @@ def test_mergers_are_as_many_as_have_enough_to_do():
     target = Target("sm_90", 0, simulated=True)
     for heads, splits, mergers in (((32, 1), 2, 2), ((32, 1), 100, 32), ((32, 8), 16, 2)):
         forward = forward_of(1, 65536, heads)
-        plan = DecodePlan(CacheProblem(forward, num_splits=splits), target)
+        plan = DecodePlan(over_cache(forward, splits), target)
         assert plan.merges_in_place and plan.combine is None
         assert plan.num_mergers == mergers
-    crowded = DecodePlan(CacheProblem(forward_of(8, 65536, (32, 1)), num_splits=20), target)
+    crowded = DecodePlan(over_cache(forward_of(8, 65536, (32, 1)), 20), target)
     assert (crowded.num_mergers, crowded.merges_in_place) == (1, False)
     assert crowded.combine is not None
-    many_tiles = CacheProblem(forward_of(400, 512, (32, 32)), num_splits=2)
+    many_tiles = over_cache(forward_of(400, 512, (32, 32)), 2)
     assert DecodePlan(many_tiles, target).combine is not None
 
 
@@ -388,7 +383,7 @@ def forward_of(batch: int, seqlen_k: int, heads: tuple[int, int], seqlen_q: int 
 )
 def test_choice_of_the_kernel(num_splits: int, seqlen_q: int, batch: int, decodes: bool):
     forward = forward_of(batch, 65536, (4, 2), seqlen_q)
-    problem = CacheProblem(forward, num_splits=num_splits)
+    problem = over_cache(forward, num_splits)
     plan = CachePlan(problem, Target("sm_80", 0, simulated=True))
     assert (plan.decode is not None) == decodes
     assert (plan.forward is None) == decodes

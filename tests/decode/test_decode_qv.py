@@ -15,7 +15,6 @@ from conftest import Runner
 from test_decode import check, problem_of, run
 
 from flash_attn_interface import explain_with_kvcache
-from flash_attn_interface._common.ask.kv_problem import CacheProblem
 from flash_attn_interface._common.ask.problem import Target
 from flash_attn_interface._common.runtime import arch as arch_table
 from flash_attn_interface._common.tiles import tuned_tiles
@@ -113,7 +112,7 @@ def test_views_with_any_alignment(runner: Runner, align_bytes: int):
     wide[..., step:] = qv
     tensors["qv"] = wide[..., step:]
     problem = problem_of(case, tensors)
-    assert problem.forward.vector_bytes == align_bytes
+    assert problem.vector_bytes == align_bytes
     expected, _, _ = cache_cases.expect(case, tensors)
     oracle.check(expected, *run(runner, problem, tensors))
 
@@ -176,7 +175,7 @@ def test_where_q_is_zero_v_is_the_key(runner: Runner):
 def test_every_arch_has_a_tile(arch: str, qv: bool):
     """Specs are checked against the arch when made. Every number of rows and every V up to 512."""
     case = _MLA.but(qv=qv)
-    asked = problem_of(case, make_cache(case, "cpu")).forward
+    asked = problem_of(case, make_cache(case, "cpu"))
     for heads in (1, 16, 17, 32, 33, 128):
         for head_dim_v in (*range(16, 513, 16), 500):
             for head_dim_qk in (16, 64) if head_dim_v > 256 else (16, 64, 256):
@@ -191,15 +190,15 @@ def test_every_arch_has_a_tile(arch: str, qv: bool):
 def test_decode_serves_what_the_forward_cannot(num_splits: int, seqlen_q: int):
     for changes in ({}, {"qv": False}):
         case = _MLA.but(seqlen_q=seqlen_q, seqlens=(1,) * 64, **changes)
-        forward = problem_of(case, make_cache(case, "cpu")).forward
-        problem = CacheProblem(forward, num_splits=num_splits)
+        forward = problem_of(case, make_cache(case, "cpu"))
+        problem = replace(forward, num_splits=num_splits)
         plan = CachePlan(problem, Target("sm_80", 0, simulated=True))
         assert plan.decode is not None and plan.forward is None
 
 
 def test_tuned_tiles_of_qv_have_keys_of_their_own():
     case = _BASE
-    with_qv = problem_of(case, make_cache(case, "cpu")).forward
+    with_qv = problem_of(case, make_cache(case, "cpu"))
     keys = [
         tuned_tiles.key("flash2", "decode", problem, decode_tiles.row_class(problem))
         for problem in (with_qv, replace(with_qv, qv=False))

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from asked import cache_call
 from fakes import FakeBackend, pretend_cuda
 from torch import Tensor
 
 import flash_attn
 from flash_attn_interface import explain_with_kvcache, flash_attn_with_kvcache
-from flash_attn_interface._common.ask.check_kv import CacheCall, check_cache
-from flash_attn_interface._common.ask.kv_problem import CacheProblem
+from flash_attn_interface._common.ask.check import check
+from flash_attn_interface._common.ask.problem import Problem
 from flash_attn_interface.call import backends, dispatch, selection
-from flash_attn_interface.call import kv_dispatch as kvcache_dispatch
 
 BF16 = torch.bfloat16
 
@@ -209,26 +209,26 @@ def test_bad_alibi_slopes(slopes: Tensor, error: type[Exception], message: str):
 # ---- what passes becomes a problem ---------------------------------------------------------------
 
 
-def problem(**changes: Any) -> CacheProblem:
-    return check_cache(CacheCall(**good() | changes))
+def problem(**changes: Any) -> Problem:
+    return check(cache_call(**good() | changes))
 
 
 def test_the_problem_of_a_call():
     p = problem(**rotary(), num_splits=3, sm_margin=2)
-    f = p.forward
-    assert (f.batch, f.seqlen_q, f.seqlen_k, f.cache_slots, f.page_size) == (2, 3, 12, 2, 0)
-    assert (f.num_heads_q, f.num_heads_k, f.num_heads_v) == (4, 2, 1)
-    assert f.has_seqused_k and not f.varlen and not f.causal and not f.return_lse
-    assert not p.one_length and problem(cache_seqlens=3).one_length
-    assert not problem(cache_seqlens=None, k=None, v=None).one_length
-    assert (p.seqlen_new, p.total_new, p.varlen_new, p.rotary_dim) == (1, 2, False, 32)
-    assert (p.num_splits, p.sm_margin, p.has_cache_seqlens, p.rotary_rows) == (3, 2, True, 12)
-    assert p.k_new_strides == (64, 0, 32) and p.new_vector_bytes == 16
+    new = p.append
+    assert (p.batch, p.seqlen_q, p.seqlen_k, p.cache_slots, p.page_size) == (2, 3, 12, 2, 0)
+    assert (p.num_heads_q, p.num_heads_k, p.num_heads_v) == (4, 2, 1)
+    assert p.has_seqused_k and not p.varlen and not p.causal and not p.return_lse
+    assert not new.one_length and problem(cache_seqlens=3).append.one_length
+    assert not problem(cache_seqlens=None, k=None, v=None).append.one_length
+    assert (new.seqlen_new, new.total_new, new.varlen_new, new.rotary_dim) == (1, 2, False, 32)
+    assert (p.num_splits, p.sm_margin, new.has_cache_seqlens, new.rotary_rows) == (3, 2, True, 12)
+    assert new.k_new_strides == (64, 0, 32) and new.new_vector_bytes == 16
     assert "append 1, rotary 32, num_splits=3, sm_margin=2" in p.describe()
 
 
 def test_capacity_of_pages_is_all_that_the_table_names():
-    f = problem(**paged(cache_leftpad=ints(0, 0), cache_batch_idx=ints(1, 0))).forward
+    f = problem(**paged(cache_leftpad=ints(0, 0), cache_batch_idx=ints(1, 0)))
     assert (f.seqlen_k, f.page_size, f.cache_slots, f.total_k) == (12, 4, 6, 24)
     assert f.cache_batch_idx and f.leftpad_k and f.k_strides == (256, 64, 32)
 
@@ -242,7 +242,7 @@ def test_page_tables_that_32_bits_cannot_index():
             (2, 3), (stride, 1), dtype=torch.int32, device="meta"
         )
         with nullcontext() if stride < 2**30 else pytest.raises(ValueError, match="must span less"):
-            check_cache(CacheCall(**arguments))
+            check(cache_call(**arguments))
 
 
 @pytest.mark.parametrize(
@@ -256,19 +256,19 @@ def test_page_tables_that_32_bits_cannot_index():
     ],
 )
 def test_queries_turn_one_by_one_only_under_a_mask(changes: dict[str, Any], per_row: bool):
-    assert problem(**rotary(), **changes).rotary_per_row is per_row
+    assert problem(**rotary(), **changes).append.rotary_per_row is per_row
 
 
 def test_no_new_rows_is_no_append():
     nothing = {name: good()[name][:, :0] for name in ("k", "v")}
-    assert not problem(**nothing).appends
+    assert not problem(**nothing).append.appends
     assert problem(k=None, v=None) == problem(**nothing)
 
 
 def test_alignment_counts_new_rows_apart():
     shifted = torch.randn(2 * 64 + 1).to(BF16)[1:].view(2, 1, 2, 32)
     p = problem(k=shifted)
-    assert (p.new_vector_bytes, p.forward.vector_bytes) == (2, 16)
+    assert (p.append.new_vector_bytes, p.vector_bytes) == (2, 16)
 
 
 # ---- capacity -----------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeBackend]:
     backend = FakeBackend()
     monkeypatch.setattr(backends, "flash2", lambda: backend)
     device = selection.Device((8, 0), 0)
-    monkeypatch.setattr(kvcache_dispatch, "device_of", lambda tensor: device)
+    monkeypatch.setattr(dispatch, "device_of", lambda tensor: device)
     dispatch.forget_plans()
     yield backend
     dispatch.forget_plans()

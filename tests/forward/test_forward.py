@@ -21,6 +21,7 @@ from torch import Tensor
 
 import flash_attn
 import flash_attn_interface
+from flash_attn_interface._common.ask.call import Tensors
 from flash_attn_interface._common.ask.problem import Target
 from flash_attn_interface._flash2 import fwd_tiles
 from flash_attn_interface._flash2.fwd import ForwardPlan
@@ -125,7 +126,7 @@ def test_chunks_leave_every_bit_as_it_is(causal: bool):
     plans = [
         ForwardPlan(problem, target, replace(chunked, prologue_chunks=chunks)) for chunks in (4, 1)
     ]
-    first, second = (plan.run(q, k, v)[0] for plan in plans)
+    first, second = (plan.run(Tensors(q, k, v))[0] for plan in plans)
     assert torch.equal(first, second)
 
 

@@ -11,6 +11,7 @@ import cache_cases
 import oracle
 import pytest
 import torch
+from asked import cache_call, forward_call
 from cache_cases import CacheCase, make_cache
 from cases import Case, on_both
 from conftest import Runner
@@ -20,7 +21,8 @@ from test_decode import problem_of
 from test_hopper_forward import TREE, machine, on_hopper
 from torch import Tensor
 
-from flash_attn_interface._common.ask.checks import ForwardCall, check_forward
+from flash_attn_interface._common.ask.call import Tensors
+from flash_attn_interface._common.ask.check import check as check_call
 from flash_attn_interface._common.ask.problem import Problem
 from flash_attn_interface._flash2 import BACKEND
 from flash_attn_interface._flash2.decode import DecodePlan
@@ -58,13 +60,25 @@ def check(expected: Expected, sinks: Tensor, out: Tensor, lse: Tensor | None) ->
 
 
 def problem_with_sinks(case: Case, inputs: Any) -> Problem:
-    call = ForwardCall(
-        inputs.q, inputs.k, inputs.v, inputs.cu_seqlens_q, inputs.cu_seqlens_k,
-        inputs.max_seqlen_q, inputs.max_seqlen_k, inputs.seqused_q, inputs.seqused_k,
-        case.softmax_scale, case.causal, case.window_size, case.attention_chunk, case.softcap,
-        inputs.alibi_slopes, return_lse=True,
-    )  # fmt: skip
-    return replace(check_forward(call), sink=True)
+    call = forward_call(
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        cu_seqlens_q=inputs.cu_seqlens_q,
+        cu_seqlens_k=inputs.cu_seqlens_k,
+        max_seqlen_q=inputs.max_seqlen_q,
+        max_seqlen_k=inputs.max_seqlen_k,
+        seqused_q=inputs.seqused_q,
+        seqused_k=inputs.seqused_k,
+        softmax_scale=case.softmax_scale,
+        causal=case.causal,
+        window_size=case.window_size,
+        attention_chunk=case.attention_chunk,
+        softcap=case.softcap,
+        alibi_slopes=inputs.alibi_slopes,
+        return_lse=True,
+    )
+    return replace(check_call(call), sink=True)
 
 
 def check_forward_plan(backend: Any, runner: Runner, case: Case) -> None:
@@ -72,10 +86,10 @@ def check_forward_plan(backend: Any, runner: Runner, case: Case) -> None:
     sinks = draw_sinks(case.num_heads_q, runner.device)
     plan = backend.plan_forward(problem_with_sinks(case, inputs), runner.target())
     with runner.active():
-        out, lse, _ = plan.run(
-            inputs.q, inputs.k, inputs.v, inputs.cu_seqlens_q, inputs.cu_seqlens_k,
-            inputs.seqused_q, inputs.seqused_k, inputs.alibi_slopes, s_aux=sinks,
-        )  # fmt: skip
+        lengths = (inputs.cu_seqlens_q, inputs.cu_seqlens_k, inputs.seqused_q, inputs.seqused_k)
+        qkv = (inputs.q, inputs.k, inputs.v)
+        tensors = Tensors(*qkv, *lengths, inputs.alibi_slopes, s_aux=sinks)
+        out, lse, _ = plan.run(tensors)
     check(oracle.expect(case, inputs), sinks, out, lse)
 
 
@@ -123,8 +137,8 @@ def test_decode(
     """Of splits it enters once: by the CTAs that merge them, or by the launch that does."""
     tensors = make_cache(case, runner.device)
     problem = problem_of(case, tensors)
-    problem = replace(problem, forward=replace(problem.forward, sink=True))
-    sinks = draw_sinks(problem.forward.num_heads_q, runner.device)
+    problem = replace(problem, sink=True)
+    sinks = draw_sinks(problem.num_heads_q, runner.device)
     if not in_place:
         monkeypatch.setattr(
             "flash_attn_interface._flash2.decode_merge.merges_in_place", lambda *facts: False
@@ -132,13 +146,7 @@ def test_decode(
     plan = DecodePlan(problem, runner.target())
     assert plan.merges_in_place == (in_place and plan.num_splits > 1)
     expected, _, _ = cache_cases.expect(case, tensors)
-    names = (
-        "cache_seqlens", "cache_batch_idx", "cache_leftpad", "page_table", "cu_seqlens_q",
-        "alibi_slopes", "qv",
-    )  # fmt: skip
+    call = cache_call(**tensors)
     with runner.active():
-        out, lse = plan.run(
-            tensors["q"], tensors["k_cache"], tensors["v_cache"], *map(tensors.get, names),
-            s_aux=sinks,
-        )  # fmt: skip
+        out, lse = plan.run(call.tensors._replace(s_aux=sinks), call.cache)
     check(expected, sinks, out, lse)

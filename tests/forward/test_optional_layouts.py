@@ -11,13 +11,14 @@ from typing import Any
 import hopper_tree
 import pytest
 import torch
+from asked import cache_call, forward_call
 from conftest import Runner
 from torch import Tensor
 
 import flash_attn
 import flash_attn_interface
-from flash_attn_interface._common.ask.check_kv import CacheCall, check_cache
-from flash_attn_interface._common.ask.checks import ForwardCall, check_forward
+from flash_attn_interface._common.ask.call import Tensors
+from flash_attn_interface._common.ask.check import check as check_call
 from flash_attn_interface._common.ask.problem import Target
 from flash_attn_interface._common.sim.launcher import SimulatorError
 from flash_attn_interface._flash2.decode import DecodePlan
@@ -251,14 +252,14 @@ def test_a_simulated_launch_that_failed_leaves_no_trace_in_its_plan(kind: str):
     target = Target(runner.arch, 0, simulated=True)
     plan: Any
     if kind == "hopper":
-        problem = check_forward(ForwardCall(q, k, v, causal=True))
+        problem = check_call(forward_call(q, k, v, causal=True))
         plan = hopper_tree.load().BACKEND.plan_forward(problem, target)
     else:
         q = q[:, :1]
-        plan = DecodePlan(check_cache(CacheCall(q, k, v, num_splits=3)), target)
+        plan = DecodePlan(check_call(cache_call(q, k, v, num_splits=3)), target)
         assert plan.merges_in_place
     with runner.active():
-        want = plan.run(q, k, v)[0]
+        want = plan.run(Tensors(q, k, v))[0]
         with pytest.raises(SimulatorError):
-            plan.run(q, k[:1], v)
-        assert torch.equal(plan.run(q, k, v)[0], want)
+            plan.run(Tensors(q, k[:1], v))
+        assert torch.equal(plan.run(Tensors(q, k, v))[0], want)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from asked import cache_call
 from cache_cases import CacheCase, CacheTensors, make_cache
 from cases import on_both
 from conftest import Runner
@@ -20,7 +21,7 @@ from torch import Tensor
 
 import flash_attn
 import flash_attn_interface
-from flash_attn_interface._common.ask.check_kv import CacheCall, check_cache
+from flash_attn_interface._common.ask.check import check
 from flash_attn_interface._common.ask.problem import Problem
 from flash_attn_interface._common.features.kv import page_division
 from flash_attn_interface._flash2.fwd import ForwardPlan
@@ -123,19 +124,16 @@ def run_forward(
     runner: Runner, problem: Problem, t: CacheTensors, **changes: Any
 ) -> tuple[Tensor, Tensor]:
     """(out, softmax_lse) of the kernel."""
-    t = t | changes
+    call = cache_call(**(t | changes))
+    tensors = call.tensors._replace(seqused_k=call.cache.seqlens)
     with runner.active():
-        target = target_for("flash2", device_of(t["q"]))
-        out, lse, _ = ForwardPlan(problem, target).run(
-            t["q"], t["k_cache"], t["v_cache"], t.get("cu_seqlens_q"), None, None,
-            t.get("cache_seqlens"), t.get("alibi_slopes"), None, t.get("page_table"),
-            t.get("cache_batch_idx"), t.get("cache_leftpad"),
-        )  # fmt: skip
+        target = target_for("flash2", device_of(tensors.q))
+        out, lse, _ = ForwardPlan(problem, target).run(tensors)
     return out, lse
 
 
 def problem_of(case: CacheCase, tensors: CacheTensors) -> Problem:
-    return check_cache(CacheCall(**tensors, **case.options, return_lse=True)).forward
+    return check(cache_call(**tensors, **case.options, return_lse=True))
 
 
 def gathered(case: CacheCase, t: CacheTensors, b: int) -> tuple[Tensor, Tensor]:

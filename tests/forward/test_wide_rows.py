@@ -13,6 +13,7 @@ from typing import Any
 import hopper_tree
 import pytest
 import torch
+from asked import forward_call
 from conftest import Runner
 from test_compile_flash2 import problem
 from torch import Tensor
@@ -20,7 +21,8 @@ from torch import Tensor
 import flash_attn
 import flash_attn_interface
 from flash_attn_interface._common.ask.backward_problem import BackwardProblem
-from flash_attn_interface._common.ask.checks import ForwardCall, check_forward
+from flash_attn_interface._common.ask.call import Backward
+from flash_attn_interface._common.ask.check import check
 from flash_attn_interface._common.runtime import sources
 from flash_attn_interface._common.runtime.spec import KernelSpec
 from flash_attn_interface._common.tiles import row_strides
@@ -207,14 +209,13 @@ def run_backward(
     gradients: Sequence[Tensor],
     backend: Any = BACKEND,
 ) -> None:
-    forward = check_forward(ForwardCall(*qkv, causal=True, return_lse=True))
-    asked = BackwardProblem.of(
-        forward, dout, *qkv, out, *gradients, deterministic=backend is BACKEND
-    )
+    forward = check(forward_call(*qkv, causal=True, return_lse=True))
+    call, tensors = forward_call(*qkv), Backward(dout, out, lse, *gradients)
+    asked = BackwardProblem.of(forward, call, tensors, deterministic=backend is BACKEND)
     target = runner.target(backend.name)
     assert backend.refuses_backward(asked, target) is None
     with runner.active():
-        backend.plan_backward(asked, target).run(dout, *qkv, out, lse, *gradients)
+        backend.plan_backward(asked, target).run(call.tensors, tensors)
 
 
 @on_both(FEW)

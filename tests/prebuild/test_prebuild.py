@@ -14,13 +14,13 @@ from pathlib import Path
 import hopper_tree
 import pytest
 import torch
+from asked import cache_call, forward_call
 from tiny_kernels import OP, tiny_spec, tiny_tree
 
 import flash_attn_interface
 from flash_attn_interface._common import env
 from flash_attn_interface._common.ask.backward_problem import BackwardProblem
-from flash_attn_interface._common.ask.check_kv import CacheCall, check_cache
-from flash_attn_interface._common.ask.checks import ForwardCall, check_forward
+from flash_attn_interface._common.ask.check import check
 from flash_attn_interface._common.ask.problem import Problem, Target
 from flash_attn_interface._common.prebuild import build as prebuild
 from flash_attn_interface._common.prebuild.build import PrebuildError, Trees, headdim
@@ -55,8 +55,8 @@ def forward_problem(
     v = torch.zeros(*shape, heads_k, dims[1], dtype=dtype)
     ends = torch.tensor([0, seqlen, 2 * seqlen], dtype=torch.int32) if varlen else None
     longest = seqlen if varlen else None
-    return check_forward(
-        ForwardCall(
+    return check(
+        forward_call(
             q, k, v, ends, ends, longest, longest, None, None, None, causal, (-1, -1), 0, 0.0, None,
             0.0, True, False,
         )
@@ -136,7 +136,7 @@ def cache_specs(
     def zeros(*shape: int) -> torch.Tensor:
         return torch.zeros(*shape, dtype=torch.bfloat16)
 
-    call = CacheCall(
+    call = cache_call(
         q=zeros(2, rows, 8, 64),
         k_cache=zeros(*slots, heads_k, 64),
         v_cache=zeros(*slots, heads_k, 128),
@@ -150,7 +150,7 @@ def cache_specs(
         rotary_interleaved=interleaved,
         num_splits=num_splits,
     )
-    plan = FLASH2.plan_cache(check_cache(call), Target("sm_80", 0, simulated=True))
+    plan = FLASH2.plan_forward(check(call), Target("sm_80", 0, simulated=True))
     return [step.spec for step in (plan.append, plan.forward, plan.decode) if step]
 
 

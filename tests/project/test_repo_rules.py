@@ -5,6 +5,7 @@ They look at the checkout, not at the installed package. CONTRIBUTING.md says wh
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -64,6 +65,65 @@ def matches(pattern: str, *suffixes: str, flags: int = 0) -> list[str]:
 
 def without_comments(text: str) -> str:
     return re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
+
+
+# Signatures that users, other programs or torch prescribe: there arguments are many.
+PUBLIC = (
+    "flash_attn_interface/api/",
+    "flash_attn_interface/compat/",
+    "flash_attn_interface/integrations/",
+    "flash_attn_interface/layers/",
+    "flash_attn_interface/tools/explain.py",
+    "flash_attn_interface/tools/explain_kv.py",
+    "flash_attn_interface/context_parallel/function.py",
+    "flash_attn_interface/reference/forward.py",
+    "flash_attn_interface/reference/kvcache.py",
+)
+MANY = 12
+TABLES = ("struct.pack", "BackwardTile")  # arguments that are values in columns
+
+
+def inner_code() -> Iterator[tuple[str, list[str], ast.Module]]:
+    """(name, lines, syntax) of the packages' Python but what has a public signature."""
+    for name, text in texts(".py"):
+        if name.startswith(CODE_FOLDERS) and not name.startswith(PUBLIC):
+            yield name, text.splitlines(), ast.parse(text)
+
+
+def is_operator(function: ast.FunctionDef) -> bool:
+    """Whether its arguments are those of a schema."""
+    decorators = [ast.unparse(each) for each in function.decorator_list]
+    return any("custom_op(" in each or "register_fake" in each for each in decorators)
+
+
+def test_no_function_has_so_many_arguments() -> None:
+    """They travel in a `Call`: what is passed by hand through many layers is forgotten in one."""
+    offenders = []
+    for name, _, tree in inner_code():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and not is_operator(node):
+                arguments = node.args
+                every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+                if len(every) >= MANY:
+                    offenders.append(f"{name}:{node.lineno}: {node.name} has {len(every)}")
+    assert not offenders
+
+
+def test_no_argument_list_is_kept_from_the_formatter() -> None:
+    """`fmt: skip` folds tables of values, not arguments: those of a call that needs it are too many
+    to read."""
+    offenders = []
+    for name, lines, tree in inner_code():
+        skipped = {number for number, line in enumerate(lines, 1) if "# fmt: skip" in line}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                header = range(node.lineno, node.body[0].lineno)
+                if skipped & set(header):
+                    offenders.append(f"{name}:{node.lineno}: {node.name}")
+            if isinstance(node, ast.Call) and node.end_lineno in skipped:
+                if len(node.args) >= MANY and ast.unparse(node.func) not in TABLES:
+                    offenders.append(f"{name}:{node.lineno}: {ast.unparse(node.func)}")
+    assert not offenders
 
 
 def test_assembly_only_in_the_ptx_wrappers() -> None:

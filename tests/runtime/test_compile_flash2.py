@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 from cases import EQUAL_PAIRS, NAMED_PAIRS, ODD_PAIRS
 
-from flash_attn_interface._common.ask.kv_problem import CacheProblem
+from flash_attn_interface._common.ask.kv_problem import Append
 from flash_attn_interface._common.ask.problem import Problem
 from flash_attn_interface._common.runtime import arch as arch_table
 from flash_attn_interface._common.runtime import compiler, sass, sources
@@ -183,7 +183,8 @@ def test_odd_dims_and_narrow_vectors(arch: str, dims: tuple[int, int], vector_by
 @pytest.mark.parametrize("vector_bytes", [16, 2])
 def test_append(arch: str, interleaved: bool, vector_bytes: int):
     forward = problem((128, 256), "paged", "bf16")
-    appended = CacheProblem(forward, seqlen_new=1, rotary_dim=64, rotary_interleaved=interleaved)
+    append = Append(seqlen_new=1, rotary_dim=64, rotary_interleaved=interleaved)
+    appended = replace(forward, append=append)
     spec = append_spec(appended, arch, vector_bytes)
     used = compile_spec(spec).resources
     assert used.spill_store_bytes == used.stack_bytes == 0

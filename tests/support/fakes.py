@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from flash_attn_interface._common.ask.backward_problem import BackwardProblem
-from flash_attn_interface._common.ask.kv_problem import CacheProblem
+from flash_attn_interface._common.ask.call import Backward, Cache, Tensors
 from flash_attn_interface._common.ask.problem import Problem, Target
 from flash_attn_interface._common.runtime.spec import KernelSpec
 from flash_attn_interface.call import backends, watchers
-from flash_attn_interface.call.kv_plans import CacheResult
 
 
 def as_a_kernel_reads(argument: Any) -> Any:
@@ -42,11 +41,15 @@ class FakePlan:
         names = ("flash2/fwd.cu", "flash2_fwd", "FwdParams", self.target.arch)
         return KernelSpec.make(*names, **constants)
 
-    def run(self, *tensors: Tensor | None) -> backends.ForwardResult:
+    def run(
+        self, tensors: Tensors, cache: Cache | None = None, rng_state: Tensor | None = None
+    ) -> backends.ForwardResult:
         self.runs.append(tensors)
-        plain = [as_a_kernel_reads(tensor) for tensor in tensors]
         plan: Any = backends.REFERENCE.plan_forward(self.problem, None)
-        return plan.run(*plain)
+        of_cache = None if cache is None else Cache(*map(as_a_kernel_reads, cache))
+        return plan.run(
+            Tensors(*map(as_a_kernel_reads, tensors)), of_cache, as_a_kernel_reads(rng_state)
+        )
 
     def describe(self) -> str:
         return f"{self.spec.describe()}\n{self.grid} CTAs"
@@ -60,32 +63,15 @@ class FakeBackwardPlan:
     target: Target
     runs: list[tuple[Any, ...]] = field(default_factory=list)
 
-    def run(self, *tensors: Tensor | None) -> Tensor:
-        self.runs.append(tensors)
-        plain = [as_a_kernel_reads(tensor) for tensor in tensors]
+    def run(self, tensors: Tensors, backward: Backward) -> Tensor:
+        self.runs.append((tensors, backward))
         plan: Any = backends.REFERENCE.plan_backward(self.problem, None)
-        return plan.run(*plain)
+        return plan.run(
+            Tensors(*map(as_a_kernel_reads, tensors)), Backward(*map(as_a_kernel_reads, backward))
+        )
 
     def describe(self) -> str:
         return "three kernels"
-
-
-@dataclass
-class FakeCachePlan:
-    """Likewise."""
-
-    problem: CacheProblem
-    target: Target
-    runs: list[tuple[Any, ...]] = field(default_factory=list)
-
-    def run(self, *tensors: Tensor | None) -> CacheResult:
-        self.runs.append(tensors)
-        plain = [as_a_kernel_reads(tensor) for tensor in tensors]
-        plan: Any = backends.REFERENCE.plan_cache(self.problem, None)
-        return plan.run(*plain)
-
-    def describe(self) -> str:
-        return "append, attend, combine"
 
 
 @dataclass
@@ -94,31 +80,29 @@ class FakeBackend:
 
     name: str = "flash2"
     refusal: str | None = None
+    extra: str = ""  # the only feature of this name that it has
     release: str = "0"
     plans: list[FakePlan] = field(default_factory=list)
     backward_plans: list[FakeBackwardPlan] = field(default_factory=list)
-    cache_plans: list[FakeCachePlan] = field(default_factory=list)
+    cache_plans: list[FakePlan] = field(default_factory=list)
 
     def refuses_forward(self, problem: Problem, target: Target) -> str | None:
-        return self.refusal
+        return self.refusal or self._misses(problem)
 
     def plan_forward(self, problem: Problem, target: Target) -> FakePlan:
-        self.plans.append(FakePlan(problem, target))
-        return self.plans[-1]
+        made = self.plans if problem.append is None else self.cache_plans
+        made.append(FakePlan(problem, target))
+        return made[-1]
+
+    def _misses(self, problem: Problem) -> str | None:
+        return None if problem.extra == self.extra else f"it does not serve {problem.extra}"
 
     def refuses_backward(self, problem: BackwardProblem, target: Target) -> str | None:
-        return self.refusal
+        return self.refusal or self._misses(problem.forward)
 
     def plan_backward(self, problem: BackwardProblem, target: Target) -> FakeBackwardPlan:
         self.backward_plans.append(FakeBackwardPlan(problem, target))
         return self.backward_plans[-1]
-
-    def refuses_cache(self, problem: CacheProblem, target: Target) -> str | None:
-        return self.refusal
-
-    def plan_cache(self, problem: CacheProblem, target: Target) -> FakeCachePlan:
-        self.cache_plans.append(FakeCachePlan(problem, target))
-        return self.cache_plans[-1]
 
 
 class PretendCudaTensor(Tensor):

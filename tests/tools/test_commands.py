@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from asked import forward_call
 from fakes import FakeBackend
 from test_build_command import Planner, own_cache
 from tiny_kernels import tiny_spec, tiny_tree
@@ -23,7 +24,7 @@ from flash_attn_interface import __main__ as main_command
 from flash_attn_interface import build, command_line
 from flash_attn_interface import cache as cache_command
 from flash_attn_interface._common import env, log
-from flash_attn_interface._common.ask.checks import ForwardCall, check_forward
+from flash_attn_interface._common.ask.check import check
 from flash_attn_interface._common.runtime import compiler, cubins, entries, nvrtc
 from flash_attn_interface._common.runtime.store import ArtifactStore
 from flash_attn_interface.call import backends, selection
@@ -266,7 +267,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_call_that_goes_without_the_hopper_tree_says_so() -> None:
     q = torch.zeros(1, 4, 1, 16, dtype=torch.bfloat16)
-    asked = check_forward(ForwardCall(q, q, q))
+    asked = check(forward_call(q, q, q))
     hopper, flash2 = FakeBackend("hopper"), FakeBackend()
     told = ("hopper", "the Hopper tree is not installed: cd hopper && pip install .")
     assert decide(asked, Device((9, 0)), [flash2]).refused == (told,)
