@@ -26,8 +26,8 @@ from .command import of_bytes, of_seconds
 _PACKAGES = ("flash_attn_interface", "flash_attn_interface._common", "flash_attn_interface._flash2")
 
 
-# Of the default list on two CPUs, docs/prebuild.md: 760 kernels in 342 s, about 50 MB on disk.
-SECONDS_PER_KERNEL = 0.9
+# Of the default list on two CPUs, docs/prebuild.md: 760 kernels in 147 s, about 50 MB on disk.
+SECONDS_PER_KERNEL = 0.4
 BYTES_PER_KERNEL = 66_000
 MANY = 100  # kernels about which a person at a terminal is asked first
 
@@ -45,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (HeadDimError, NotImplementedError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if not specs:
+        print(f"error: {_nothing_to_build(wanted, archs)}", file=sys.stderr)
+        return 2
     out: Path | None = options.out
     if options.list:
         return _list(specs, archs, wanted, options)
@@ -54,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.yes and sys.stdin.isatty() and not _agreed():
             return 1
     try:
+        if out is not None:
+            command.make_folder(out)
         prebuild.build(specs, trees, out, options.jobs)
     except BrokenPipeError:
         raise
@@ -66,6 +71,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if problem is not None:
             print(f"warning: they will be refused there: {problem}", file=sys.stderr)
     return 0
+
+
+def _nothing_to_build(wanted: Wanted, archs: Sequence[str]) -> str:
+    pairs = ", ".join(f"({qk},{v})" for qk, v in wanted.pairs)
+    told = f"no installed kernel tree has kernels of head dims {pairs} for {', '.join(archs)}"
+    if backends.hopper() is not None:
+        return f"{told} that are built ahead. They are compiled at their first call"
+    return f"{told}; the Hopper tree is not installed: cd hopper && pip install ."
 
 
 def _list(

@@ -53,7 +53,8 @@ class Report:
             yield f"{'verdict':<11}{fine}"
         for index, finding in enumerate(self.findings):
             title = "verdict" if index == 0 else ""
-            yield f"{title:<11}{finding.about}: {finding.text}. {finding.way_out}"
+            end = "" if finding.text.endswith("?") else "."
+            yield f"{title:<11}{finding.about}: {finding.text}{end} {finding.way_out}"
 
     def to_dict(self) -> dict[str, object]:
         """For JSON: facts by title, of which some have several lines."""

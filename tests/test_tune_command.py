@@ -223,3 +223,12 @@ def test_help_says_what_it_does(capsys):
     with pytest.raises(SystemExit):
         tune.main(["--help"])
     assert "--dims QK V" in capsys.readouterr().out
+
+
+def test_a_folder_for_tables_that_cannot_be_made_is_told_first(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" / "tables"
+    asked = ["--dims", "64", "64", "--arch", "sm_80", "--output", str(folder)]
+    assert tune.main(asked) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and told.err == f"error: {folder} cannot be created (Not a directory)\n"
