@@ -18,7 +18,7 @@ def main(job_path: str, first: str, end: str) -> int:
     job = json.loads(Path(job_path).read_text(encoding="utf-8"))
     here = str(Path(__file__).resolve().parent)
     bare_packages = importlib.import_module("bare_packages")
-    # Python put this file's folder there, whose `cache.py` and `env.py` nobody else should find.
+    # Python put this folder there, whose `cache.py` and `env.py` no other module should find.
     sys.path[:] = [entry for entry in sys.path if str(Path(entry or ".").resolve()) != here]
     bare_packages.load(job["packages"])
     package = "flash_attn_interface._common"

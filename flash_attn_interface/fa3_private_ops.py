@@ -220,7 +220,7 @@ def _flash_attn_backward(
     deterministic: bool = False,
     sm_margin: int = 0,
 ) -> Tensor:
-    """Writes dq, dk and dv, which may have any strides; one that is None is computed for nobody.
+    """Writes dq, dk and dv, which may have any strides; one that is None is computed and dropped.
 
     Returns softmax_d = rowsum(dout * out), float32 (batch, num_heads_q, seqlen_q rounded up to
     128), or (num_heads_q, total_q + 128 * batch) with cu_seqlens_q.

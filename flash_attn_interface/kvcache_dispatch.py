@@ -111,7 +111,7 @@ def attend(
         max_seqlen_q = host_max_seqlen(max_seqlen_q, q)
         ragged = (max_seqlen_q, layout_of(cu_seqlens_q))
     if rotary_cos is None and rotary_sin is None:
-        rotary_seqlens = None  # without tables nobody reads it
+        rotary_seqlens = None  # without tables it is not read
     elif isinstance(rotary_cos, Tensor) and isinstance(rotary_sin, Tensor):
         rotary = (
             rotary_interleaved, rotary_cos.shape, rotary_sin.shape, rotary_cos.dtype,

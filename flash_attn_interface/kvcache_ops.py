@@ -167,7 +167,7 @@ def traced(
             check_cache_length(int(cache_seqlens), int(room))  # the error, of plain numbers
         cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
     if max_seqlen_q is None or cu_seqlens_q is None:
-        longest = 0  # not ragged, nobody reads it; or an error that the operation raises
+        longest = 0  # not ragged, it is not read; or an error that the operation raises
     else:  # reading a tensor would break the graph; the rows of q bound it as well
         longest = q.shape[0] if isinstance(max_seqlen_q, Tensor) else max_seqlen_q
     common = (

@@ -189,7 +189,7 @@ def _flash_attn_backward(
     deterministic: bool,
     rng_state: Tensor | None = None,
 ) -> Tensor:
-    """Writes dq, dk and dv, which may have any strides; one that is None is computed for nobody.
+    """Writes dq, dk and dv, which may have any strides; one that is None is computed and dropped.
 
     Returns softmax_d = rowsum(dout * out), float32 (batch, num_heads_q, seqlen_q rounded up to
     128).

@@ -154,4 +154,4 @@ def _bound(max_seqlen: int | Tensor | None, packed: Tensor) -> int:
     """Reading a tensor would break the graph; the rows of the packed tensor bound it as well."""
     if isinstance(max_seqlen, Tensor):
         return packed.shape[0]
-    return 0 if max_seqlen is None else max_seqlen  # None: not ragged, nobody reads it
+    return 0 if max_seqlen is None else max_seqlen  # None: not ragged, it is not read
