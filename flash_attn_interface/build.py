@@ -48,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not specs:
         print(f"error: {_nothing_to_build(wanted, archs)}", file=sys.stderr)
         return 2
+    if "sm_90a" in archs and backends.hopper() is None:
+        told = f"for sm_90a only the Ampere kernels are built: {backends.HOPPER_NOT_INSTALLED}"
+        print(f"note: {told}", file=sys.stderr)
     out: Path | None = options.out
     if options.list:
         return _list(specs, archs, wanted, options)
@@ -78,7 +81,7 @@ def _nothing_to_build(wanted: Wanted, archs: Sequence[str]) -> str:
     told = f"no installed kernel tree has kernels of head dims {pairs} for {', '.join(archs)}"
     if backends.hopper() is not None:
         return f"{told} that are built ahead. They are compiled at their first call"
-    return f"{told}; the Hopper tree is not installed: cd hopper && pip install ."
+    return f"{told}; {backends.HOPPER_NOT_INSTALLED}"
 
 
 def _list(

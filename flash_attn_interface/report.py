@@ -191,7 +191,9 @@ def _cache() -> Part:
     problem = why_no_cache(folder)
     if problem is not None:
         yield "cache", f"{folder} (not used)"
-        yield Finding("cache", f"{folder} is not used: {problem}", f"Or set {env.CACHE_DIR.name}")
+        yield Finding(
+            "cache", f"{folder} is not used: {problem}", f"Mend that, or set {env.CACHE_DIR.name}"
+        )
     elif not folder.is_dir():
         yield "cache", f"{folder} (not created yet)"
     else:
@@ -208,7 +210,9 @@ def _cache() -> Part:
     user = tuned_tiles.user_folder()
     problem = None if user is None else tuned_tiles.why_not_used(user)
     if problem is not None:
-        yield Finding("tables", f"{user} is not used: {problem}", f"Or set {env.TUNED_TILES.name}")
+        yield Finding(
+            "tables", f"{user} is not used: {problem}", f"Mend that, or set {env.TUNED_TILES.name}"
+        )
 
 
 def why_no_cache(folder: Path) -> str | None:

@@ -148,6 +148,22 @@ def test_nothing_to_build_is_an_error(
     assert capsys.readouterr().err.startswith(told)
 
 
+@pytest.mark.parametrize("installed", [False, True])
+def test_hopper_machines_without_the_hopper_tree_are_told(
+    installed: bool,
+    own_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(backends, "hopper", lambda: object() if installed else None)
+    asked = ["--list", "--dims", "1", "1", "--arch"]
+    assert build_command.main([*asked, "sm_80"]) == 0
+    assert capsys.readouterr().err == ""
+    assert build_command.main([*asked, "sm_90a"]) == 0
+    told = f"only the Ampere kernels are built: {backends.HOPPER_NOT_INSTALLED}"
+    assert (told in capsys.readouterr().err) is not installed
+
+
 def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_compiled(
     own_cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
