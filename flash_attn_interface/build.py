@@ -78,10 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _nothing_to_build(wanted: Wanted, archs: Sequence[str]) -> str:
     pairs = ", ".join(f"({qk},{v})" for qk, v in wanted.pairs)
-    told = f"no installed kernel tree has kernels of head dims {pairs} for {', '.join(archs)}"
-    if backends.hopper() is not None:
-        return f"{told} that are built ahead. They are compiled at their first call"
-    return f"{told}; {backends.HOPPER_NOT_INSTALLED}"
+    told = f"no installed kernel tree builds head dims {pairs} for {', '.join(archs)} ahead"
+    if "sm_90a" in archs and backends.hopper() is None:
+        return f"{told}; {backends.HOPPER_NOT_INSTALLED}"
+    return f"{told}; what it serves of them is compiled at its first call"
 
 
 def _list(

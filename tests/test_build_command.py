@@ -143,9 +143,13 @@ def test_nothing_to_build_is_an_error(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(Planner, "specs", lambda pair, wanted, arch: [])
-    assert build_command.main(["--dims", "64", "300", "--arch", "sm_80", *listed]) == 2
-    told = "error: no installed kernel tree has kernels of head dims (64,300) for sm_80"
-    assert capsys.readouterr().err.startswith(told)
+    for arch, way_out in (
+        ("sm_80", "what it serves of them is compiled at its first call"),
+        ("sm_90a", backends.HOPPER_NOT_INSTALLED),
+    ):
+        assert build_command.main(["--dims", "64", "300", "--arch", arch, *listed]) == 2
+        told = f"error: no installed kernel tree builds head dims (64,300) for {arch} ahead; "
+        assert capsys.readouterr().err == f"{told}{way_out}\n"
 
 
 @pytest.mark.parametrize("installed", [False, True])
