@@ -2,7 +2,7 @@
 
 A rate is FLOPs of the visible scores over time, so a feature that costs nothing has the rate of the
 problem beside it: masks beside the full square, grouped heads beside equal ones, packed sequences
-beside a dense batch of as many tokens and FLOPs, and head dims that nobody tuned beside the next
+beside a dense batch of as many tokens and FLOPs, and head dims that were not tuned beside the next
 larger named pair.
 """
 

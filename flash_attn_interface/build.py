@@ -30,8 +30,8 @@ from .command_line import of_bytes, of_seconds
 _PACKAGES = ("flash_attn_interface", "flash_attn_interface._common", "flash_attn_interface._flash2")
 
 
-# Of the default list on two CPUs, docs/prebuild.md: 760 kernels in 342 s, about 50 MB on disk.
-SECONDS_PER_KERNEL = 0.9
+# Of the default list on two CPUs, docs/prebuild.md: 760 kernels in 147 s, about 50 MB on disk.
+SECONDS_PER_KERNEL = 0.4
 BYTES_PER_KERNEL = 66_000
 MANY = 100  # kernels about which a person at a terminal is asked first
 
@@ -49,6 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (HeadDimError, NotImplementedError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if not specs:
+        print(f"error: {_nothing_to_build(wanted, archs)}", file=sys.stderr)
+        return 2
+    if "sm_90a" in archs and backends.hopper() is None:
+        told = f"for sm_90a only the Ampere kernels are built: {backends.HOPPER_NOT_INSTALLED}"
+        print(f"note: {told}", file=sys.stderr)
     out: Path | None = options.out
     if options.list:
         return _list(specs, archs, wanted, options)
@@ -58,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.yes and sys.stdin.isatty() and not _agreed():
             return 1
     try:
+        if out is not None:
+            command_line.make_folder(out)
         prebuild.build(specs, trees, out, options.jobs)
     except BrokenPipeError:
         raise
@@ -70,6 +78,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if problem is not None:
             print(f"warning: they will be refused there: {problem}", file=sys.stderr)
     return 0
+
+
+def _nothing_to_build(wanted: Wanted, archs: Sequence[str]) -> str:
+    pairs = ", ".join(f"({qk},{v})" for qk, v in wanted.pairs)
+    told = f"no installed kernel tree builds head dims {pairs} for {', '.join(archs)} ahead"
+    if "sm_90a" in archs and backends.hopper() is None:
+        return f"{told}; {backends.HOPPER_NOT_INSTALLED}"
+    return f"{told}; what it serves of them is compiled at its first call"
 
 
 def _list(

@@ -1,19 +1,25 @@
 """What the commands (`python -m flash_attn_interface ...`) have in common: what goes wrong is one
-line on stderr, never a traceback.
+line on stderr, never a traceback. SIGTERM, which fleets send, ends what a command has started.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
 from typing import NoReturn, Protocol
 
 INTERRUPTED = 130  # as shells say of SIGINT
 WRONG_USAGE = 2
 _BROKEN_PIPE = 141  # of SIGPIPE
+_TERMINATED = 143  # of SIGTERM
 
 
 class Main(Protocol):
@@ -35,7 +41,8 @@ def guarded(main: Main) -> Main:
     @functools.wraps(main)
     def run(arguments: Sequence[str] | None = None) -> int:
         try:
-            status = main(arguments)
+            with _unwound_by_sigterm():
+                status = main(arguments)
             sys.stdout.flush()
             return status
         except KeyboardInterrupt:
@@ -50,6 +57,33 @@ def guarded(main: Main) -> Main:
             return WRONG_USAGE
 
     return run
+
+
+@contextlib.contextmanager
+def _unwound_by_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM raises SystemExit, so that compilers at work are ended too."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(_TERMINATED)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set a handler
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def make_folder(folder: Path) -> None:
+    """Creates it where it is missing; OSError that names it if nothing can be written there."""
+    try:
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{folder} cannot be created ({error.strerror})") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OSError(f"{folder} may not be written to")
 
 
 def positive(text: str) -> int:

@@ -21,8 +21,8 @@ struct TileRing {
 
   DEVICE explicit TileRing(u32 smem) : smem(smem) {}
 
-  // Before first use, by one thread. num_readers: consumer warps. num_writers: whoever announces
-  // bytes, and those that write parts of a tile themselves.
+  // Before first use, by one thread. num_readers: consumer warps. num_writers: threads that
+  // announce bytes, and those that write parts of a tile themselves.
   DEVICE void init(u32 num_readers, u32 num_writers = 1) const {
     for (i32 i = 0; i < kNumStages; ++i) {
       mbarrier_init(smem + kFull + u32(8 * i), num_writers);

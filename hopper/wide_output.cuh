@@ -86,7 +86,7 @@ struct OutputRole {
   }
 
   // O straight from registers, in the rows that the sequence owns. A factor of 0 is a row without
-  // visible keys, where V that nobody sees may hold NaN.
+  // visible keys, where V that no query sees may hold NaN.
   DEVICE void store(const Work& work) {
     records.wait();
     f32 factor[2];

@@ -46,7 +46,7 @@ def strides_in(order: Sequence[int], sizes: Sequence[int], row_size: int) -> tup
 def new_out(q: Tensor, head_dim_v: int) -> Tensor:
     """Memory for out: (..., num_heads_q, head_dim_v)."""
     sizes = q.shape[:-1]
-    if q.is_contiguous() or q.stride(-1) != 1:  # the latter is copied before anybody reads it
+    if q.is_contiguous() or q.stride(-1) != 1:  # the latter is copied before a kernel reads it
         return q.new_empty((*sizes, head_dim_v))
     order = memory_order(sizes, q.stride()[:-1], q.shape[-1])
     return q.new_empty_strided((*sizes, head_dim_v), (*strides_in(order, sizes, head_dim_v), 1))

@@ -43,7 +43,7 @@ class Kernel(Protocol):
 def load(spec: KernelSpec, target: Target) -> Kernel:
     """The kernel of a spec: found in a cache, or compiled now."""
     if target.simulated:
-        from ..sim.launcher import SimKernel  # g++ and its cache are needed by nobody else
+        from ..sim.launcher import SimKernel  # g++ and its cache are needed for nothing else
 
         return _Simulated(spec, SimKernel(spec))
     return _OnDevice(spec, device_kernel(spec, target.device_index), target.device_index)

@@ -54,8 +54,10 @@ def read(path: Path) -> Wanted:
     """The file's wishes; HeadDimError for a file that cannot be read or means nothing."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise HeadDimError(f"{path.name}: {error}") from error
+    except OSError as error:
+        raise HeadDimError(f"{path} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise HeadDimError(f"{path.name} is not JSON: {error}") from error
     return parse(content, path.name)
 
 

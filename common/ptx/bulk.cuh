@@ -5,7 +5,7 @@
 #include "common/ptx/base.cuh"
 
 // Loads `bytes` bytes of global memory; they count towards the mbarrier's phase once they have
-// landed, as a box of tma_load_4d does. Until that phase is complete nobody may touch dst.
+// landed, as a box of tma_load_4d does. Until that phase is complete no thread may touch dst.
 //   dst: shared address.  src: must lie in a tensor with all its bytes.
 // PTX: cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes (sm_90+).
 DEVICE void bulk_load(u32 dst, const void* src, u32 bytes, u32 bar) {

@@ -3,8 +3,8 @@
 // order.
 //   address in the cluster: what mapa_shared_cluster() makes of an address of the own CTA; only
 //   parameters that say so take one.
-// A CTA's shared memory is gone when its threads are: whoever is still to be reached by a peer
-// meets it at the cluster's barrier before it returns.
+// A CTA's shared memory is gone when its threads are: one that a peer has still to reach meets
+// that peer at the cluster's barrier before it returns.
 #pragma once
 #include "common/ptx/base.cuh"
 

@@ -4,7 +4,7 @@
 //   src: global, aligned to the copy's size; nothing is read from it when valid_bytes is 0.
 //   valid_bytes: 0..size are read from src, the rest of dst becomes zero: this pads tails.
 // Done when the commit group that it joins has been waited for by the thread that issued it;
-// other threads also need a barrier after that wait. Until then nobody may touch dst.
+// other threads also need a barrier after that wait. Until then no thread may touch dst.
 #pragma once
 #include "common/ptx/base.cuh"
 
@@ -23,7 +23,7 @@ DEVICE void cp_async_16_with_policy(u32 dst, const void* src, i32 valid_bytes, u
       : "memory");
 }
 
-// The policy for data that nobody reads again soon: they leave L2 before others do.
+// The policy for data that are not read again soon: they leave L2 before others do.
 // PTX: createpolicy.fractional.L2::evict_first (sm_80+).
 DEVICE u64 evict_first_policy() {
   u64 policy;

@@ -6,7 +6,7 @@
 #include "common/ptx/base.cuh"
 
 // Waits until the launches before this one are complete and their writes visible to this grid;
-// other threads of the CTA need a barrier after it. Before it nobody may read what an earlier
+// other threads of the CTA need a barrier after it. Before it no thread may read what an earlier
 // launch writes, nor write what it touches. At least one thread of the grid calls it, since a
 // launch that follows relies on this one to end last. PTX: griddepcontrol.wait (sm_90+).
 DEVICE void griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }

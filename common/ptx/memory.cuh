@@ -172,8 +172,8 @@ DEVICE u64 ld_acquire_global_u64(const void* src) {
   return value;
 }
 
-// Stores. What the CTA stored before a barrier ahead of this is seen by whoever reads the value
-// with acquire and then passes a barrier. PTX: st.release.gpu.global.u32.
+// Stores. What the CTA stored before a barrier ahead of this is seen by a thread that reads the
+// value with acquire and then passes a barrier. PTX: st.release.gpu.global.u32.
 DEVICE void st_release_global_u32(u32* dst, u32 value) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(dst), "r"(value) : "memory");
 }
@@ -201,8 +201,9 @@ DEVICE u64 atomic_add_global_u64(u64* dst, u64 value) {
   return old;
 }
 
-// The same. What the CTA stored before a barrier ahead of this is seen by whoever reads the sum, or
-// a later one, with acquire and then passes a barrier. PTX: atom.acq_rel.gpu.global.add.u64.
+// The same. What the CTA stored before a barrier ahead of this is seen by a thread that reads the
+// sum, or a later one, with acquire and then passes a barrier. PTX:
+// atom.acq_rel.gpu.global.add.u64.
 DEVICE u64 atomic_add_acq_rel_global_u64(u64* dst, u64 value) {
   u64 old;
   asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], %2;"

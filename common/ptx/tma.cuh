@@ -14,7 +14,7 @@
 #include "common/ptx/tensor_map.cuh"
 
 // Loads a box; its bytes count towards the mbarrier's phase once they have landed. Until that phase
-// is complete nobody may touch dst.
+// is complete no thread may touch dst.
 // PTX: cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes (sm_90+).
 DEVICE void tma_load_4d(u32 dst, const TensorMap* map, u32 bar, i32 c0, i32 c1, i32 c2, i32 c3) {
   asm volatile(

@@ -10,7 +10,7 @@
 //   kTransB: false: B is stored as N rows of 16 (K-major), true: as 16 rows of N (MN-major).
 //   accumulate: false overwrites d.
 // Order: wgmma_fence(), products, wgmma_commit_group(), wgmma_wait_group(), wgmma_hold(d). Between
-// a product and its wait nobody may touch d, nor write a matrix in shared memory.
+// a product and its wait no thread may touch d, nor write a matrix in shared memory.
 // The instructions are written out by common/ptx/wgmma.py, for each N that a constant of the
 // KernelSpec called wgmma_<any>_n names.
 #pragma once

@@ -15,7 +15,7 @@ struct SplitSum {
   f32 rO[kVectors][4] = {};            // sum of exp(softmax_lse - max) O
 
   // Adds num_splits splits, of which up to kAhead are under way together. Through shared memory:
-  // many loads without many registers, and little code, which nobody has fetched before.
+  // many loads without many registers, and little code, which no CTA has fetched before.
   //   partial, lse_partial: the row's in the first of them; strides: to the next of them. What a
   //   split with -inf has in partial is ignored.
   //   smem: this warp's own, kAhead * kRowBytes.

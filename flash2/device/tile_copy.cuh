@@ -63,7 +63,7 @@ using CopiedTileLayout = Select<kLines && has_lines(round_up(kHeadDim, kColumnMu
 // Copies one tile global -> shared with kThreads threads in pieces of kVectorBytes (16, 8, 4 or 2):
 // the largest that the caller's pointers and strides are aligned to. 16, 8 and 4 are cp.async (the
 // caller commits and waits); 2 goes through registers at once. kWide: of RowStride. kReadOnce:
-// nobody else reads these rows, so that they need not stay in L2.
+// no other CTA reads these rows, so that they need not stay in L2.
 template <class Layout, i32 kHeadDim, i32 kThreads, i32 kVectorBytes, bool kWide,
           bool kReadOnce = false>
 struct TileCopy {

@@ -21,7 +21,7 @@ _EVICTED_AT_ONCE = 8  # one in so many, since finding the oldest takes a look at
 
 
 class Slot:
-    """The plans of one key that nobody runs just now, and when the key was last asked for.
+    """The plans of one key that no thread runs just now, and when the key was last asked for.
 
     Hot paths do by hand what `PlanTable.take` does: stamp `used`, pop from `idle`, and append to it
     after the run. Each is a single operation of a list, which threads may mix as they like.

@@ -55,7 +55,8 @@ class Report:
             yield f"{'verdict':<11}{fine}"
         for index, finding in enumerate(self.findings):
             title = "verdict" if index == 0 else ""
-            yield f"{title:<11}{finding.about}: {finding.text}. {finding.way_out}"
+            end = "" if finding.text.endswith("?") else "."
+            yield f"{title:<11}{finding.about}: {finding.text}{end} {finding.way_out}"
 
     def to_dict(self) -> dict[str, object]:
         """For JSON: facts by title, of which some have several lines."""
@@ -192,7 +193,9 @@ def _cache() -> Part:
     problem = why_no_cache(folder)
     if problem is not None:
         yield "cache", f"{folder} (not used)"
-        yield Finding("cache", f"{folder} is not used: {problem}", f"Or set {env.CACHE_DIR.name}")
+        yield Finding(
+            "cache", f"{folder} is not used: {problem}", f"Mend that, or set {env.CACHE_DIR.name}"
+        )
     elif not folder.is_dir():
         yield "cache", f"{folder} (not created yet)"
     else:
@@ -209,7 +212,9 @@ def _cache() -> Part:
     user = tuned_tiles.user_folder()
     problem = None if user is None else tuned_tiles.why_not_used(user)
     if problem is not None:
-        yield Finding("tables", f"{user} is not used: {problem}", f"Or set {env.TUNED_TILES.name}")
+        yield Finding(
+            "tables", f"{user} is not used: {problem}", f"Mend that, or set {env.TUNED_TILES.name}"
+        )
 
 
 def why_no_cache(folder: Path) -> str | None:

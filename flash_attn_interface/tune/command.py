@@ -84,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not found:
         print(f"No kernel of {', '.join(options.tree or ['any tree'])} can be tuned for this.")
         return 2
+    if options.output is not None:
+        command_line.make_folder(options.output)
     journal = Journal(None if options.fresh else _journal_path(options))
 
     def compile_all(specs: Iterable[KernelSpec], title: str) -> Mapping[KernelSpec, Report]:

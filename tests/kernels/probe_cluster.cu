@@ -74,5 +74,5 @@ probe_cluster(GRID_CONSTANT HopperProbeParams p) {
     }
   }
   cluster_arrive();
-  cluster_wait();  // nobody returns while a peer may still send to it
+  cluster_wait();  // no CTA returns while a peer may still send to it
 }

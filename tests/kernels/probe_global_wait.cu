@@ -1,7 +1,7 @@
 // CTAs that take turns at each tile of out: out = 3 * out + CTA + 1, which shows the order.
 //   out: (tiles = grid, num_threads) words.  aux: (tiles,) counters of the turns taken, 0 before.
 //   p.which % 3: how a turn is released.  p.which / 3: 0: CTA j begins at tile j and goes round, so
-//   that it waits for later ones too; 1: all begin at tile 0; 2: as 0, and nobody is ever first;
+//   that it waits for later ones too; 1: all begin at tile 0; 2: as 0, and no CTA is ever first;
 //   3: sleeps without having looked.
 #include "prelude.cuh"
 

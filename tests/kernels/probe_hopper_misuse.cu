@@ -35,7 +35,7 @@ DEVICE void load(const HopperProbeParams& p, u32 dst, u32 bar) {
 DEVICE void mbarriers(const HopperProbeParams& p, i32 thread) {
   switch (p.which) {
     case 0: mbarrier_arrive(bar(7)); break;  // BAD 0: never initialised
-    case 1: mbarrier_init(bar(4), 0); break;  // BAD 1: nobody would arrive
+    case 1: mbarrier_init(bar(4), 0); break;  // BAD 1: no thread would arrive
     case 2: mbarrier_init(bar(0), 1); break;  // BAD 2: again
     case 3: case 4:
       if (thread == 0) { mbarrier_init(bar(4), 1); fence_mbarrier_init(); }
@@ -119,7 +119,7 @@ DEVICE void loads(const HopperProbeParams& p, i32 thread) {
         mbarrier_arrive(bar(1));
       }
       break;
-    case 32: if (thread == 0) { load(p, tile(0), bar(0)); } break;  // nobody waits for it
+    case 32: if (thread == 0) { load(p, tile(0), bar(0)); } break;  // no thread waits for it
     case 33: case 34:  // ordinary stores before
       if (thread < 32) {
         st_shared_u32(tile(0) + 4u * u32(thread), 0);
@@ -169,7 +169,7 @@ DEVICE void stores(const HopperProbeParams& p, i32 thread) {
         st_shared_u32(tile(0), 0);  // BAD 44: the store still reads it
         tma_store_wait_group<0>();
       } else if (p.which == 46) {
-        store(p, tile(0));  // nobody waits for it
+        store(p, tile(0));  // no thread waits for it
       } else if (p.which == 47) {
         tma_store_4d(&p.map_b, tile(0), 0, 0, 0, 0);
         tma_store_wait_group<0>();  // covers committed groups only
@@ -221,7 +221,7 @@ DEVICE void bulk(const HopperProbeParams& p, i32 thread) {
     default:
       bulk_reduce_add_f32(out, tile(0), 256);  // BAD 91 BAD 95
       tma_store_commit_group();
-      if (p.which == 95) { break; }  // nobody waits for it
+      if (p.which == 95) { break; }  // no thread waits for it
       if (p.which != 93) { tma_store_wait_group_read<0>(); }
       if (p.which >= 93) {
         for (u32 i = 0; i < 64; ++i) {

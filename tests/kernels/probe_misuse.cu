@@ -145,7 +145,7 @@ DEVICE void races(const ProbeParams& p, i32 thread) {
       st_shared_u16(smem_base() + 2u * u32(thread), 1);
       ld_shared_u16(smem_base() + 2u * u32(thread));
       break;
-    case 61:  // whoever only arrives learns nothing of the others
+    case 61:  // a warp that only arrives learns nothing of the others
       if (thread < 32) {
         named_barrier_arrive(1, 64);
         ld_shared_u32(slot(lane));  // BAD 61

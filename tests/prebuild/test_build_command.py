@@ -123,9 +123,10 @@ def test_what_is_asked_for_comes_from_the_command_line_the_file_and_the_defaults
 @pytest.mark.parametrize(
     ("command", "told"),
     [
-        (["--dims", "0", "64"], "command line: pairs[0] is [0, 64]: expected integers from 1"),
+        (["--dims", "0", "64"], "command line: pairs[0] is [0, 64]: expected a head_dim_qk from 1"),
         (["--arch", "sm_75"], '--arch[0] is "sm_75": expected one of 80, 86'),
-        (["--headdim", "absent.json"], "absent.json"),
+        (["--headdim", "absent.json"], "absent.json cannot be read (No such file or directory)"),
+        (["--headdim", __file__], "test_build_command.py is not JSON: "),
     ],
 )
 def test_bad_command_lines(
@@ -133,6 +134,49 @@ def test_bad_command_lines(
 ) -> None:
     assert build_command.main(command) == 2
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("listed", [[], ["--list"]])
+def test_nothing_to_build_is_an_error(
+    listed: list[str],
+    own_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(Planner, "specs", lambda pair, wanted, arch: [])
+    for arch, way_out in (
+        ("sm_80", "what it serves of them is compiled at its first call"),
+        ("sm_90a", backends.HOPPER_NOT_INSTALLED),
+    ):
+        assert build_command.main(["--dims", "64", "300", "--arch", arch, *listed]) == 2
+        told = f"error: no installed kernel tree builds head dims (64,300) for {arch} ahead; "
+        assert capsys.readouterr().err == f"{told}{way_out}\n"
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_hopper_machines_without_the_hopper_tree_are_told(
+    installed: bool,
+    own_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(backends, "hopper", lambda: object() if installed else None)
+    asked = ["--list", "--dims", "1", "1", "--arch"]
+    assert build_command.main([*asked, "sm_80"]) == 0
+    assert capsys.readouterr().err == ""
+    assert build_command.main([*asked, "sm_90a"]) == 0
+    told = f"only the Ampere kernels are built: {backends.HOPPER_NOT_INSTALLED}"
+    assert (told in capsys.readouterr().err) is not installed
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_compiled(
+    own_cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "fleet"
+    assert build_command.main(["--dims", "1", "1", "--arch", "80", "--out", str(out)]) == 1
+    told = capfd.readouterr()
+    assert told.out == "" and told.err == f"error: {out} cannot be created (Not a directory)\n"
 
 
 def test_a_failing_compile_is_an_exit_status(

@@ -85,10 +85,10 @@ def test_bad_content_is_named(content: Any, told: str) -> None:
 
 def test_bad_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "headdim.json"
-    with pytest.raises(HeadDimError, match="headdim.json: .*No such file"):
+    with pytest.raises(HeadDimError, match="headdim.json cannot be read .*No such file"):
         headdim.read(path)
     path.write_text("[[64, 128],]")
-    with pytest.raises(HeadDimError, match="headdim.json: .*line 1"):
+    with pytest.raises(HeadDimError, match="headdim.json is not JSON: .*line 1"):
         headdim.read(path)
     path.write_text(json.dumps([[64, 128]]))
     assert headdim.read(path).pairs == ((64, 128),)

@@ -349,16 +349,30 @@ def test_lines_of_documents_can_be_read() -> None:
     assert not [f"{name}:{number}" for name, number, line in prose() if len(line) > 300]
 
 
+def test_rows_of_tables_are_as_wide_as_their_heads() -> None:
+    """A cell that is missing is shown as an empty one, and one too many is not shown at all."""
+    wrong, width = [], 0
+    for name, number, line in prose():
+        row = line.strip()
+        cells = len(re.split(r"(?<!\\)\|", re.sub(r"`[^`]*`", "", row))) if row[:1] == "|" else 0
+        if cells and width not in (0, cells):
+            wrong.append(f"{name}:{number}")
+        width = cells
+    assert not wrong
+
+
 def test_hardware_is_not_somebody() -> None:
     """Hardware waits or is idle; nobody and somebody are people, whom documents address directly.
 
-    In Python, what stands beside a word of the hardware or of waiting is looked at.
+    In Python, what stands beside a word of the hardware or of waiting is looked at, and in device
+    code and the simulator everything.
     """
     person = r"\b(?:no|some)body\b"
     machine = r"\b(?:CTA|SM|warp|warpgroup|thread|lane|tile|wait|works?|idle)s?\b"
     hits = [f"{name}:{number}" for name, number, line in prose() if re.search(person, line, re.I)]
     either = f"{person}.*{machine}|{machine}.*{person}"
     hits += [hit for hit in matches(either, ".py", flags=re.I) if not hit.startswith("tests/")]
+    hits += matches(person, ".cu", ".cuh", ".cpp", ".h", flags=re.I)
     assert not hits
 
 

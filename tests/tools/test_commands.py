@@ -34,6 +34,7 @@ from flash_attn_interface.tools import report
 __all__ = ["own_cache", "tiny_tree"]
 
 COMMANDS = [[], ["build"], ["cache"], ["kernels"], ["tune"]]
+LISTING = ["build", "--list", "--arch", "80"]
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -65,7 +66,7 @@ def test_a_wrong_argument_is_one_line(name: list[str]) -> None:
         (["--simulate", "sm_75"], "unknown architecture 'sm_75'"),
         (["build", "--jobs", "0"], "'0' is not an integer from 1"),
         (["build", "--dims", "64"], "--dims: expected 2 arguments"),
-        (["build", "--dims", "0", "64"], "expected integers from 1"),
+        (["build", "--dims", "0", "64"], "expected a head_dim_qk from 1 to 576"),
         (["build", "--features", "sparse"], "invalid choice: 'sparse'"),
         (["cache", "clear", "--older-than", "-1"], "'-1' is not a number from 0"),
         (["cache", "clear", "--older-than", "nan"], "'nan' is not a number from 0"),
@@ -131,7 +132,44 @@ def test_ctrl_c_while_kernels_compile_leaves_no_traceback(tmp_path: Path) -> Non
     assert "Traceback" not in "".join(told) and "Interrupted." in "".join(told)
 
 
-@pytest.mark.parametrize("arguments", [["--environment"], ["cache", "show"], ["build", "--list"]])
+def compilers_in(folder: str) -> list[str]:
+    """Command lines of processes that name the folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (process / "cmdline").read_text().replace("\0", " ")
+        except OSError:  # it has ended
+            continue
+        if folder in line:
+            found.append(line)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs /proc")
+def test_sigterm_while_kernels_compile_ends_the_compilers_too(tmp_path: Path) -> None:
+    arguments = ["build", "--dims", "40", "72", "--arch", "80", "--jobs", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flash_attn_interface", *arguments, "--out", str(tmp_path / "out")],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)}, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    told = []
+    for line in process.stdout:
+        told.append(line)
+        if "compiling" in line:
+            break
+    deadline = time.monotonic() + 30
+    while len(compilers_in(f"{tmp_path}/flash-attn-prebuild")) == 0:
+        assert time.monotonic() < deadline, told
+        time.sleep(0.1)
+    process.terminate()  # as `timeout` and schedulers do
+    told.append(process.communicate(timeout=60)[0])
+    assert process.returncode == 143 and "Traceback" not in "".join(told), told
+    assert compilers_in(f"{tmp_path}/flash-attn-prebuild") == []
+
+
+@pytest.mark.parametrize("arguments", [["--environment"], ["cache", "show"], LISTING])
 def test_a_reader_that_goes_away_leaves_no_traceback(arguments: list[str]) -> None:
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", "flash_attn_interface", *arguments],
@@ -190,8 +228,9 @@ def test_each_thing_that_does_not_fit_is_said_with_a_way_out(
     assert 'pip install "nvidia-cuda-nvrtc-cu12"' in found("compiler").way_out
     monkeypatch.setenv(env.PREBUILT_DIR.name, str(healthy / "nowhere"))
     assert "does not exist" in found("prebuilt").text
-    monkeypatch.setattr(env, "misspelt", lambda: ["FLASH_ATTN_X is not read"])
-    assert found("set").text == "FLASH_ATTN_X is not read"
+    monkeypatch.setattr(env, "misspelt", lambda: ["FLASH_ATTN_X is not read; did you mean Y?"])
+    assert found("set").text == "FLASH_ATTN_X is not read; did you mean Y?"
+    assert any(line.endswith("Y? Correct it, or unset it") for line in report.make().lines())
     healthy.mkdir()
     healthy.chmod(0o777)
     assert "other users may write to it" in found("cache").text
@@ -309,7 +348,7 @@ def test_many_kernels_are_estimated_and_asked_about(
         assert main_command.main(wanted) == (0 if go_on else 1)
         assert compiled == ([8] if go_on else [])
         told = capsys.readouterr().out
-        assert "8 kernels to compile: about 4 s, 2 at once; 516 KiB" in told and "Go on?" in told
+        assert "8 kernels to compile: about 2 s, 2 at once; 516 KiB" in told and "Go on?" in told
     monkeypatch.setattr("sys.stdin", Terminal("n\n"))
     assert main_command.main([*wanted, "--yes"]) == 0
     assert "Go on?" not in capsys.readouterr().out

@@ -248,3 +248,12 @@ def test_directions_that_a_tree_does_not_serve_are_left_out(capsys, monkeypatch)
     told = capsys.readouterr().err
     assert "no tile of fwd.cu for head dims (512, 512)" in told  # of the Hopper tree
     assert "it takes V in parts of up to 256 columns" in told
+
+
+def test_a_folder_for_tables_that_cannot_be_made_is_told_first(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" / "tables"
+    asked = ["--dims", "64", "64", "--arch", "sm_80", "--output", str(folder)]
+    assert tune.main(asked) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and told.err == f"error: {folder} cannot be created (Not a directory)\n"

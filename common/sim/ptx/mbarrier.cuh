@@ -1,5 +1,5 @@
 // Twin of common/ptx/mbarrier.cuh for the simulator. The state lives in the runtime; the bytes in
-// shared memory belong to nobody else.
+// shared memory belong to it alone.
 #pragma once
 #include "common/ptx/base.cuh"
 #include "common/sim/runtime/calls_hopper.h"

@@ -142,8 +142,8 @@ void Cta::switch_to(Fiber& from, Lane* next) {
   fiber_switch(from, next->fiber);
 }
 
-// Gives way to another lane. Comes back once somebody has made this one runnable and its turn is
-// there.
+// Gives way to another lane. Comes back once another lane has made this one runnable and its turn
+// is there.
 void Cta::run_next() {
   Lane* self = current;
   if (tma.loads_in_flight() && may_pretend()) {

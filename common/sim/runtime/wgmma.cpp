@@ -298,7 +298,7 @@ void Wgmma::compute(Cta& cta, const Product& product) {
   }
 }
 
-// Hands the registers back, provided that nobody has written to them meanwhile.
+// Hands the registers back, provided that no thread has written to them meanwhile.
 void Wgmma::write_back(Cta& cta, i32 first_warp, const Accumulator& accumulator, const Site& site) {
   const i32 n = accumulator.n;
   for (i32 thread = 0; thread < 128; ++thread) {
