@@ -12,12 +12,14 @@
 // Change here: loop order, pipeline.
 // Change elsewhere: shared memory and division among warps -> bwd_warps.cuh, copies ->
 // bwd_loads.cuh, elementwise part -> bwd_scores.cuh, sums of gradients -> bwd_products.cuh, mask
-// rules -> mask.cuh, what a CTA works on -> bwd_work.cuh, tile sizes -> bwd_tiles.py.
+// rules -> mask.cuh, what a CTA works on -> bwd_work.cuh, in which order key tiles add to dQ ->
+// bwd_turns.cuh, tile sizes -> bwd_tiles.py.
 #include "prelude.cuh"  // generated for this problem: struct Cfg
 
 #include "flash2/device/bwd_loads.cuh"
 #include "flash2/device/bwd_products.cuh"
 #include "flash2/device/bwd_scores.cuh"
+#include "flash2/device/bwd_turns.cuh"
 #include "flash2/device/bwd_warps.cuh"
 #include "common/device/bwd_work.cuh"
 #include "flash2/device/gemm.cuh"
@@ -141,8 +143,9 @@ DEVICE void load_operands(u32 (&operands)[kMTiles][kKSteps][4], u32 sTile, const
 // before.
 DEVICE void run(Gradients& gradients, const BwdParams& p, const KeyWork& work, const Lane& lane,
                 u32 smem, i32 n_block, const TileRange& tiles, i32 head_begin, i32 head_end) {
-  const i32 first_key = n_block * Cfg::kBlockN, start = first_query_tile<Cfg>(tiles, first_key);
+  const i32 first_key = n_block * Cfg::kBlockN, start = first_step(tiles, first_key);
   const Loader loader{p, work, lane, smem};
+  const Turns turns{p, work, tiles, lane.thread_idx, n_block};
   Cursor at{head_begin, start};
   cta_sync();  // the run before is done with shared memory
   loader.load_first(at, first_key);
@@ -163,7 +166,7 @@ DEVICE void run(Gradients& gradients, const BwdParams& p, const KeyWork& work, c
   Cursor before = at;
   for (i32 step = 0; step < num_steps; ++step) {
     Cursor next_at = at;
-    next_at.advance(tiles, start);
+    advance(next_at, tiles, start);
     const i32 next_rows = step + 1 < num_steps ? work.seq.seqlen_q : 0;
     const i32 stage_q = Cfg::kStagesQ == 2 ? step % 2 : 0,
               stage_do = Cfg::kStagesDo == 2 ? step % 2 : 0;
@@ -173,6 +176,7 @@ DEVICE void run(Gradients& gradients, const BwdParams& p, const KeyWork& work, c
 
     cp_async_wait_group<0>();
     cta_sync();
+    turns.step(at, step, num_steps);
     if constexpr (kDelayedDq) {
       if (step > 0) {
         compute_and_add_dq(p, work, lane, before, smem,
@@ -217,9 +221,11 @@ DEVICE void run(Gradients& gradients, const BwdParams& p, const KeyWork& work, c
   cp_async_wait_group<0>();  // the zeros behind the last step
   if constexpr (kDelayedDq) {
     cta_sync();
+    turns.step(at, num_steps, num_steps);
     compute_and_add_dq(p, work, lane, before, smem,
                        smem + Smem::kDs + u32((num_steps + 1) % 2 * LayoutP::kBytes));
   }
+  turns.finish(at);
 }
 enum NamedBarrier {
   kBarHandoff = 1,    // + role_warp: P^T of a warp's part lies where dS^T will
@@ -354,8 +360,9 @@ template <bool kScores, i32 kNTiles>
 DEVICE void run_role(Fragments<kMTilesKv, kNTiles>& rD, const BwdParams& p, const KeyWork& work,
                      const Lane& lane, u32 smem, i32 n_block, const TileRange& tiles,
                      i32 head_begin, i32 head_end) {
-  const i32 first_key = n_block * Cfg::kBlockN, start = first_query_tile<Cfg>(tiles, first_key);
+  const i32 first_key = n_block * Cfg::kBlockN, start = first_step(tiles, first_key);
   const Loader loader{p, work, lane, smem};
+  const Turns turns{p, work, tiles, lane.thread_idx, n_block};
   Cursor at{head_begin, start};
   cta_sync();  // the run before is done with shared memory
   loader.load_first(at, first_key);
@@ -364,7 +371,7 @@ DEVICE void run_role(Fragments<kMTilesKv, kNTiles>& rD, const BwdParams& p, cons
   Cursor before = at;
   for (i32 step = 0; step < num_steps; ++step) {
     Cursor next_at = at;
-    next_at.advance(tiles, start);
+    advance(next_at, tiles, start);
     const bool masked = at.m_block < tiles.interior_begin || at.m_block >= tiles.interior_end;
     const RoleStep now{p,
                        work,
@@ -380,6 +387,7 @@ DEVICE void run_role(Fragments<kMTilesKv, kNTiles>& rD, const BwdParams& p, cons
                        masked};
     cp_async_wait_group<0>();
     cta_sync();
+    turns.step(at, step, num_steps);
     if constexpr (kScores) {
       now.scores(rD);
     } else {
@@ -391,8 +399,10 @@ DEVICE void run_role(Fragments<kMTilesKv, kNTiles>& rD, const BwdParams& p, cons
   }
   cp_async_wait_group<0>();  // the zeros behind the last step
   cta_sync();
+  turns.step(at, num_steps, num_steps);
   compute_and_add_dq(p, work, lane, before, smem,
                      smem + Smem::kDs + u32((num_steps + 1) % 2 * LayoutP::kBytes));
+  turns.finish(at);
 }
 
 // dK and dV of one key tile: sums over the CTA's query heads of each K and V head. kHasDk, kHasDv:

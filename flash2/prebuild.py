@@ -17,7 +17,7 @@ from .._common.prebuild.problems import (
 from .._common.runtime import arch as arch_table
 from .._common.runtime.spec import KernelSpec
 from .append_tiles import append_spec
-from .bwd_tiles import backward_specs
+from .bwd_order import backward_specs
 from .decode_splits import MAX_CHOSEN_SPLITS
 from .decode_tiles import PARTIAL_COLUMN_MULTIPLE, chosen_tile, combine_spec, decode_spec
 from .fwd_tiles import forward_spec
