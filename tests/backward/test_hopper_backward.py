@@ -142,7 +142,8 @@ def check_deterministic(
     """
     call = Call(case, machine.device)
     with launcher.checks(resident_ctas=1 if tile is None else tile.cluster_size):
-        check(call, deterministic(machine, call, tile, heads_per_cta))
+        with launcher.checks(ordered_adds=True):
+            check(call, deterministic(machine, call, tile, heads_per_cta))
         show_the_order(call)
         first = deterministic(machine, call, tile, heads_per_cta)
     if machine.name == "sim":
