@@ -12,8 +12,8 @@
 // Change here: which gradients a CTA sums up and stores.
 // Change elsewhere: loop order, pipeline -> the two schedules, shared memory and division among
 // warps -> bwd_warps.cuh, copies -> bwd_loads.cuh, elementwise part -> bwd_scores.cuh, sums of
-// gradients -> bwd_products.cuh, mask rules -> mask.cuh, what a CTA works on -> bwd_work.cuh, tile
-// sizes -> bwd_tiles.py.
+// gradients -> bwd_products.cuh, mask rules -> mask.cuh, what a CTA works on -> bwd_work.cuh, in
+// which order key tiles add to dQ -> bwd_turns.cuh, tile sizes -> bwd_tiles.py.
 #include "prelude.cuh"  // generated for this problem: struct Cfg
 
 #include "flash2/device/bwd_joint.cuh"

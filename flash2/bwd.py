@@ -19,7 +19,7 @@ from .._common.ask.problem import Target
 from .._common.features import dropout, union
 from .._common.launch import kernels
 from .._common.runtime.spec import KernelSpec
-from . import bwd_schedule, bwd_tiles
+from . import bwd_order, bwd_schedule, bwd_tiles
 from .bwd_schedule import BackwardSchedule
 from .bwd_tiles import BackwardTile
 
@@ -35,14 +35,14 @@ class BackwardPlan:
     the kernels.
 
     dk and dv are bitwise reproducible, each the fp32 sum over its query heads in a fixed order. dq
-    is if deterministic: split s of its accumulator belongs to one CTA per query head, which takes
-    key tiles s, s + dq_splits, ... in order. (The Hopper tree's plan has one split to which key
-    tiles add in order, and counters of 4 bytes per 16 rows and head behind it.)
+    is if deterministic, in one of two ways. Ordered: key tiles add to one accumulator in order, by
+    counters of 4 bytes per 16 rows and head behind it. Else split s of its accumulator belongs to
+    one CTA per query head, which takes key tiles s, s + dq_splits, ... in order.
 
     Memory that `run` takes beyond its results: 4 bytes per query row and head (softmax_lse in other
     units), and fp32 accumulators:
     - of dq, dq_splits * num_heads_q * rows * columns * 4 bytes; dq_splits is 1 unless
-      deterministic, then at most `bwd_schedule.MAX_DETERMINISTIC_SPLITS`.
+      deterministic and not ordered, then at most `bwd_schedule.MAX_DETERMINISTIC_SPLITS`.
     - of dk and dv, only where several CTAs share a head of K or V: that number of CTAs *
       num_heads_k * rows * columns * 4 bytes, dv likewise. `bwd_schedule.choose_heads_per_cta` sees
       to it that the CTAs are fewer than the query heads that share it.
@@ -59,7 +59,7 @@ class BackwardPlan:
         """tile: instead of the tables' choice. heads_per_cta: instead of bwd_schedule's."""
         self.problem = problem
         self.target = target
-        self.specs = self.specs_of(problem, target.arch, tile, target.gpu)
+        self.specs = self._choose_specs(tile)
         self.device = (
             torch.device("cpu") if target.simulated else torch.device("cuda", target.device_index)
         )
@@ -69,7 +69,14 @@ class BackwardPlan:
         self._kernels: tuple[kernels.Kernel, ...] = ()  # loaded, maybe compiled, by the first run
 
     # What another tree's plan has of its own.
-    specs_of: Callable[..., tuple[KernelSpec, ...]] = staticmethod(bwd_tiles.backward_specs)
+    def _choose_specs(self, tile: BackwardTile | None) -> tuple[KernelSpec, ...]:
+        arch, gpu = self.target.arch, self.target.gpu
+        return bwd_order.backward_specs(self.problem, arch, tile, gpu, self._in_order())
+
+    def _in_order(self) -> bool:
+        """How to be deterministic, see above."""
+        return bwd_order.ORDERED_ON_GPUS or self.target.simulated
+
     programmatic = False  # a kernel may start before the one ahead of it has ended
     schedule_of: Callable[..., BackwardSchedule] = staticmethod(bwd_schedule.schedule)
 

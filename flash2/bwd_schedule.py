@@ -4,7 +4,7 @@ SMs. The device's side is `common/device/bwd_work.cuh`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import lcm
 from typing import Protocol
 
@@ -14,7 +14,8 @@ from .fwd_tiles import ELEM_BYTES
 
 
 class Kernel(Protocol):
-    """Constants of the main kernel: block_m, block_n, accum_columns, min_ctas_per_sm."""
+    """Constants of the main kernel: block_m, block_n, accum_columns, min_ctas_per_sm; ordered, if
+    the problem is deterministic."""
 
     def __getitem__(self, name: str, /) -> bool | int: ...
 
@@ -22,6 +23,10 @@ class Kernel(Protocol):
 # Q, dO and dq_accum of the heads that run together should stay in L2 (A100 2 x 20 MB, H100 50 MB).
 L2_BUDGET_BYTES = 24 * 2**20
 MAX_DETERMINISTIC_SPLITS = 8
+# Deterministic and ordered: key tiles follow one another by one to two steps. What is above that
+# lets steps and, when causal, walks differ in length (a model: docs/performance/log/).
+ORDERED_STEPS_APART = 4
+ORDERED_TILES_TOGETHER = 3  # of a unit at least, where there are steps enough: they share queries
 MANY_ROUNDS = 4  # a launch so many times as long as its longest CTA ends evenly in any order
 # What choose_heads_per_cta weighs, in steps (a query tile) of a CTA. Fitted to an H100.
 CTA_STEPS = 2  # beginning and end of a CTA
@@ -68,6 +73,8 @@ def schedule(
     problem: BackwardProblem, kernel: Kernel, num_sms: int, heads_per_cta: int = 0
 ) -> BackwardSchedule:
     """kernel: of bwd.cu. heads_per_cta: instead of the rule's."""
+    if problem.deterministic and kernel["ordered"]:
+        return _ordered(replace(problem, deterministic=False), kernel, num_sms, heads_per_cta)
     p = problem.forward
     of_group = heads_per_group(p)
     heads_per_cta = heads_per_cta or choose_heads_per_cta(problem, kernel, num_sms)
@@ -100,6 +107,28 @@ def schedule(
         k_tiles_per_unit=tiles,
         k_tiles_per_phase=tiles_per_phase,
         k_units_per_turn=-(-units // turns),
+    )
+
+
+def _ordered(
+    problem: BackwardProblem, kernel: Kernel, num_sms: int, heads_per_cta: int
+) -> BackwardSchedule:
+    """As without order, with so few key tiles of a unit at a time that none waits for long.
+
+    All begin at the same query tile and follow each other ORDERED_STEPS_APART steps apart. While
+    the first one walks, as many can begin; more would wait, and keep others from running.
+    """
+    chosen = schedule(problem, kernel, num_sms, heads_per_cta)
+    queries = _queries_of_key_tiles(problem.forward, kernel)
+    steps = sum(queries) / len(queries) / int(kernel["block_m"]) * chosen.heads_per_cta
+    together = max(ORDERED_TILES_TOGETHER, _sharing(kernel))
+    together = max(1, min(together, int(steps / ORDERED_STEPS_APART)))
+    units = max(1, _slots(kernel, num_sms) // together)
+    turns = max(1, chosen.k_units // units)
+    return replace(
+        chosen,
+        k_tiles_per_phase=chosen.k_tiles_per_unit,
+        k_units_per_turn=-(-chosen.k_units // turns),
     )
 
 

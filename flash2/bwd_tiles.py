@@ -362,6 +362,7 @@ def _main_spec(
         grad_vector_bytes=problem.grad_vector_bytes,
         wide_row_strides=wide_row_strides(*(row for _, row, _ in copied)),
         deterministic=problem.deterministic,
+        ordered=False,  # bwd_order.py
         unequal_heads=forward.qhead_per_khead != forward.qhead_per_vhead,
         **union.constants(forward, "backward"),
     )

@@ -18,7 +18,8 @@ from .._common.prebuild.problems import (
 from .._common.runtime import arch as arch_table
 from .._common.runtime.spec import KernelSpec
 from .append_tiles import append_spec
-from .bwd_tiles import MAX_HEAD_DIM, backward_specs
+from .bwd_order import backward_specs
+from .bwd_tiles import MAX_HEAD_DIM
 from .decode_splits import MAX_CHOSEN_SPLITS
 from .decode_tiles import PARTIAL_COLUMN_MULTIPLE, chosen_tile, combine_spec, decode_spec
 from .part_tiles import forward_specs

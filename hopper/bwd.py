@@ -71,9 +71,11 @@ def units_together(slots: int, tiles: int) -> int:
 class BackwardPlan(StreamedBackwardPlan):
     """As flash2's, with the main kernel of this tree."""
 
-    specs_of = staticmethod(bwd_tiles.backward_specs)
     schedule_of = staticmethod(schedule)
     programmatic = True
+
+    def _choose_specs(self, tile: Any) -> tuple[KernelSpec, ...]:
+        return bwd_tiles.backward_specs(self.problem, self.target.arch, tile, self.target.gpu)
 
     def _prepare(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
         super()._prepare(dout, q, k, v)

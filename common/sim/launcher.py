@@ -38,11 +38,15 @@ class Checks:
 
     resident_ctas: as many CTAs, in whole clusters, have started and not ended at a time. Matters to
     kernels whose CTAs wait for each other; the default is an H100 with one CTA on each SM.
+
+    ordered_adds: CTAs that add floats to the same place must make an order of it, by counters.
+    Needs racecheck.
     """
 
     racecheck: bool = True
     seed: int = 0
     resident_ctas: int = 132
+    ordered_adds: bool = False
 
 
 _checks: ContextVar[Checks] = ContextVar("flash_attn_simulator_checks")
@@ -50,17 +54,22 @@ _checks: ContextVar[Checks] = ContextVar("flash_attn_simulator_checks")
 
 @contextlib.contextmanager
 def checks(
-    racecheck: bool | None = None, seed: int | None = None, resident_ctas: int | None = None
+    racecheck: bool | None = None,
+    seed: int | None = None,
+    resident_ctas: int | None = None,
+    ordered_adds: bool | None = None,
 ) -> Iterator[None]:
     """Runs the body's kernels with these fields of Checks changed."""
     current = _current_checks()
-    token = _checks.set(
-        Checks(
-            current.racecheck if racecheck is None else racecheck,
-            current.seed if seed is None else seed,
-            current.resident_ctas if resident_ctas is None else resident_ctas,
-        )
+    changed = Checks(
+        current.racecheck if racecheck is None else racecheck,
+        current.seed if seed is None else seed,
+        current.resident_ctas if resident_ctas is None else resident_ctas,
+        current.ordered_adds if ordered_adds is None else ordered_adds,
     )
+    if changed.ordered_adds and not changed.racecheck:
+        raise ValueError("ordered_adds=True needs racecheck=True, whose clocks it compares")
+    token = _checks.set(changed)
     try:
         yield
     finally:
@@ -104,6 +113,8 @@ class _Launch(ctypes.Structure):
         ("num_workers", ctypes.c_int32),
         ("resident_ctas", ctypes.c_int32),
         ("racecheck", ctypes.c_int32),
+        ("ordered_adds", ctypes.c_int32),
+        ("additions", ctypes.c_void_p),
     ]
 
 
@@ -177,6 +188,8 @@ class SimKernel:
             env.SIM_THREADS.get(),
             options.resident_ctas,
             options.racecheck,
+            options.ordered_adds,
+            None,
         )
         message = ctypes.create_string_buffer(_MESSAGE_BYTES)
         if self._run(ctypes.byref(request), message, ctypes.c_uint64(_MESSAGE_BYTES)):

@@ -5,6 +5,7 @@
 #include "flash2/device/bwd_loads.cuh"
 #include "flash2/device/bwd_products.cuh"
 #include "flash2/device/bwd_scores.cuh"
+#include "flash2/device/bwd_turns.cuh"
 #include "common/device/mask.cuh"
 #include "common/device/score.cuh"
 #include "common/ptx/barrier.cuh"
@@ -123,8 +124,9 @@ DEVICE void load_operands(u32 (&operands)[kMTiles][kKSteps][4], u32 sTile, const
 // before.
 DEVICE void run(Gradients& gradients, const BwdParams& p, const KeyWork& work, const Lane& lane,
                 u32 smem, i32 n_block, const TileRange& tiles, i32 head_begin, i32 head_end) {
-  const i32 first_key = n_block * Cfg::kBlockN, start = first_query_tile<Cfg>(tiles, first_key);
+  const i32 first_key = n_block * Cfg::kBlockN, start = first_step(tiles, first_key);
   const Loader loader{p, work, lane, smem};
+  const Turns turns{p, work, tiles, lane.thread_idx, n_block};
   Cursor at{head_begin, start};
   cta_sync();  // the run before is done with shared memory
   loader.load_first(at, first_key);
@@ -145,7 +147,7 @@ DEVICE void run(Gradients& gradients, const BwdParams& p, const KeyWork& work, c
   Cursor before = at;
   for (i32 step = 0; step < num_steps; ++step) {
     Cursor next_at = at;
-    next_at.advance(tiles, start);
+    advance(next_at, tiles, start);
     const i32 next_rows = step + 1 < num_steps ? work.seq.seqlen_q : 0;
     const i32 stage_q = Cfg::kStagesQ == 2 ? step % 2 : 0,
               stage_do = Cfg::kStagesDo == 2 ? step % 2 : 0;
@@ -155,6 +157,7 @@ DEVICE void run(Gradients& gradients, const BwdParams& p, const KeyWork& work, c
 
     cp_async_wait_group<0>();
     cta_sync();
+    turns.step(at, step, num_steps);
     if constexpr (kDelayedDq) {
       if (step > 0) {
         compute_and_add_dq(p, work, lane, before, smem,
@@ -199,7 +202,9 @@ DEVICE void run(Gradients& gradients, const BwdParams& p, const KeyWork& work, c
   cp_async_wait_group<0>();  // the zeros behind the last step
   if constexpr (kDelayedDq) {
     cta_sync();
+    turns.step(at, num_steps, num_steps);
     compute_and_add_dq(p, work, lane, before, smem,
                        smem + Smem::kDs + u32((num_steps + 1) % 2 * LayoutP::kBytes));
   }
+  turns.finish(at);
 }

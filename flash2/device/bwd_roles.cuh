@@ -5,6 +5,7 @@
 #include "flash2/device/bwd_loads.cuh"
 #include "flash2/device/bwd_products.cuh"
 #include "flash2/device/bwd_scores.cuh"
+#include "flash2/device/bwd_turns.cuh"
 #include "common/device/mask.cuh"
 #include "common/device/score.cuh"
 #include "common/ptx/barrier.cuh"
@@ -143,8 +144,9 @@ template <bool kScores, i32 kNTiles>
 DEVICE void run_role(Fragments<kMTilesKv, kNTiles>& rD, const BwdParams& p, const KeyWork& work,
                      const Lane& lane, u32 smem, i32 n_block, const TileRange& tiles,
                      i32 head_begin, i32 head_end) {
-  const i32 first_key = n_block * Cfg::kBlockN, start = first_query_tile<Cfg>(tiles, first_key);
+  const i32 first_key = n_block * Cfg::kBlockN, start = first_step(tiles, first_key);
   const Loader loader{p, work, lane, smem};
+  const Turns turns{p, work, tiles, lane.thread_idx, n_block};
   Cursor at{head_begin, start};
   cta_sync();  // the run before is done with shared memory
   loader.load_first(at, first_key);
@@ -153,7 +155,7 @@ DEVICE void run_role(Fragments<kMTilesKv, kNTiles>& rD, const BwdParams& p, cons
   Cursor before = at;
   for (i32 step = 0; step < num_steps; ++step) {
     Cursor next_at = at;
-    next_at.advance(tiles, start);
+    advance(next_at, tiles, start);
     const bool masked = at.m_block < tiles.interior_begin || at.m_block >= tiles.interior_end;
     const RoleStep now{p,
                        work,
@@ -169,6 +171,7 @@ DEVICE void run_role(Fragments<kMTilesKv, kNTiles>& rD, const BwdParams& p, cons
                        masked};
     cp_async_wait_group<0>();
     cta_sync();
+    turns.step(at, step, num_steps);
     if constexpr (kScores) {
       now.scores(rD);
     } else {
@@ -180,6 +183,8 @@ DEVICE void run_role(Fragments<kMTilesKv, kNTiles>& rD, const BwdParams& p, cons
   }
   cp_async_wait_group<0>();  // the zeros behind the last step
   cta_sync();
+  turns.step(at, num_steps, num_steps);
   compute_and_add_dq(p, work, lane, before, smem,
                      smem + Smem::kDs + u32((num_steps + 1) % 2 * LayoutP::kBytes));
+  turns.finish(at);
 }

@@ -283,13 +283,28 @@ DETERMINISTIC = [
 ]
 
 
+class PlanInOrder(BackwardPlan):
+    """Deterministic by additions in a fixed order."""
+
+    def _in_order(self) -> bool:
+        return True
+
+
+class PlanWithCopies(BackwardPlan):
+    """Deterministic by copies of dq_accum."""
+
+    def _in_order(self) -> bool:
+        return False
+
+
 @on_both(DETERMINISTIC)
-def test_deterministic(runner: Runner, case: Case):
+@pytest.mark.parametrize("plan_type", [PlanInOrder, PlanWithCopies])
+def test_deterministic(runner: Runner, case: Case, plan_type: type[BackwardPlan]):
     call = Call(case, runner.device)
-    first, _ = call.run(runner, deterministic=True)
+    first, _ = call.run(runner, deterministic=True, plan_type=plan_type)
     check(call, first)
     for _ in range(1 if runner.name == "sim" else 1000):
-        again, _ = call.run(runner, deterministic=True)
+        again, _ = call.run(runner, deterministic=True, plan_type=plan_type)
         for got, want in zip(again, first, strict=True):
             assert torch.equal(got, want)
 

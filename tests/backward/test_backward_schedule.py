@@ -10,12 +10,12 @@ import pytest
 import torch
 from cases import Case, on_both
 from conftest import Runner
-from test_backward import Call, check
+from test_backward import Call, PlanInOrder, PlanWithCopies, check
 from torch import Tensor
 
 from flash_attn_interface._common.ask.backward_problem import BackwardProblem
 from flash_attn_interface._common.ask.problem import Problem
-from flash_attn_interface._flash2 import bwd_schedule, bwd_tiles
+from flash_attn_interface._flash2 import bwd_order, bwd_schedule
 from flash_attn_interface._flash2.bwd import BackwardPlan
 from flash_attn_interface._flash2.bwd_schedule import BackwardSchedule
 
@@ -29,16 +29,19 @@ def schedule(
     causal: bool = True,
     varlen: bool = False,
     deterministic: bool = False,
+    ordered: bool = False,
+    head_dim: int = 128,
 ) -> BackwardSchedule:
-    """Of head dims (128, 128) on an H100."""
+    """Of equal head dims on an H100."""
     total = batch * seqlen
     forward = Problem(
-        "bf16", 128, 128, *heads, batch, seqlen, seqlen, total, total, 1.0, varlen, varlen,
+        "bf16", head_dim, head_dim, *heads, batch, seqlen, seqlen, total, total, 1.0,
+        varlen, varlen,
         causal=causal, window_right=0 if causal else -1,
     )  # fmt: skip
     strides = [(0, 0, 0)] * 5
     problem = BackwardProblem(forward, *strides, deterministic=deterministic)
-    kernel = bwd_tiles.backward_specs(problem, "sm_90")[1]
+    kernel = bwd_order.backward_specs(problem, "sm_90", ordered=ordered)[1]
     return bwd_schedule.schedule(problem, kernel, H100_SMS)
 
 
@@ -79,15 +82,38 @@ def test_turns_are_of_equal_size():
     assert turns > 1 and found.k_units_per_turn * turns - found.k_units < turns
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("causal", [False, True])
+def test_ordered_key_tiles_do_not_queue(head_dim: int, causal: bool):
+    """All of a unit's key tiles begin at its last query tile, each some steps after the one ahead;
+    so no more begin at a time than a walk has room for, wherever there are units enough.
+    """
+    for seqlen in (512, 1024, 2048, 4096, 8192):
+        shape = ((2048 // head_dim,) * 3, seqlen, 32768 // seqlen, causal)
+        found = schedule(*shape, deterministic=True, ordered=True, head_dim=head_dim)
+        assert found.dq_splits == 1
+        assert found.k_tiles_per_phase == found.k_tiles_per_unit, "earlier key tiles go first"
+        together = -(-H100_SMS // found.k_units_per_turn)
+        steps = seqlen / 64 / (2 if causal else 1)
+        few = found.k_units_per_turn == found.k_units
+        assert few or (together - 1) * bwd_schedule.ORDERED_STEPS_APART <= steps
+
+
 @pytest.mark.sim
-@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(
+    ("deterministic", "plan_type"),
+    [(False, BackwardPlan), (True, PlanWithCopies), (True, PlanInOrder)],
+)
 def test_memory_beyond_the_gradients(
-    monkeypatch: pytest.MonkeyPatch, deterministic: bool, record_property: Any
+    monkeypatch: pytest.MonkeyPatch,
+    deterministic: bool,
+    plan_type: type[BackwardPlan],
+    record_property: Any,
 ):
     """The fp32 accumulators and two fp32 numbers a row.
 
-    That of dq has dq_splits parts; those of dk and dv as many as there are CTAs that share a head,
-    fewer than the query heads that do.
+    That of dq has dq_splits parts or, if key tiles add to it in order, one and counters; those
+    of dk and dv as many as there are CTAs that share a head, fewer than the query heads that do.
     """
     case = Case(seqlen_q=256, seqlen_k=300, batch=1).with_dims(64, 128).with_heads(4, 2, 1)
     taken: list[Tensor] = []
@@ -101,7 +127,7 @@ def test_memory_beyond_the_gradients(
 
     monkeypatch.setattr(BackwardPlan, "_empty", empty)
     call = Call(case, "cpu")
-    call.run(Runner("sim", torch.device("cpu")), deterministic=deterministic)
+    call.run(Runner("sim", torch.device("cpu")), deterministic, plan_type=plan_type)
     taken_bytes = sum(tensor.nbytes for tensor in taken)
     record_property("extra_bytes", taken_bytes)
     schedule = plans[-1].schedule
@@ -111,8 +137,9 @@ def test_memory_beyond_the_gradients(
     floats = schedule.dq_splits * rows * case.head_dim_qk + 2 * rows
     floats += parts_k * case.num_heads_k * key_rows * case.head_dim_qk if parts_k > 1 else 0
     floats += parts_v * case.num_heads_v * key_rows * case.head_dim_v if parts_v > 1 else 0
+    floats += rows // 16 if plan_type is PlanInOrder else 0
     assert taken_bytes == 4 * floats
-    assert schedule.dq_splits == 1 or deterministic
+    assert schedule.dq_splits == 1 or plan_type is PlanWithCopies
     assert parts_k < 2 and parts_v < 4
 
 

@@ -7,16 +7,15 @@ from __future__ import annotations
 import cases
 import hopper_tree
 import pytest
-import torch
 from cases import Case
 from conftest import Runner
-from test_backward import DETERMINISTIC, SOME_HEAD_DIMS, Call, Grads, check
+from test_backward import SOME_HEAD_DIMS, Call, Grads, check
 from test_hopper_forward import machine, on_hopper, serves
+from test_ordered_additions import ORDERED, same, show_the_order
 
 from flash_attn_interface._common.ask.backward_problem import BackwardProblem
 from flash_attn_interface._common.ask.problem import Problem, Target
 from flash_attn_interface._common.sim import launcher
-from flash_attn_interface.reference.forward import attention_reference
 
 __all__ = ["machine"]
 
@@ -131,35 +130,8 @@ def test_ctas_that_share_heads(machine: Runner, case: Case, heads_per_cta: int):
     check_case(machine, case, heads_per_cta=heads_per_cta)
 
 
-ORDERED = [
-    *DETERMINISTIC,
-    Case(causal=True, seqlen_q=290, seqlen_k=310, batch=1).with_heads(4, 2, 1),
-    Case(seqlen_q=290, seqlen_k=470, batch=1, window_size=(130, 20)),
-    Case(seqlen_q=290, seqlen_k=470, batch=1, window_size=(-1, 20)),
-    Case(seqlen_q=290, seqlen_k=470, batch=1, window_size=(70, -1), causal=True),
-    Case(seqlen_q=290, seqlen_k=310, batch=1, attention_chunk=96),
-    *cases.VARLEN[2:4],
-    *cases.VARLEN[9:12],
-    Case(causal=True, lengths_q=(200, 0, 300), lengths_k=(330, 12, 260), tail=5),
-]
-
-
-def same(some: Grads, others: Grads) -> bool:
-    return all(torch.equal(one, other) for one, other in zip(some, others, strict=True))
-
-
 def deterministic(machine: Runner, call: Call, tile: BackwardTile | None, heads: int = 0) -> Grads:
     return call.run(machine, True, tile, heads, backend=BACKEND, plan_type=BackwardPlan)[0]
-
-
-def show_the_order(call: Call) -> None:
-    """Makes dq tell in which order its parts were added, although it is rounded to 16 bits: in each
-    row dS adds up to 0, so a constant added to all keys leaves dq, but not the parts, as it was.
-    """
-    call.inputs.k.detach().add_(128)
-    out, lse, _ = attention_reference(*(x.double() for x in call._qkv()), **call.arguments)
-    assert lse is not None
-    call.out, call.softmax_lse = out.to(call.out.dtype), lse.float()
 
 
 def check_deterministic(
@@ -170,7 +142,8 @@ def check_deterministic(
     """
     call = Call(case, machine.device)
     with launcher.checks(resident_ctas=1 if tile is None else tile.cluster_size):
-        check(call, deterministic(machine, call, tile, heads_per_cta))
+        with launcher.checks(ordered_adds=True):
+            check(call, deterministic(machine, call, tile, heads_per_cta))
         show_the_order(call)
         first = deterministic(machine, call, tile, heads_per_cta)
     if machine.name == "sim":

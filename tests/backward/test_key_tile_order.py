@@ -33,7 +33,9 @@ def problems() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS)
-@pytest.mark.parametrize(("block_m", "block_n"), [(64, 64), (64, 128), (128, 128)])
+@pytest.mark.parametrize(
+    ("block_m", "block_n"), [(64, 64), (64, 96), (64, 128), (128, 128), (32, 32), (32, 64)]
+)
 def test_the_first_key_tile_is_the_first_that_visits(
     runner: Runner, masks: dict[str, bool], block_m: int, block_n: int
 ):

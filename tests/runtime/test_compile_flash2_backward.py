@@ -16,7 +16,7 @@ from test_compile_flash2 import ARCHS, compile_spec, problem
 from flash_attn_interface._common.ask.backward_problem import BackwardProblem
 from flash_attn_interface._common.runtime import arch as arch_table
 from flash_attn_interface._common.runtime import sass
-from flash_attn_interface._flash2 import bwd_tiles, fwd_tiles
+from flash_attn_interface._flash2 import bwd_order, bwd_tiles, fwd_tiles
 
 # dK and dV of a tile fill the registers: what spills are values that a step reads a few times.
 MAX_SPILL_BYTES = 256
@@ -34,17 +34,29 @@ SAMPLE = [
 ]
 
 
-def check(arch: str, dims: tuple[int, int], feature: str) -> None:
+ORDERED_SAMPLE = [
+    ("sm_80", (64, 64), "plain"),
+    ("sm_80", (128, 128), "dropout"),
+    ("sm_86", (128, 256), "unequal heads"),
+    ("sm_90", (64, 128), "varlen"),
+    ("sm_90", (256, 256), "plain"),
+]
+
+
+def check(arch: str, dims: tuple[int, int], feature: str, ordered: bool = False) -> None:
     forward = problem(dims, "causal" if feature == "unequal heads" else feature, "bf16")
     if feature == "unequal heads":
         forward = replace(forward, num_heads_q=8, num_heads_k=2, num_heads_v=4)
     strides = (forward.seqlen_q * dims[1], dims[1], dims[1])
-    backward = BackwardProblem(forward, strides, strides, strides, strides, strides)
-    for spec in bwd_tiles.backward_specs(backward, arch):
+    backward = BackwardProblem(
+        forward, strides, strides, strides, strides, strides, deterministic=ordered
+    )
+    for spec in bwd_order.backward_specs(backward, arch, ordered=ordered):
         assert int(spec["smem_bytes"]) <= arch_table.limits(arch).max_smem_per_cta
         compiled = compile_spec(spec)
         assert compiled.resources.spill_store_bytes <= MAX_SPILL_BYTES, spec.describe()
         if spec.entry == "flash2_bwd":
+            assert spec["ordered"] == ordered
             assert sass.count(compiled.cubin, spec.entry, "HMMA") > 0
 
 
@@ -53,12 +65,18 @@ def test_sample(arch: str, dims: tuple[int, int], feature: str):
     check(arch, dims, feature)
 
 
+@pytest.mark.parametrize(("arch", "dims", "feature"), ORDERED_SAMPLE)
+def test_ordered_sample(arch: str, dims: tuple[int, int], feature: str):
+    check(arch, dims, feature, ordered=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("dims", [*NAMED_PAIRS, *EQUAL_PAIRS])
 @pytest.mark.parametrize("feature", FEATURES)
-def test_all(arch: str, dims: tuple[int, int], feature: str):
-    check(arch, dims, feature)
+@pytest.mark.parametrize("ordered", [False, True], ids=["default", "ordered"])
+def test_all(arch: str, dims: tuple[int, int], feature: str, ordered: bool):
+    check(arch, dims, feature, ordered)
 
 
 @pytest.mark.parametrize("arch", ["sm_86", "sm_89"])

@@ -128,3 +128,54 @@ def test_an_addition_counted_when_its_source_is_read_comes_too_early() -> None:
     out, expected = ordered_adds(SIM, 1)
     assert not torch.equal(out, expected)
     assert torch.allclose(out, expected, rtol=1e-3, atol=1e-1)
+
+
+def ordered_reds(runner: Runner, which: int) -> tuple[Tensor, Tensor]:
+    """As ordered_adds, of registers; row t of both gets those of CTA 0, 1, ..."""
+    grid = 12
+    data = torch.randn(grid, 64) * 10.0 ** torch.randint(-3, 4, (grid, 64))
+    expected = torch.randn(grid, 64)
+    out = torch.cat([expected.flatten(), torch.zeros(grid)]).to(runner.device)
+    probes.run(
+        runner, "probe_ordered_reds", data.to(runner.device), out,
+        grid=grid, which=which, num_threads=64,
+    )  # fmt: skip
+    for cta in range(grid):
+        expected += data[cta]
+    return out[: grid * 64].cpu().view(grid, 64), expected
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("which", [0, 1], ids=["release", "fence"])
+def test_additions_in_a_fixed_order_are_bitwise(runner: Runner, which: int, seed: int) -> None:
+    with launcher.checks(seed=seed, ordered_adds=True):
+        out, expected = ordered_reds(runner, which)
+    assert torch.equal(out, expected)
+
+
+UNORDERED = {"no-release": 2, "early-count": 3, "unseen-look": 4, "no-wait": 5, "early-turn": 6}
+
+
+@pytest.mark.sim
+@pytest.mark.parametrize("resident_ctas", [1, 132])
+@pytest.mark.parametrize("which", UNORDERED.values(), ids=UNORDERED)
+def test_additions_that_nothing_orders_are_found(which: int, resident_ctas: int) -> None:
+    """Whether or not this run has them in that order, as with one CTA at a time."""
+    unordered = (
+        r"this addition is not ordered after the addition by CTA \d+, warp \d, lane \d+ at "
+        r"tests/kernels/probe_ordered_reds\.cu:\d+"
+    )
+    with (
+        launcher.checks(resident_ctas=resident_ctas, ordered_adds=True),
+        pytest.raises(SimulatorError, match=unordered),
+    ):
+        ordered_reds(SIM, which)
+
+
+@pytest.mark.sim
+def test_the_order_of_additions_is_looked_at_on_request_only() -> None:
+    out, expected = ordered_reds(SIM, UNORDERED["no-release"])
+    assert torch.equal(out, expected)
+    with pytest.raises(ValueError, match="needs racecheck=True"):
+        with launcher.checks(racecheck=False, ordered_adds=True):
+            pass

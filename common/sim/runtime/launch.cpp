@@ -9,6 +9,7 @@
 #include <system_error>
 #include <thread>
 
+#include "additions.h"
 #include "cluster.h"
 
 namespace flash_sim {
@@ -156,7 +157,9 @@ class Schedule {
   std::string error_;
 };
 
-std::string run(const Launch& launch) {
+std::string run(Launch launch) {
+  Additions additions;
+  launch.additions = launch.ordered_adds != 0 ? &additions : nullptr;
   Schedule schedule(launch);
   std::vector<std::thread> helpers;
   for (i32 i = 1; i < std::min(launch.num_workers, launch.grid / launch.cluster_size); ++i) {

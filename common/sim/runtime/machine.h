@@ -3,6 +3,7 @@
 //   warp_ops.cpp  what the operations of a whole warp compute
 //   memory.cpp    checked accesses to global and shared memory, asynchronous copies
 //   races.h       the race detector on shared memory
+//   additions.h   the checker of the order of additions to global memory
 //   async.h       mbarriers, TMA and wgmma: mbarrier.cpp, tma.cpp, wgmma.cpp
 //   cluster.h     the CTAs of a cluster, which take turns
 //   launch.cpp    clusters over OS threads, the C interface to launcher.py
@@ -33,6 +34,8 @@ struct Earlier {
   u64 written;  // by that launch; else it may be reading
 };
 
+class Additions;
+
 // What launcher.py passes; mirrored there field by field.
 struct Launch {
   void (*run_thread)(const void* params);
@@ -52,6 +55,8 @@ struct Launch {
   i32 num_workers;
   i32 resident_ctas;  // as many start before the first of them end, at most
   i32 racecheck;
+  i32 ordered_adds;
+  Additions* additions;  // launch.cpp's; null: not checked
 };
 
 struct PendingCopy {

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "additions.h"
 #include "cluster.h"
 
 namespace flash_sim {
@@ -222,6 +223,26 @@ char* aligned_global(const void* pointer, u32 bytes, Use use, const char* what, 
   return this_cta().global(pointer, bytes, use, what, site);
 }
 
+// Of the launch, if it asks for that check.
+Additions* additions() { return this_cta().launch->additions; }
+
+// Around an access to a counter, see Additions::mutex.
+std::unique_lock<std::mutex> counting() {
+  return additions() == nullptr ? std::unique_lock<std::mutex>()
+                                : std::unique_lock<std::mutex>(additions()->mutex);
+}
+
+void check_order(const f32* words, i32 count, const Site& site) {
+  std::string before;
+  for (i32 i = 0; i < count && before.empty() && additions() != nullptr; ++i) {
+    const std::lock_guard<std::mutex> lock(additions()->mutex);
+    before = additions()->add(this_cta(), words + i, site);
+  }
+  if (!before.empty()) {
+    this_cta().fail("this addition is not ordered after " + before, site);
+  }
+}
+
 }  // namespace
 
 void load_global(void* value, const void* src, u32 bytes, Site site) {
@@ -235,11 +256,13 @@ void store_global(void* dst, const void* value, u32 bytes, Site site) {
 // CTAs run on several OS threads, so these are atomic here too.
 void add_global_f32(f32* dst, f32 value, Site site) {
   aligned_global(dst, sizeof(f32), Use::kWrite, "reduction", site);
+  check_order(dst, 1, site);
   std::atomic_ref<f32>(*dst).fetch_add(value, std::memory_order_relaxed);
 }
 
 void add_global_v4_f32(f32* dst, const f32 (&value)[4], Site site) {
   aligned_global(dst, sizeof value, Use::kWrite, "reduction", site);
+  check_order(dst, 4, site);
   for (i32 i = 0; i < 4; ++i) {
     std::atomic_ref<f32>(dst[i]).fetch_add(value[i], std::memory_order_relaxed);
   }
@@ -247,6 +270,10 @@ void add_global_v4_f32(f32* dst, const f32 (&value)[4], Site site) {
 
 u32 add_global_u32(u32* dst, u32 value, Site site) {
   aligned_global(dst, sizeof(u32), Use::kWrite, "atomic add", site);
+  const auto lock = counting();
+  if (lock.owns_lock()) {
+    additions()->change(this_cta(), dst);
+  }
   return std::atomic_ref<u32>(*dst).fetch_add(value, std::memory_order_relaxed);
 }
 
@@ -265,6 +292,10 @@ u64 load_acquire_global_u64(const void* src, Site site) {
 
 u32 load_acquire_global_u32(const void* src, Site site) {
   aligned_global(src, sizeof(u32), Use::kRead, "read", site);
+  const auto lock = counting();
+  if (lock.owns_lock()) {
+    additions()->acquire(this_cta(), src);
+  }
   Watch& watch = this_cta().current->watch;
   watch = {src, sizeof(u32), 0, false, site};
   watch.value = watch.present_value();
@@ -273,15 +304,29 @@ u32 load_acquire_global_u32(const void* src, Site site) {
 
 void store_release_global_u32(u32* dst, u32 value, Site site) {
   aligned_global(dst, sizeof(u32), Use::kWrite, "write", site);
+  const auto lock = counting();
+  if (lock.owns_lock()) {
+    additions()->release(this_cta(), dst);
+  }
   std::atomic_ref<u32>(*dst).store(value, std::memory_order_release);
 }
 
 void add_release_global_u32(u32* dst, u32 value, Site site) {
   aligned_global(dst, sizeof(u32), Use::kWrite, "reduction", site);
+  const auto lock = counting();
+  if (lock.owns_lock()) {
+    additions()->release(this_cta(), dst);
+  }
   std::atomic_ref<u32>(*dst).fetch_add(value, std::memory_order_release);
 }
 
-void fence_acq_rel_gpu() { std::atomic_thread_fence(std::memory_order_acq_rel); }
+void fence_acq_rel_gpu() {
+  const auto lock = counting();
+  if (lock.owns_lock()) {
+    additions()->fence(this_cta());
+  }
+  std::atomic_thread_fence(std::memory_order_acq_rel);
+}
 
 u64 Watch::present_value() const {
   void* at = const_cast<void*>(address);
