@@ -23,10 +23,10 @@ from test_forward import check_case
 
 import flash_attn
 import flash_attn_interface
+from flash_attn_interface import explain
 from flash_attn_interface._common.runtime import arch as arch_table
 from flash_attn_interface._flash2 import part_tiles
 from flash_attn_interface.call import backends, dispatch
-from flash_attn_interface import explain
 
 PAIRS = [(512, 512), (576, 512), (256, 512), (512, 64), (320, 384), (264, 40)]
 SIM_ARCHS = ("sm_80", "sm_86", "sm_90")
