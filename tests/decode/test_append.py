@@ -162,7 +162,7 @@ def test_rotary_tables_alone_may_be_badly_aligned(runner: Runner, case: CacheCas
 def test_queries_alone_are_rotated(runner: Runner, case: CacheCase):
     tensors = make_cache(case.but(seqlen_new=1), runner.device)
     problem = problem_of(case, tensors)
-    problem = replace(problem, seqlen_new=0, total_new=0)
+    problem = replace(problem, append=replace(problem.append, seqlen_new=0, total_new=0))
     before = copy(tensors)
     q, seqused_k = append(runner, problem, tensors, k=None, v=None)
     rotation.close(q, turned(case, before))
@@ -174,7 +174,8 @@ def test_queries_alone_are_rotated(runner: Runner, case: CacheCase):
 @on_both([_NEW, _NEW.but(page_size=16)])
 def test_a_whole_cache_is_counted_by_its_capacity(runner: Runner, case: CacheCase):
     tensors = make_cache(case, runner.device)
-    problem = replace(problem_of(case, tensors), seqlen_new=0, total_new=0)
+    problem = problem_of(case, tensors)
+    problem = replace(problem, append=replace(problem.append, seqlen_new=0, total_new=0))
     _, seqused_k = append(runner, problem, tensors, k=None, v=None, cache_seqlens=None)
     assert seqused_k.tolist() == [problem.seqlen_k] * 4
 
@@ -254,8 +255,8 @@ def test_attention_after_append_reads_the_rotated_queries():
     after = attention_after_append(problem)
     assert after.q_strides == (384, 128, 32)
     assert replace(after, q_strides=problem.q_strides) == problem
-    plain = replace(problem, rotary_dim=0)
-    assert attention_after_append(plain) == problem
+    plain = replace(problem, append=replace(problem.append, rotary_dim=0))
+    assert attention_after_append(plain) == plain
 
 
 def test_sizes_are_not_part_of_the_kernel():

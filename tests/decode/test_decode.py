@@ -365,7 +365,7 @@ def test_merges_on_several_streams_and_in_graphs():
 
 def forward_of(batch: int, seqlen_k: int, heads: tuple[int, int], seqlen_q: int = 1):
     case = CacheCase(seqlens=(1,) * batch, seqlen_q=seqlen_q).with_heads(*heads, heads[1])
-    problem = problem_of(case, make_cache(case, "cpu")).forward
+    problem = problem_of(case, make_cache(case, "cpu"))
     return replace(problem, seqlen_k=seqlen_k, head_dim_qk=128, head_dim_v=128)
 
 
@@ -428,7 +428,7 @@ def test_splits_keep_the_sms_busy(num_heads_k: int, num_sms: int):
 def test_ragged_queries_are_split_like_regular_ones():
     """One token each: the number of tiles is bounded by about twice what there are."""
     case = CacheCase(seqlens=(1,) * 16, lengths_q=(1,) * 16).with_heads(32, 1, 1)
-    ragged = problem_of(case, make_cache(case, "cpu")).forward
+    ragged = problem_of(case, make_cache(case, "cpu"))
     ragged = replace(ragged, seqlen_k=8192, head_dim_qk=128, head_dim_v=128, total_q=16)
     tile = decode_tiles.decode_tile(ragged, "sm_90")
     assert decode_splits.choose_num_splits(ragged, tile, 132) == 8
