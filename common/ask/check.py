@@ -18,17 +18,7 @@ def check(call: Call) -> Problem:
 
     Reads no memory of a device. Tensors have contiguous last dims.
     """
-    refuse_sinks(call)
     return check_forward(call) if call.cache is None else check_cache(call)
-
-
-def refuse_sinks(call: Call) -> None:
-    """NotImplementedError for sinks, which the plans of kernels take, but no function yet."""
-    if call.tensors.s_aux is not None:
-        raise NotImplementedError(
-            "s_aux: no function takes sinks yet; flash_attn_interface.reference.sinks.apply_sinks "
-            "applies them to out and softmax_lse, with gradients"
-        )
 
 
 def check_values(call: Call, problem: Problem) -> None:

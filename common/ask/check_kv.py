@@ -22,6 +22,7 @@ from .check_tensors import (
     check_alibi_slopes,
     check_int32_vector,
     check_kinds,
+    check_sinks,
     require_device,
     require_tensor,
 )
@@ -58,6 +59,7 @@ def check_cache(call: Call) -> Problem:
     check_int32_vector("cache_leftpad", tensors.leftpad_k, batch, q.device)
     alibi_strides = check_alibi_slopes(tensors.alibi_slopes, batch, heads.num_heads_q, q.device)
 
+    check_sinks(tensors.s_aux, heads.num_heads_q)
     varlen_q = tensors.cu_seqlens_q is not None
     seqlen_q = seqlen_bound("q", sequences.max_seqlen_q, q) if varlen_q else q.shape[1]
     total_q = q.shape[0] if varlen_q else batch * seqlen_q
@@ -99,6 +101,7 @@ def check_cache(call: Call) -> Problem:
         softcap=check_values.softcap(options.softcap, scale),
         alibi=tensors.alibi_slopes is not None,
         alibi_strides=alibi_strides,
+        sink=tensors.s_aux is not None,
         return_lse=check_values.flag("return_softmax_lse", options.return_lse),
         q_strides=q_strides,
         k_strides=k_strides,

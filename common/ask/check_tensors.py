@@ -160,6 +160,14 @@ def check_alibi_slopes(
     return batch_stride, slopes.stride(-1) if num_heads_q > 1 else 1
 
 
+def check_sinks(s_aux: Tensor | None, num_heads_q: int) -> None:
+    """That there is one logit for each query head."""
+    if s_aux is not None and s_aux.shape != (num_heads_q,):
+        raise ValueError(
+            f"s_aux has shape {tuple(s_aux.shape)}: expected (num_heads_q,) = ({num_heads_q},)"
+        )
+
+
 def last_dim_contiguous(tensor: Tensor) -> Tensor:
     """`tensor`, copied only if its last dim has gaps, as upstream does."""
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.stride()[-1:] == (1,):

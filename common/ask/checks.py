@@ -25,6 +25,7 @@ from .check_tensors import (
     check_alibi_slopes,
     check_int32_vector,
     check_qkv_kind,
+    check_sinks,
     require_tensor,
 )
 from .check_tensors import last_dim_contiguous as last_dim_contiguous
@@ -49,6 +50,7 @@ def check_forward(call: Call) -> Problem:
         check_int32_vector(name, getattr(tensors, name), batch + 1, q.device)
     for name in ("seqused_q", "seqused_k", "leftpad_k"):
         check_int32_vector(name, getattr(tensors, name), batch, q.device)
+    check_sinks(call.tensors.s_aux, heads.num_heads_q)
     alibi_strides = check_alibi_slopes(tensors.alibi_slopes, batch, heads.num_heads_q, q.device)
 
     varlen_q, varlen_k = tensors.cu_seqlens_q is not None, tensors.cu_seqlens_k is not None
@@ -103,6 +105,7 @@ def check_forward(call: Call) -> Problem:
         softcap=check_values.softcap(options.softcap, scale),
         alibi=tensors.alibi_slopes is not None,
         alibi_strides=alibi_strides,
+        sink=call.tensors.s_aux is not None,
         dropout_p=dropout_p,
         return_lse=check_values.flag("return_attn_probs", options.return_lse),
         return_softmax=(

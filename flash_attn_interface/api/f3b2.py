@@ -34,6 +34,8 @@ def flash_attn_f3b2_func(
     deterministic: bool = False,
     sm_margin: int = 0,
     return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor | OutAndLse:
     """`flash_attn_func` whose backward is always the Ampere one.
 
@@ -43,6 +45,7 @@ def flash_attn_f3b2_func(
         q, k, v, softmax_scale, causal, q_descale, k_descale, v_descale, window_size,
             attention_chunk, softcap, num_splits, pack_gqa, deterministic, sm_margin,
             return_attn_probs: as in `flash_attn_func`.
+        s_aux: attention sinks, as in `flash_attn_func`.
 
     Returns:
         As `flash_attn_func`.
@@ -57,7 +60,7 @@ def flash_attn_f3b2_func(
         softmax_scale, causal, window_size, attention_chunk, softcap, 0.0, return_attn_probs, False,
         deterministic, None, _BACKWARD, sm_margin, pack_gqa,
     )  # fmt: skip
-    out, softmax_lse, _ = attention(Call(Tensors(q, k, v), DENSE, None, options))
+    out, softmax_lse, _ = attention(Call(Tensors(q, k, v, s_aux=s_aux), DENSE, None, options))
     return _result(out, softmax_lse)
 
 
@@ -85,6 +88,8 @@ def flash_attn_f3b2_varlen_func(
     deterministic: bool = False,
     sm_margin: int = 0,
     return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor | OutAndLse:
     """`flash_attn_varlen_func` whose backward is always the Ampere one.
 
@@ -93,6 +98,7 @@ def flash_attn_f3b2_varlen_func(
             softmax_scale, causal, qv, q_descale, k_descale, v_descale, window_size,
             attention_chunk, softcap, num_splits, pack_gqa, deterministic, sm_margin,
             return_attn_probs: as in `flash_attn_varlen_func`.
+        s_aux: attention sinks, as in `flash_attn_func`.
 
     Returns:
         As `flash_attn_varlen_func`.
@@ -105,7 +111,7 @@ def flash_attn_f3b2_varlen_func(
         softmax_scale, causal, window_size, attention_chunk, softcap, 0.0, return_attn_probs, False,
         deterministic, None, _BACKWARD, sm_margin, pack_gqa,
     )  # fmt: skip
-    tensors = Tensors(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    tensors = Tensors(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, s_aux=s_aux)
     lengths = Sequences(max_seqlen_q, max_seqlen_k)
     out, softmax_lse, _ = attention(Call(tensors, lengths, None, options))
     return _result(out, softmax_lse)

@@ -33,6 +33,8 @@ def flash_attn_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor | OutLseSoftmax:
     """Exact attention, dropout(softmax(softmax_scale * q k^T)) v, of sequences of equal length.
 
@@ -60,6 +62,10 @@ def flash_attn_func(
         deterministic: make dq bitwise reproducible too. out, dk and dv always are.
         return_attn_probs: also return softmax_lse, which is differentiable, and S_dmask, which is
             not.
+        s_aux: attention sinks, (num_heads_q,), float32, bfloat16 or float16: a logit per query head
+            that takes part in the softmax's denominator and has no value, after scale, softcap and
+            masks. softmax_lse contains it, and a query that sees no key has softmax_lse s_aux.
+            -inf is no sink. It gets a gradient.
 
     Returns:
         out, (batch, seqlen_q, num_heads_q, head_dim_v) in the dtype of q, with the strides of
@@ -81,7 +87,7 @@ def flash_attn_func(
         softmax_scale, causal, window_size, 0, softcap, dropout_p, return_attn_probs,
         return_attn_probs, deterministic,
     )  # fmt: skip
-    tensors = Tensors(q, k, v, None, None, None, None, alibi_slopes)
+    tensors = Tensors(q, k, v, alibi_slopes=alibi_slopes, s_aux=s_aux)
     return _result(*attention(Call(tensors, DENSE, None, options)))
 
 
@@ -96,6 +102,8 @@ def flash_attn_kvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor | OutLseSoftmax:
     """`flash_attn_func` on k and v in one tensor, used as views.
 
@@ -104,6 +112,7 @@ def flash_attn_kvpacked_func(
         kv: (batch, seqlen_k, 2, num_heads_k, head_dim); index 0 is k, 1 is v.
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
             return_attn_probs: as in `flash_attn_func`.
+        s_aux: attention sinks, as in `flash_attn_func`.
 
     Returns:
         As `flash_attn_func`.
@@ -115,7 +124,7 @@ def flash_attn_kvpacked_func(
         softmax_scale, causal, window_size, 0, softcap, dropout_p, return_attn_probs,
         return_attn_probs, deterministic, _packing("kv", kv, 2, 1),
     )  # fmt: skip
-    tensors = Tensors(q, kv, None, None, None, None, None, alibi_slopes)
+    tensors = Tensors(q, kv, None, alibi_slopes=alibi_slopes, s_aux=s_aux)
     return _result(*attention(Call(tensors, DENSE, None, options)))
 
 
@@ -129,6 +138,8 @@ def flash_attn_qkvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor | OutLseSoftmax:
     """`flash_attn_func` on q, k and v in one tensor, used as views.
 
@@ -136,6 +147,7 @@ def flash_attn_qkvpacked_func(
         qkv: (batch, seqlen, 3, num_heads, head_dim).
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
             return_attn_probs: as in `flash_attn_func`.
+        s_aux: attention sinks, as in `flash_attn_func`.
 
     Returns:
         As `flash_attn_func`, out being (batch, seqlen, num_heads, head_dim).
@@ -147,7 +159,7 @@ def flash_attn_qkvpacked_func(
         softmax_scale, causal, window_size, 0, softcap, dropout_p, return_attn_probs,
         return_attn_probs, deterministic, _packing("qkv", qkv, 3, 1),
     )  # fmt: skip
-    tensors = Tensors(qkv, None, None, None, None, None, None, alibi_slopes)
+    tensors = Tensors(qkv, None, None, alibi_slopes=alibi_slopes, s_aux=s_aux)
     return _result(*attention(Call(tensors, DENSE, None, options)))
 
 
@@ -168,6 +180,8 @@ def flash_attn_varlen_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor | OutLseSoftmax:
     """Exact attention of sequences of different lengths, packed end to end.
 
@@ -190,6 +204,7 @@ def flash_attn_varlen_func(
             sequence b is row j % page_size of page block_table[b, j // page_size]. cu_seqlens_k
             gives the lengths by its differences; entries of pages that no key lies in may be
             anything. There is no backward; with return_attn_probs no dropout.
+        s_aux: attention sinks, as in `flash_attn_func`.
 
     Returns:
         out, (total_q, num_heads_q, head_dim_v); rows past cu_seqlens_q[-1] are zero. With
@@ -207,7 +222,15 @@ def flash_attn_varlen_func(
         return_attn_probs, deterministic,
     )  # fmt: skip
     tensors = Tensors(
-        q, k, v, *_ragged(cu_seqlens_q, cu_seqlens_k), None, None, alibi_slopes, block_table
+        q,
+        k,
+        v,
+        *_ragged(cu_seqlens_q, cu_seqlens_k),
+        None,
+        None,
+        alibi_slopes,
+        block_table,
+        s_aux=s_aux,
     )
     lengths = Sequences(max_seqlen_q, max_seqlen_k)
     return _result(*attention(Call(tensors, lengths, None, options)))
@@ -228,6 +251,8 @@ def flash_attn_varlen_kvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor | OutLseSoftmax:
     """`flash_attn_varlen_func` on k and v in one tensor, used as views.
 
@@ -237,6 +262,7 @@ def flash_attn_varlen_kvpacked_func(
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: as in `flash_attn_varlen_func`.
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
             return_attn_probs: as in `flash_attn_func`.
+        s_aux: attention sinks, as in `flash_attn_func`.
 
     Returns:
         As `flash_attn_varlen_func`.
@@ -248,7 +274,9 @@ def flash_attn_varlen_kvpacked_func(
         softmax_scale, causal, window_size, 0, softcap, dropout_p, return_attn_probs,
         return_attn_probs, deterministic, _packing("kv", kv, 2, 0),
     )  # fmt: skip
-    tensors = Tensors(q, kv, None, *_ragged(cu_seqlens_q, cu_seqlens_k), None, None, alibi_slopes)
+    tensors = Tensors(
+        q, kv, None, *_ragged(cu_seqlens_q, cu_seqlens_k), None, None, alibi_slopes, s_aux=s_aux
+    )
     lengths = Sequences(max_seqlen_q, max_seqlen_k)
     return _result(*attention(Call(tensors, lengths, None, options)))
 
@@ -265,6 +293,8 @@ def flash_attn_varlen_qkvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor | OutLseSoftmax:
     """`flash_attn_varlen_func` on q, k and v in one tensor, used as views.
 
@@ -274,6 +304,7 @@ def flash_attn_varlen_qkvpacked_func(
         max_seqlen: longest sequence, or an upper bound.
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
             return_attn_probs: as in `flash_attn_func`.
+        s_aux: attention sinks, as in `flash_attn_func`.
 
     Returns:
         As `flash_attn_varlen_func`, out being (total, num_heads, head_dim).
@@ -285,7 +316,9 @@ def flash_attn_varlen_qkvpacked_func(
         softmax_scale, causal, window_size, 0, softcap, dropout_p, return_attn_probs,
         return_attn_probs, deterministic, _packing("qkv", qkv, 3, 0),
     )  # fmt: skip
-    tensors = Tensors(qkv, None, None, *_ragged(cu_seqlens, cu_seqlens), None, None, alibi_slopes)
+    tensors = Tensors(
+        qkv, None, None, *_ragged(cu_seqlens, cu_seqlens), None, None, alibi_slopes, s_aux=s_aux
+    )
     lengths = Sequences(max_seqlen, max_seqlen)
     return _result(*attention(Call(tensors, lengths, None, options)))
 

@@ -33,6 +33,8 @@ def flash_attn_with_kvcache(
     alibi_slopes: Tensor | None = None,
     num_splits: int = 0,
     return_softmax_lse: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Append new keys and values to a cache, in place, and attend over what it then holds.
 
@@ -66,6 +68,10 @@ def flash_attn_with_kvcache(
             on what else is in the batch; they are bitwise those of the Ampere tree's
             `flash_attn_func` over the same keys.
         return_softmax_lse: also return softmax_lse.
+        s_aux: attention sinks, (num_heads_q,), float32, bfloat16 or float16: a logit per query head
+            that takes part in the softmax's denominator and has no value, after scale, softcap and
+            masks. softmax_lse contains it, and a query that sees no key has softmax_lse s_aux.
+            -inf is no sink. There is no gradient.
 
     Returns:
         out, (batch, seqlen_q, num_heads_q, head_dim_v); a query that sees no key gives zeros. With
@@ -80,7 +86,7 @@ def flash_attn_with_kvcache(
     tables = (alibi_slopes, block_table, cache_batch_idx, cache_leftpad)
     out, softmax_lse, _ = attention(
         Call(
-            Tensors(q, k_cache, v_cache, None, None, None, None, *tables),
+            Tensors(q, k_cache, v_cache, None, None, None, None, *tables, s_aux=s_aux),
             DENSE,
             Cache(k, v, None, rotary_cos, rotary_sin, cache_seqlens),
             Options(

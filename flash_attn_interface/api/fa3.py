@@ -42,6 +42,8 @@ def flash_attn_func(
     deterministic: bool = False,
     sm_margin: int = 0,
     return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor | OutAndLse:
     """Exact attention, softmax(softmax_scale * q k^T) v, of a batch of sequences of equal length.
 
@@ -69,6 +71,10 @@ def flash_attn_func(
             if few query rows make it pay where it is None. The Ampere kernels use no hint.
         deterministic: make dq bitwise reproducible too. out, dk and dv always are.
         return_attn_probs: also return softmax_lse, which is differentiable. The name is upstream's.
+        s_aux: attention sinks, (num_heads_q,), float32, bfloat16 or float16: a logit per query head
+            that takes part in the softmax's denominator and has no value, after scale, softcap and
+            masks. softmax_lse contains it, and a query that sees no key has softmax_lse s_aux.
+            -inf is no sink. It gets a gradient.
 
     Returns:
         out, (batch, seqlen_q, num_heads_q, head_dim_v) in the dtype of q, with the strides of
@@ -87,7 +93,7 @@ def flash_attn_func(
         softmax_scale, causal, window_size, attention_chunk, softcap, 0.0, return_attn_probs, False,
         deterministic, None, None, sm_margin, pack_gqa,
     )  # fmt: skip
-    out, softmax_lse, _ = attention(Call(Tensors(q, k, v), DENSE, None, options))
+    out, softmax_lse, _ = attention(Call(Tensors(q, k, v, s_aux=s_aux), DENSE, None, options))
     return _result(out, softmax_lse)
 
 
@@ -115,6 +121,8 @@ def flash_attn_varlen_func(
     deterministic: bool = False,
     sm_margin: int = 0,
     return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor | OutAndLse:
     """Exact attention of sequences of different lengths, packed end to end.
 
@@ -137,6 +145,7 @@ def flash_attn_varlen_func(
         softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, pack_gqa,
             deterministic, sm_margin, return_attn_probs, qv, q_descale, k_descale, v_descale: as in
             `flash_attn_func`.
+        s_aux: attention sinks, as in `flash_attn_func`.
 
     Returns:
         out, (total_q, num_heads_q, head_dim_v); rows past cu_seqlens_q[-1] are zero. With
@@ -152,7 +161,7 @@ def flash_attn_varlen_func(
         softmax_scale, causal, window_size, attention_chunk, softcap, 0.0, return_attn_probs, False,
         deterministic, None, None, sm_margin, pack_gqa,
     )  # fmt: skip
-    tensors = Tensors(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    tensors = Tensors(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, s_aux=s_aux)
     lengths = Sequences(max_seqlen_q, max_seqlen_k)
     out, softmax_lse, _ = attention(Call(tensors, lengths, None, options))
     return _result(out, softmax_lse)
@@ -172,6 +181,8 @@ def flash_attn_qkvpacked_func(
     num_heads_q: int | None = None,
     sm_margin: int = 0,
     return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor | OutAndLse:
     """`flash_attn_func` on q, k and v in one tensor; they are used as views, nothing is copied.
 
@@ -182,6 +193,7 @@ def flash_attn_qkvpacked_func(
         num_heads_q: heads of q in a 4-dimensional qkv; ignored for 5 dimensions.
         softmax_scale, causal, window_size, attention_chunk, softcap, deterministic, sm_margin,
             return_attn_probs, q_descale, k_descale, v_descale: as in `flash_attn_func`.
+        s_aux: attention sinks, as in `flash_attn_func`.
 
     Returns:
         out, (batch, seqlen, num_heads_q, head_dim), or with return_attn_probs (out, softmax_lse).
@@ -195,7 +207,9 @@ def flash_attn_qkvpacked_func(
         softmax_scale, causal, window_size, attention_chunk, softcap, 0.0, return_attn_probs, False,
         deterministic, packing, None, sm_margin,
     )  # fmt: skip
-    out, softmax_lse, _ = attention(Call(Tensors(qkv, None, None), DENSE, None, options))
+    out, softmax_lse, _ = attention(
+        Call(Tensors(qkv, None, None, s_aux=s_aux), DENSE, None, options)
+    )
     return _result(out, softmax_lse)
 
 

@@ -52,6 +52,8 @@ def flash_attn_with_kvcache(
     pack_gqa: bool | None = None,
     sm_margin: int = 0,
     return_softmax_lse: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
     """Append new keys and values to a cache, in place, and attend over what it then holds.
 
@@ -100,6 +102,10 @@ def flash_attn_with_kvcache(
         pack_gqa: accepted and ignored.
         sm_margin: SMs to leave to others when the number of splits is chosen.
         return_softmax_lse: also return softmax_lse and FlashAttention-3's two accumulators.
+        s_aux: attention sinks, (num_heads_q,), float32, bfloat16 or float16: a logit per query head
+            that takes part in the softmax's denominator and has no value, after scale, softcap and
+            masks. softmax_lse contains it, and a query that sees no key has softmax_lse s_aux.
+            -inf is no sink. There is no gradient.
 
     Returns:
         out, (batch, seqlen_q, num_heads_q, head_dim_v) or (total_q, num_heads_q, head_dim_v). With
@@ -123,7 +129,7 @@ def flash_attn_with_kvcache(
         Call(
             Tensors(
                 q, k_cache, v_cache, cu_seqlens_q, None, None, None, None, page_table,
-                cache_batch_idx, cache_leftpad,
+                cache_batch_idx, cache_leftpad, s_aux,
             ),
             DENSE if max_seqlen_q is None else Sequences(max_seqlen_q),
             cache,

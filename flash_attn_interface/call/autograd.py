@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .._common.ask.call import Call, Tensors
-from .._common.ask.check import refuse_sinks
 from .._common.ask.check_tensors import check_tensors
 from .._common.ask.check_values import with_flags
-from . import autocast, cached, dispatch, paged, traced, watched
+from . import autocast, cached, dispatch, paged, sinks, traced, watched
 from .backends import ForwardResult
 from .gradients import Forward, gradients, refuse_alibi_gradient
 from .packing import unpacked
@@ -42,7 +41,8 @@ def attention(call: Call) -> ForwardResult:
         s_aux,
     ) = tensors  # fmt: skip
     if s_aux is not None:
-        refuse_sinks(call)
+        check_tensors(q, q, q)
+        sinks.check(s_aux, q)
     if page_table is not None:
         return paged.attention(call)
     packing = options.packing
@@ -77,6 +77,17 @@ def attention(call: Call) -> ForwardResult:
         or (k is not None and k.requires_grad)
         or (v is not None and v.requires_grad)
     )
+    if s_aux is not None:
+        if (
+            not direct
+            or not all_plain(s_aux)
+            or (
+                (differentiable or not sinks.takes_no_gradient(s_aux))
+                and (q.is_cuda or simulated_arch() is not None)
+            )
+        ):
+            return sinks.composed(call, attention)
+        call = sinks.for_kernels(call)
     if not direct or (differentiable and (q.is_cuda or simulated_arch() is not None)):
         if not compiling and not direct:
             return watched.attention(call)

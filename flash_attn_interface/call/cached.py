@@ -15,11 +15,10 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .._common.ask.call import Cache, Call, Tensors, cache_names
-from .._common.ask.check import refuse_sinks
 from .._common.ask.check_kv import check_cache_tensors, check_dense
-from .._common.ask.check_tensors import refuse_layouts
+from .._common.ask.check_tensors import refuse_layouts, require_tensor
 from .._common.ask.check_values import with_cache_flags
-from . import autocast, dispatch
+from . import autocast, dispatch, sinks
 from .backends import ForwardResult
 from .inference_only import inference_only
 from .kv_ops import CacheResult, traced
@@ -40,7 +39,28 @@ _NO_BACKWARD = (
 
 def attention(call: Call) -> ForwardResult:
     """(out, softmax_lse or None, None)."""
-    refuse_sinks(call)
+    if call.tensors.s_aux is not None:
+        return _with_sinks(call)
+    return _attention(call)
+
+
+def _with_sinks(call: Call) -> ForwardResult:
+    q, s_aux = call.tensors.q, call.tensors.s_aux
+    require_tensor("q", q)
+    sinks.check(s_aux, q)
+    assert s_aux is not None
+    without = call._replace(tensors=call.tensors._replace(s_aux=None))
+    if _way(without) is _direct and sinks.takes_no_gradient(s_aux):
+        return _attention(sinks.for_kernels(call))
+    if torch.is_grad_enabled() and s_aux.requires_grad:
+        raise NotImplementedError(
+            "s_aux requires a gradient, but flash_attn_with_kvcache has no backward: pass "
+            "s_aux.detach(), or train with flash_attn_func or flash_attn_varlen_func"
+        )
+    return sinks.composed(call, _attention)
+
+
+def _attention(call: Call) -> ForwardResult:
     if torch.is_autocast_enabled() or not getattr(call.tensors.q, "is_cuda", False):
         call = _cast(call)
     try:

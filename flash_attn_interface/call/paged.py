@@ -15,7 +15,7 @@ from .._common.ask.call import Call, Tensors
 from .._common.ask.check_tensors import check_tensors, refuse_layouts
 from .._common.ask.check_values import default_softmax_scale, window_pair, with_flags
 from .._common.ask.checks import check_rows
-from . import autocast, dispatch
+from . import autocast, dispatch, sinks
 from .backends import ForwardResult
 from .gradients import refuse_alibi_gradient
 from .inference_only import inference_only
@@ -37,7 +37,12 @@ def attention(call: Call) -> ForwardResult:
     q, k, v = autocast.cast(q, k, v)
     tensors = Tensors(q, k, v, *tensors[3:])
     call = Call(tensors, sequences, None, options)
-    if not is_compiling() and _direct(tensors):
+    direct = not is_compiling() and _direct(tensors)
+    if tensors.s_aux is not None:
+        if not direct or not sinks.takes_no_gradient(tensors.s_aux):
+            return sinks.composed(call, attention)
+        call = sinks.for_kernels(call)
+    if direct:
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             run = partial(dispatch.run, call)
             state = inference_only(run, no_backward(tensors.page_table), q, k, v)

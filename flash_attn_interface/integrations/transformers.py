@@ -21,7 +21,6 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 
 from ..api.fa2 import flash_attn_func, flash_attn_varlen_func
 from ..api.kvcache import flash_attn_with_kvcache
-from ..reference.sinks import apply_sinks
 
 NAME = "flexible_attention"
 
@@ -136,6 +135,7 @@ def attention(
         "softmax_scale": scaling,
         "causal": causal,
         "softcap": softcap or 0.0,
+        "s_aux": s_aux,
     }
     if sliding_window is not None:
         options["window_size"] = (sliding_window - 1, 0 if causal else sliding_window - 1)
@@ -146,7 +146,6 @@ def attention(
         deterministic = torch.are_deterministic_algorithms_enabled()
     for_training = {
         **options, "dropout_p": dropout, "deterministic": deterministic,
-        "return_attn_probs": s_aux is not None,
     }  # fmt: skip
 
     if attention_mask is None and cu_seq_lens_q is None and position_ids is not None:
@@ -159,10 +158,8 @@ def attention(
             begin, _, first_query = attention_mask[:, 0, 0].unbind(-1)
             cache["cache_seqlens"] = (first_query + seqlen_q).contiguous()
             cache["cache_leftpad"] = begin.contiguous()
-        results = flash_attn_with_kvcache(
-            q, k, v, return_softmax_lse=s_aux is not None, **cache, **options
-        )
-        return _finish(results, s_aux, batch, seqlen_q), None
+        results = flash_attn_with_kvcache(q, k, v, **cache, **options)
+        return results.reshape(batch, seqlen_q, *results.shape[-2:]), None
     if attention_mask is not None:
         if is_bounds:
             cu_seq_lens_q, cu_seq_lens_k = _cu_seqlens_of_bounds(attention_mask, seqlen_q, seqlen_k)
@@ -179,14 +176,7 @@ def attention(
         )  # fmt: skip
     else:
         results = flash_attn_func(q, k, v, **for_training)
-    return _finish(results, s_aux, batch, seqlen_q), None
-
-
-def _finish(results: Any, s_aux: Tensor | None, batch: int, seqlen_q: int) -> Tensor:
-    out: Tensor = results[0] if isinstance(results, tuple) else results
-    if s_aux is not None:
-        out = apply_sinks(out, results[1], s_aux)[0]
-    return out.reshape(batch, seqlen_q, *out.shape[-2:])
+    return results.reshape(batch, seqlen_q, *results.shape[-2:]), None
 
 
 def _kind(mask: Tensor, batch: int) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._common.ask.check_tensors import require_device
 from .._common.ask.check_values import bounded, check_factory, flag, non_negative, real
 from .rotary import DENSE, KV, QKV, apply_rotary_emb_kv_, apply_rotary_emb_qkv_, rotate_tokens
 from .rotary_positions import check_layout
@@ -109,6 +110,7 @@ class RotaryEmbedding(torch.nn.Module):
         else:
             check_layout("qkv", qkv, DENSE, why=", Q alone, because kv is given")
             check_layout("kv", kv, KV)
+            require_device("kv", kv, qkv.device, "qkv")
         if not isinstance(seqlen_offset, Tensor):
             seqlen_offset = non_negative("seqlen_offset", seqlen_offset)
         seqlen = qkv.shape[1] if kv is None else max(qkv.shape[1], kv.shape[1])

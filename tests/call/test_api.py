@@ -73,8 +73,12 @@ FA3_SIGNATURES = {
 }
 
 
+SINKS = ", s_aux=None"  # ours, by keyword alone: upstream has none
+
+
 def untyped_signature(function: Callable[..., Any]) -> str:
     parameters = inspect.signature(function).parameters.values()
+    assert all(p.kind is p.KEYWORD_ONLY for p in parameters if p.name == "s_aux")
     return ", ".join(str(p.replace(annotation=inspect.Parameter.empty)) for p in parameters)
 
 
@@ -82,12 +86,14 @@ def untyped_signature(function: Callable[..., Any]) -> str:
 def test_flash_attention_2_signatures_are_upstreams(name: str):
     ours = fa2_kvcache if name == "flash_attn_with_kvcache" else fa2
     for module in (flash_attn, flash_attn.flash_attn_interface, ours):
-        assert untyped_signature(getattr(module, name)) == FA2_SIGNATURES[name]
+        assert untyped_signature(getattr(module, name)) == f"{FA2_SIGNATURES[name]}{SINKS}"
 
 
 @pytest.mark.parametrize("name", FA3_SIGNATURES)
 def test_flash_attention_3_signatures_are_upstreams(name: str):
-    assert untyped_signature(getattr(flash_attn_interface, name)) == FA3_SIGNATURES[name]
+    ours = SINKS if name.endswith(("_func", "_with_kvcache")) else ""
+    found = untyped_signature(getattr(flash_attn_interface, name))
+    assert found == f"{FA3_SIGNATURES[name]}{ours}"
 
 
 def test_flash_attn_exports_upstreams_names_and_version():
