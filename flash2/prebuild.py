@@ -17,7 +17,6 @@ from .._common.prebuilt_problems import (
 from .._common.problem import Problem, Target
 from .._common.spec import KernelSpec
 from .append_tiles import append_spec
-from .bwd_tiles import MAX_HEAD_DIM, backward_specs
 from .decode_splits import MAX_CHOSEN_SPLITS
 from .decode_tiles import (
     PARTIAL_COLUMN_MULTIPLE,
@@ -25,7 +24,7 @@ from .decode_tiles import (
     combine_spec,
     decode_spec,
 )
-from .part_tiles import forward_specs
+from .part_tiles import backward_specs, forward_specs
 
 
 def specs(pair: Pair, wanted: Wanted, arch: str) -> list[KernelSpec]:
@@ -48,9 +47,8 @@ def specs(pair: Pair, wanted: Wanted, arch: str) -> list[KernelSpec]:
 def _planned(pair: Pair, wanted: Wanted, arch: str, gpu: str) -> Iterator[KernelSpec]:
     for problem in forward_problems(pair, wanted):
         yield from forward_specs(problem, arch, gpu)
-    if max(pair) <= MAX_HEAD_DIM:
-        for backward in backward_problems(pair, wanted):
-            yield from backward_specs(backward, arch, gpu=gpu)
+    for backward in backward_problems(pair, wanted):
+        yield from backward_specs(backward, arch, gpu)
     for problem in paged_problems(pair, wanted):
         yield from forward_specs(problem, arch, gpu)
     for cache in cache_problems(pair, wanted):
