@@ -17,6 +17,7 @@ from .fwd_parts import PartsPlan
 if TYPE_CHECKING:  # imported where they are planned: a process that only infers needs half of it
     from .._common.tiles.tuning import Tunable
     from .bwd import BackwardPlan
+    from .bwd_parts import BackwardPartsPlan
 
 # fwd.cu takes the columns of V in up to two parts, decode.cu divides them among warps.
 MAX_HEAD_DIM_V = part_tiles.MAX_PARTS * fwd_tiles.MAX_HEAD_DIM_V
@@ -40,9 +41,7 @@ SERVES: union.Serves = {
 
 
 class Flash2Backend:
-    """On sm_80 and up, forward and attention over a cache for head dims up to 576 of q and k and
-    512 of v, backward for any up to 256.
-    """
+    """Forward, backward and attention over a cache on sm_80 and up, head dims up to (576, 512)."""
 
     name = "flash2"
 
@@ -66,19 +65,21 @@ class Flash2Backend:
         return PartsPlan(problem, target) if wide else ForwardPlan(problem, target)
 
     def refuses_backward(self, problem: BackwardProblem, target: Target) -> str | None:
-        """As refuses_forward; its head dims are fewer."""
-        from .bwd_tiles import MAX_HEAD_DIM
-
+        """As refuses_forward; what the forward serves, the backward does, but for caches."""
         p = problem.forward
-        if max(p.head_dim_qk, p.head_dim_v) > MAX_HEAD_DIM:
-            return f"head dims of its backward are limited to {MAX_HEAD_DIM}"
         reason = p.refuses_backward() or _refuses(p)
         return reason or union.refuses(problem, SERVES, "backward")
 
-    def plan_backward(self, problem: BackwardProblem, target: Target) -> BackwardPlan:
+    def plan_backward(
+        self, problem: BackwardProblem, target: Target
+    ) -> BackwardPlan | BackwardPartsPlan:
         from .bwd import BackwardPlan
 
-        return BackwardPlan(problem, target)
+        if len(part_tiles.backward_parts(problem.forward, target.arch)) == 1:
+            return BackwardPlan(problem, target)
+        from .bwd_parts import BackwardPartsPlan
+
+        return BackwardPartsPlan(problem, target)
 
     def tunables(self) -> tuple[Tunable, ...]:
         """The kernels that the autotuner can find tiles for."""

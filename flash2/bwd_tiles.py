@@ -23,8 +23,8 @@ STAT_BYTES = 4  # lse and D of one query, each
 # Split roles hand P^T over as fp16. Times 2^14 (undone at the end, exactly) its normal numbers
 # reach from 2^-28 to 1, so bf16 inputs with a million keys lose nothing.
 HANDOFF_SHIFT = 14
-MAX_HEAD_DIM = 256
-# Of dS: at most 256 products of two fp16 numbers, 2^40, is then in fp16's range.
+MAX_HEAD_DIM_V = 256
+# Of dS: at most MAX_HEAD_DIM_V products of two fp16 numbers, 2^40, is then in fp16's range.
 MAX_DS_SHIFT = 25
 STREAM_THREADS = 256  # kernels other than bwd.cu: enough loads in flight for the memory bandwidth
 
@@ -116,6 +116,10 @@ def _candidates(problem: Problem) -> Iterator[BackwardTile]:
     docs/performance/.
     """
     qk, v = problem.head_dim_qk, problem.head_dim_v
+    if qk > 256:  # dK and dV take most registers: tiles that spill least. Not measured yet.
+        few = BackwardTile(*((64, 32, 8, 2, 2, 4) if qk + v > 576 else (32, 64, 8, 4, 2, 2)), 16)
+        yield from (_staged(few, 2, 2), few, BackwardTile(32, 32, 4, 2, 2, 1, sub_m=16))
+        return
     dq_warps_m = 2 if qk % 64 == 0 or qk < 64 else 4  # without padding of head_dim_qk
     if qk + v <= 128:
         if not problem.dropout:
@@ -167,16 +171,15 @@ def _staged(
 
 def backward_tile(problem: Problem, arch: str) -> BackwardTile:
     """The tile for a problem on an arch ("sm_80")."""
-    limits = arch_table.limits(arch)
+    if problem.head_dim_v > MAX_HEAD_DIM_V:
+        raise NotImplementedError(f"bwd.cu takes V in parts of up to {MAX_HEAD_DIM_V} columns")
+    limits, dims = arch_table.limits(arch), (problem.head_dim_qk, problem.head_dim_v)
     for candidate in _candidates(problem):
         tile = replace(candidate, rotate=rotates(problem), lines=gains_by_lines(problem))
-        smem = tile.smem_bytes(problem.head_dim_qk, problem.head_dim_v)
+        smem = tile.smem_bytes(*dims)
         if limits.max_ctas_per_sm(smem, 32 * tile.num_warps) >= tile.min_ctas_per_sm:
             return tile
-    raise NotImplementedError(
-        f"no backward tile of head dims ({problem.head_dim_qk}, {problem.head_dim_v}) fits "
-        f"{limits.name}"
-    )
+    raise NotImplementedError(f"no backward tile of head dims {dims} fits {limits.name}")
 
 
 def rotates(problem: Problem) -> bool:

@@ -18,11 +18,9 @@ from .._common.prebuild.problems import (
 from .._common.runtime import arch as arch_table
 from .._common.runtime.spec import KernelSpec
 from .append_tiles import append_spec
-from .bwd_order import backward_specs
-from .bwd_tiles import MAX_HEAD_DIM
 from .decode_splits import MAX_CHOSEN_SPLITS
 from .decode_tiles import PARTIAL_COLUMN_MULTIPLE, chosen_tile, combine_spec, decode_spec
-from .part_tiles import forward_specs
+from .part_tiles import backward_specs, forward_specs
 
 
 def specs(pair: Pair, wanted: Wanted, arch: str) -> list[KernelSpec]:
@@ -45,9 +43,8 @@ def specs(pair: Pair, wanted: Wanted, arch: str) -> list[KernelSpec]:
 def _planned(pair: Pair, wanted: Wanted, arch: str, gpu: str) -> Iterator[KernelSpec]:
     for problem in forward_problems(pair, wanted):
         yield from forward_specs(problem, arch, gpu)
-    if max(pair) <= MAX_HEAD_DIM:
-        for backward in backward_problems(pair, wanted):
-            yield from backward_specs(backward, arch, gpu=gpu)
+    for backward in backward_problems(pair, wanted):
+        yield from backward_specs(backward, arch, gpu)
     for problem in paged_problems(pair, wanted):
         yield from forward_specs(problem, arch, gpu)
     for cache in cache_problems(pair, wanted):

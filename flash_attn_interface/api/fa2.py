@@ -47,7 +47,7 @@ def flash_attn_func(
         k: (batch, seqlen_k, num_heads_k, head_dim_qk); num_heads_q is a multiple of num_heads_k.
         v: (batch, seqlen_k, num_heads_v, head_dim_v); num_heads_q is a multiple of num_heads_v.
             num_heads_v and head_dim_v need not equal k's. Head dims: any from 1 to 576 of q and
-            k and to 512 of v; beyond 256 there is no backward on a GPU yet.
+            k, and from 1 to 512 of v.
         dropout_p: probability in [0, 1) of dropping a softmax value; survivors are scaled by
             1 / (1 - dropout_p). Rounded to steps of 1/256. Pass 0.0 in evaluation. The mask follows
             torch's default generator of the device (torch.manual_seed).

@@ -54,7 +54,7 @@ def flash_attn_func(
         k: (batch, seqlen_k, num_heads_k, head_dim_qk); num_heads_q is a multiple of num_heads_k.
         v: (batch, seqlen_k, num_heads_v, head_dim_v); num_heads_q is a multiple of num_heads_v.
             num_heads_v and head_dim_v need not equal k's. Head dims: any from 1 to 576 of q and
-            k and to 512 of v; beyond 256 there is no backward on a GPU yet.
+            k, and from 1 to 512 of v.
         softmax_scale: None means head_dim_qk ** -0.5. This is the fourth positional parameter here,
             whereas in `flash_attn.flash_attn_func` it is dropout_p.
         causal: query i sees key j when j <= i + seqlen_k - seqlen_q (bottom-right alignment).
@@ -259,7 +259,7 @@ def _refuse_fa3_features(qv: Any, q_descale: Any, k_descale: Any, v_descale: Any
         raise NotImplementedError(
             "qv is not supported by this function: flash_attn_with_kvcache takes it. Or "
             "concatenate q = cat([q, qv], -1), k = cat([k, v], -1), softmax_scale = (head_dim_qk + "
-            "head_dim_v) ** -0.5, which works up to a sum of 576, with gradients up to 256."
+            "head_dim_v) ** -0.5, which works up to a sum of 576 and has gradients."
         )
     descales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
     given = " and ".join(name for name, value in descales.items() if value is not None)

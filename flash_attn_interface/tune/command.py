@@ -301,14 +301,15 @@ def _refuses(backend: Backend, subject: Subject) -> str | None:
     """Why the tree does not serve the direction that would be tuned; None if it does."""
     problem, target = subject.problem, subject.target
     if subject.tunable.direction == "bwd":
-        return backend.refuses_backward(backward_problem(problem), target)
-    if subject.tunable.direction == "decode":
-        return backend.refuses_forward(cache_problem(problem), target)
-    refusal = backend.refuses_forward(problem, target)
+        refusal = backend.refuses_backward(backward_problem(problem), target)
+    elif subject.tunable.direction == "decode":
+        refusal = backend.refuses_forward(cache_problem(problem), target)
+    else:
+        refusal = backend.refuses_forward(problem, target)
     if refusal is None:
         try:
             subject.tunable.builtin(problem, target.arch)
-        except NotImplementedError as error:  # served by a kernel that has no tiles to choose from
+        except NotImplementedError as error:  # served without a tile of its own
             return str(error)
     return refusal
 

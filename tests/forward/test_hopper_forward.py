@@ -334,13 +334,18 @@ def test_dropout_beside_a_wide_q(machine: Runner, case: Case, hopper_plans: list
 
 
 @pytest.mark.sim
-def test_wide_v_has_no_backward(hopper_plans: list[Any]):
-    q, k = (torch.randn(1, 9, 1, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
-    v = torch.randn(1, 9, 1, 512, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dims", [(64, 512), (264, 40)], ids=str)
+def test_the_ampere_tree_serves_the_backward_of_wide_heads(dims: tuple[int, int]):
+    tensors = [
+        torch.randn(1, 9, 1, dim).to(torch.bfloat16).requires_grad_() for dim in (dims[0], *dims)
+    ]
     machine = Runner("sim", torch.device("cpu"), ARCH)
-    out = machine.call(flash_attn_interface.flash_attn_func, q, k, v)
-    with pytest.raises(NotImplementedError, match=r"No kernel serves .*flash2: head dims of "):
-        out.sum().backward()
+    out = machine.call(flash_attn_interface.flash_attn_func, *tensors)
+    grads = machine.call(torch.autograd.grad, out.float().square().sum(), tensors)
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    want, _, _ = attention_reference(*exact)
+    for got, wanted in zip(grads, torch.autograd.grad(want.square().sum(), exact), strict=True):
+        assert (got.double() - wanted).abs().max() < 2**-5 * wanted.abs().max()
 
 
 GQA = Case(batch=3, seqlen_q=5, seqlen_k=300, causal=True).with_dims(64, 64)

@@ -17,8 +17,6 @@ from conftest import Runner
 from inputs import make_inputs
 from test_hopper_forward import ARCH, TREE, check_case, on_hopper
 
-import flash_attn_interface
-
 # Fixtures.
 hopper_plans, machine = test_hopper_forward.hopper_plans, test_hopper_forward.machine
 
@@ -141,18 +139,6 @@ def test_any_order_of_warps(case: Case, seed: int, hopper_plans: list[Any]):
     with launcher.checks(seed=seed):
         runner = Runner("sim", torch.device("cpu"), ARCH)
         check_case(runner, case.with_dims(72, 264), hopper_plans)
-
-
-@pytest.mark.sim
-def test_there_is_no_backward(hopper_plans: list[Any]):
-    q, k, v = (
-        torch.randn(1, 9, 1, dim, dtype=torch.bfloat16, requires_grad=True)
-        for dim in (512, 512, 512)
-    )
-    runner = Runner("sim", torch.device("cpu"), ARCH)
-    out = runner.call(flash_attn_interface.flash_attn_func, q, k, v)
-    with pytest.raises(NotImplementedError, match="its backward has head dims up to 256"):
-        out.sum().backward()
 
 
 def test_every_pair_has_stages():

@@ -13,6 +13,7 @@ import cache_cases
 import calls
 import oracle
 import pytest
+import test_backward as backward_tests
 import torch
 from cache_cases import CacheCase, call, make_cache
 from cases import Case
@@ -23,7 +24,6 @@ from test_forward import check_case
 
 import flash_attn
 import flash_attn_interface
-from flash_attn_interface import explain
 from flash_attn_interface._common.runtime import arch as arch_table
 from flash_attn_interface._flash2 import part_tiles
 from flash_attn_interface.call import backends, dispatch
@@ -209,15 +209,81 @@ def test_qv_goes_with_narrower_queries():
         Runner("sim", torch.device("cpu")).call(call, case, make_cache(case, "cpu"))
 
 
-# ---- refusals ------------------------------------------------------------------------------------
+# ---- the Ampere backward -------------------------------------------------------------------------
+
+BACKWARD = [
+    _SMALL.with_dims(512, 64).but(causal=True),
+    _SMALL.with_dims(264, 40).with_heads(8, 2, 4).but(window_size=(30, 9)),
+    _SMALL.with_dims(320, 192).with_heads(4, 2, 1).but(softcap=3.0, dtype="fp16"),
+    _SMALL.with_dims(575, 33).but(alibi="heads"),
+    _SMALL.with_dims(384, 128).but(dropout_p=0.17),
+    Case(lengths_q=(37, 0, 65), lengths_k=(41, 12, 90), causal=True).with_dims(576, 64),
+]
 
 
-@pytest.mark.sim
-def test_a_wide_q_has_no_backward_in_the_ampere_tree():
-    q, k = (torch.randn(1, 9, 1, 264, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
-    v = torch.randn(1, 9, 1, 40, dtype=torch.bfloat16)
-    out = Runner("sim", torch.device("cpu")).call(flash_attn_interface.flash_attn_func, q, k, v)
-    with pytest.raises(NotImplementedError, match="head dims of its backward are limited to 256"):
-        out.sum().backward()
-    explanation = explain((1, 9, 1, 264), (1, 9, 1, 264), (1, 9, 1, 40), arch="sm_80")
-    assert (explanation.backend, explanation.backward.backend) == ("flash2", None)
+@everywhere(BACKWARD, ("sm_80", "sm_86"))
+def test_backward(machine: Runner, case: Case):
+    backward_tests.check_case(machine, case, with_dlse=case.causal)
+
+
+IN_PARTS = [
+    _SMALL.with_dims(512, 512).but(causal=True),
+    _SMALL.with_dims(40, 300).with_heads(8, 2, 4).but(softcap=3.0, layout="fused", seqlen_k=70),
+    _SMALL.with_dims(264, 320).but(dropout_p=0.17, alibi="heads", dtype="fp16"),
+    _SMALL.with_dims(33, 257).with_heads(4, 2, 1).but(layout="gaps", align_bytes=2),
+    Case(lengths_q=(37, 0, 65), lengths_k=(41, 12, 90), causal=True, tail=5).with_dims(320, 384),
+]
+
+
+@everywhere(IN_PARTS, ("sm_80", "sm_86"))
+def test_backward_in_parts(machine: Runner, case: Case):
+    """Of V's columns, two of them or more: sm_86 has no tile of (512, 256)."""
+    one = backward_tests.Call(case, machine.device, with_dlse=not case.dropout_p)
+    for _ in range(2):  # plans are run again
+        grads, softmax_d = one.run(machine)
+        backward_tests.check(one, grads)
+    assert not torch.isnan(softmax_d[..., : case.seqlen_q if not case.varlen else 37]).any()
+
+
+@everywhere([_SMALL.with_dims(576, 256), _SMALL.with_dims(512, 200).but(causal=True)], ("sm_80",))
+def test_backward_of_the_widest(machine: Runner, case: Case):
+    backward_tests.check_case(machine, case)
+
+
+@everywhere([_SMALL.with_dims(512, 64).but(causal=True).with_heads(4, 2, 1)], ("sm_80",))
+@pytest.mark.parametrize("head_dim_v", [64, 320])
+def test_deterministic_backward(machine: Runner, case: Case, head_dim_v: int):
+    one = backward_tests.Call(case.but(head_dim_v=head_dim_v), machine.device)
+    grads, _ = one.run(machine, deterministic=True)
+    backward_tests.check(one, grads)
+    again, _ = one.run(machine, deterministic=True)
+    assert all(torch.equal(x, y) for x, y in zip(grads, again, strict=True))
+
+
+def test_gradients_through_the_public_function():
+    q, k, v = (
+        torch.randn(1, 9, 1, dim, dtype=torch.bfloat16, requires_grad=True)
+        for dim in (264, 264, 40)
+    )
+    runner = Runner("sim", torch.device("cpu"))
+    out = runner.call(flash_attn_interface.flash_attn_func, q, k, v)
+    dout = torch.randn_like(out)
+    grads = runner.call(torch.autograd.grad, out, (q, k, v), dout)
+    wide = [x.detach().double().transpose(1, 2).requires_grad_() for x in (q, k, v)]
+    expected = torch.nn.functional.scaled_dot_product_attention(*wide).transpose(1, 2)
+    for got, want in zip(grads, torch.autograd.grad(expected, wide, dout.double()), strict=True):
+        error = (got.double() - want.transpose(1, 2)).abs().max()
+        assert error < 2**-6 * want.abs().max()
+
+
+@pytest.mark.parametrize("arch", arch_table.known_archs())
+def test_every_pair_has_a_backward(arch: str):
+    """Planning only. On an A100 and an H100 in at most two parts."""
+    for head_dim_qk in range(8, 577, 71):
+        for head_dim_v in (8, 64, 200, 256, 257, 384, 512):
+            asked = problem((head_dim_qk, head_dim_v), "dropout", "bf16")
+            parts = part_tiles.backward_parts(asked, arch)
+            assert sum(columns for _, columns in parts) == head_dim_v
+            assert len(parts) == 1 or head_dim_qk + head_dim_v > 256
+            if arch in ("sm_80", "sm_90"):
+                assert len(parts) == (1 if head_dim_v <= 256 else 2)

@@ -16,10 +16,13 @@ from test_compile_flash2 import ARCHS, compile_spec, problem
 from flash_attn_interface._common.ask.backward_problem import BackwardProblem
 from flash_attn_interface._common.runtime import arch as arch_table
 from flash_attn_interface._common.runtime import sass
-from flash_attn_interface._flash2 import bwd_order, bwd_tiles, fwd_tiles
+from flash_attn_interface._flash2 import bwd_order, bwd_tiles, fwd_tiles, part_tiles
 
 # dK and dV of a tile fill the registers: what spills are values that a step reads a few times.
 MAX_SPILL_BYTES = 256
+# Beside 99 KB of shared memory, or the widest of both dims, a tile of few warps.
+MAX_SPILL_BYTES_OF_WIDE_Q = 1024
+WIDE_PAIRS = [(264, 40), (320, 256), (384, 128), (512, 64), (512, 256), (576, 64)]
 FEATURES = ["plain", "causal", "window", "softcap", "alibi", "varlen", "dropout", "unequal heads"]
 SAMPLE = [
     ("sm_80", (64, 128), "causal"),
@@ -31,6 +34,9 @@ SAMPLE = [
     ("sm_80", (64, 128), "unequal heads"),
     ("sm_90", (64, 64), "unequal heads"),
     ("sm_90", (256, 256), "unequal heads"),
+    ("sm_80", (512, 64), "causal"),
+    ("sm_90", (512, 256), "dropout"),
+    ("sm_86", (576, 64), "varlen"),
 ]
 
 
@@ -54,7 +60,9 @@ def check(arch: str, dims: tuple[int, int], feature: str, ordered: bool = False)
     for spec in bwd_order.backward_specs(backward, arch, ordered=ordered):
         assert int(spec["smem_bytes"]) <= arch_table.limits(arch).max_smem_per_cta
         compiled = compile_spec(spec)
-        assert compiled.resources.spill_store_bytes <= MAX_SPILL_BYTES, spec.describe()
+        few_warps = dims[0] > 256 and int(spec["num_threads"]) == 128
+        bound = MAX_SPILL_BYTES_OF_WIDE_Q if few_warps else MAX_SPILL_BYTES
+        assert compiled.resources.spill_store_bytes <= bound, spec.describe()
         if spec.entry == "flash2_bwd":
             assert spec["ordered"] == ordered
             assert sass.count(compiled.cubin, spec.entry, "HMMA") > 0
@@ -77,6 +85,15 @@ def test_ordered_sample(arch: str, dims: tuple[int, int], feature: str):
 @pytest.mark.parametrize("ordered", [False, True], ids=["default", "ordered"])
 def test_all(arch: str, dims: tuple[int, int], feature: str, ordered: bool):
     check(arch, dims, feature, ordered)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dims", WIDE_PAIRS)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_wide_q(arch: str, dims: tuple[int, int], feature: str):
+    if part_tiles.refuses_head_dims(problem(dims, feature, "bf16"), arch) is None:
+        check(arch, dims, feature)
 
 
 @pytest.mark.parametrize("arch", ["sm_86", "sm_89"])

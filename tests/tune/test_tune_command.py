@@ -236,10 +236,10 @@ def test_help_says_what_it_does(capsys):
 
 def test_directions_that_a_tree_does_not_serve_are_left_out(capsys, monkeypatch):
     monkeypatch.setattr(backends, "hopper", lambda: hopper_tree.load().BACKEND)
-    options = tune.parser().parse_args(["--dims", "512", "64", "--arch", "sm_80", "--causal", "no"])
-    found = tune.subjects(options, Device(capability_of("sm_80")))
+    options = tune.parser().parse_args(["--dims", "576", "256", "--arch", "sm_86"])
+    found = tune.subjects(options, Device(capability_of("sm_86")))
     assert {subject.tunable.direction for subject in found} == {"fwd", "decode"}
-    assert "left out, head dims of its backward are limited to 256" in capsys.readouterr().err
+    assert "left out, no backward tile of head dims (576, 256)" in capsys.readouterr().err
     options = tune.parser().parse_args(
         ["--dims", "512", "512", "--arch", "sm_90", "--causal", "no"]
     )
