@@ -20,6 +20,7 @@ from tiny_kernels import OP, tiny_spec, tiny_tree
 import flash_attn_interface
 from flash_attn_interface._common import env
 from flash_attn_interface._common.ask.backward_problem import BackwardProblem
+from flash_attn_interface._common.ask.call import Backward, Call, Tensors
 from flash_attn_interface._common.ask.check import check
 from flash_attn_interface._common.ask.problem import Problem, Target
 from flash_attn_interface._common.prebuild import build as prebuild
@@ -80,7 +81,8 @@ def backward_problem(forward: Problem) -> BackwardProblem:
         torch.zeros(*shape, forward.num_heads_k, d)
         for d in (forward.head_dim_qk, forward.head_dim_v)
     )
-    return BackwardProblem.of(forward, out, q, k, v, out, q, k, v)
+    lse = torch.zeros(0)
+    return BackwardProblem.of(forward, Call(Tensors(q, k, v)), Backward(out, out, lse, q, k, v))
 
 
 ORDINARY = [
