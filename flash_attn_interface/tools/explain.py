@@ -53,6 +53,7 @@ def explain(
     arch: str | None = None,
     deterministic: bool = False,
     block_table: TensorOrShape | None = None,
+    s_aux: TensorOrShape | None = None,
     verbose: bool = False,
 ) -> Explanation:
     """Which backend and kernel a call would use, and why. Nothing is compiled or launched.
@@ -66,7 +67,8 @@ def explain(
             tensors.
         alibi_slopes, dropout_p: as in `flash_attn.flash_attn_func`.
         softmax_scale, causal, window_size, attention_chunk, softcap, cu_seqlens_q, cu_seqlens_k,
-            max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, return_attn_probs: as in the call.
+            max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, return_attn_probs, s_aux: as in the
+            call. Where gradients are recorded, sinks are applied after the kernel.
         block_table: as in `flash_attn.flash_attn_varlen_func`.
         dtype: of q, k and v where shapes are given.
         arch: the architecture to explain for, such as "sm_80", GPU or not. None means the device of
@@ -91,6 +93,7 @@ def explain(
         seqused_k=stand_in(seqused_k, torch.int32),
         alibi_slopes=stand_in(alibi_slopes, torch.float32),
         page_table=stand_in(block_table, torch.int32),
+        s_aux=stand_in(s_aux, torch.float32),
     )
     options = Options(
         softmax_scale=softmax_scale,

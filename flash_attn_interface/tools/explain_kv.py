@@ -52,6 +52,7 @@ def explain_with_kvcache(
     sm_margin: int = 0,
     return_softmax_lse: bool = False,
     *,
+    s_aux: TensorOrShape | None = None,
     block_table: TensorOrShape | None = None,
     alibi_slopes: TensorOrShape | None = None,
     dtype: torch.dtype = torch.bfloat16,
@@ -68,7 +69,7 @@ def explain_with_kvcache(
             cache_leftpad, page_table, cu_seqlens_q, cu_seqlens_k_new, max_seqlen_q, rotary_seqlens,
             q_descale, k_descale, v_descale, softmax_scale, causal, window_size, attention_chunk,
             softcap, rotary_interleaved, scheduler_metadata, num_splits, pack_gqa, sm_margin,
-            return_softmax_lse: as in `flash_attn_with_kvcache`, in its order; tensors on any
+            return_softmax_lse, s_aux: as in `flash_attn_with_kvcache`, in its order; tensors on any
             device, or just their shapes, which then stand for contiguous tensors.
         block_table, alibi_slopes: of `flash_attn.flash_attn_with_kvcache`; block_table is its name
             of page_table.
@@ -103,6 +104,7 @@ def explain_with_kvcache(
         page_table=int32(page_table),
         cache_batch_idx=int32(cache_batch_idx),
         leftpad_k=int32(cache_leftpad),
+        s_aux=stand_in(s_aux, torch.float32),
     )
     cache = Cache(
         stand_in(k, dtype),

@@ -9,13 +9,13 @@ from typing import Any
 import inputs
 import pytest
 import torch
-from fakes import FakeBackend, FakeBackwardPlan, FakeCachePlan, FakePlan, pretend_cuda
+from fakes import FakeBackend, FakeBackwardPlan, FakePlan, pretend_cuda
 from test_wrong_arguments import described, problem_with, wrong_values
 from torch import Tensor
 from wrong_argument_cases import FUNCTIONS, Case
 
+from flash_attn_interface._common.ask.call import Tensors
 from flash_attn_interface.call import backends, dispatch
-from flash_attn_interface.call import kv_dispatch as kvcache_dispatch
 
 CASES = [
     case
@@ -25,8 +25,8 @@ CASES = [
 ]
 
 
-def forward(plan: FakePlan, q: Tensor, *others: Any) -> Any:
-    p = plan.problem
+def forward(plan: FakePlan, tensors: Tensors, *others: Any) -> Any:
+    p, q = plan.problem, tensors.q
     return q.new_zeros(*q.shape[:-1], p.head_dim_v), torch.zeros(p.lse_shape), None
 
 
@@ -36,11 +36,9 @@ def gpu(monkeypatch) -> None:
     monkeypatch.setattr(torch, "randint", lambda *sizes, device, **o: draw(*sizes, **o))
     monkeypatch.setattr(backends, "flash2", lambda: FakeBackend())
     monkeypatch.setattr(backends, "hopper", lambda: None)
-    for module in (dispatch, kvcache_dispatch):
-        monkeypatch.setattr(module, "device_of", lambda tensor: dispatch.Device((8, 0), 0))
+    monkeypatch.setattr(dispatch, "device_of", lambda tensor: dispatch.Device((8, 0), 0))
     monkeypatch.setattr(FakePlan, "run", forward)
     monkeypatch.setattr(FakeBackwardPlan, "run", lambda plan, *tensors: torch.zeros(1))
-    monkeypatch.setattr(FakeCachePlan, "run", lambda plan, q, *o: (q.new_zeros(1), q.new_zeros(2)))
     dispatch.forget_plans()
     yield
     dispatch.forget_plans()

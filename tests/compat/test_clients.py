@@ -108,11 +108,13 @@ def test_transformers(answers, site: str):
         "fa4": False,
         "lacking": [],
         "flash_attn takes": [
-            "dropout_p", "window_size", "deterministic", "softcap", "max_seqlen_q",
+            "dropout_p", "window_size", "deterministic", "softcap", "max_seqlen_q", "s_aux",
         ],
         "flash_attn pages": "block_table",
         "flash_attn hides": False,
-        "flash_attn_interface takes": ["window_size", "deterministic", "softcap", "max_seqlen_q"],
+        "flash_attn_interface takes": [
+            "window_size", "deterministic", "softcap", "max_seqlen_q", "s_aux",
+        ],
         "flash_attn_interface pages": "page_table",
         "flash_attn_interface hides": False,
     }  # fmt: skip

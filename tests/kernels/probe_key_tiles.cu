@@ -8,7 +8,7 @@
 #include "common/ptx/memory.cuh"
 #include "tests/kernels/probe_params.cuh"
 
-struct MaskParams {
+struct ProbedMask {
   i32 window_left, window_right, attention_chunk;
 };
 
@@ -21,7 +21,7 @@ KERNEL(Cfg::kNumThreads, Cfg::kMinCtasPerSm) probe_key_tiles(GRID_CONSTANT Probe
   for (i32 i = 0; i < 5; ++i) {
     of[i] = ld_global_i32(p.in + 5 * problem + i);
   }
-  const MaskParams masks{of[2], of[3], of[4]};
+  const ProbedMask masks{of[2], of[3], of[4]};
   const SeqlenInfo seq{0, 0, of[0], of[0], of[1], of[1] - of[0]};
   const i32 key_tiles = ceil_div(seq.seqlen_k, Cfg::kBlockN) + 2;  // some without keys
   u32 wrong = 0;

@@ -248,6 +248,8 @@ HOPPER = [
       for dims in ((32, 64), (64, 128), (96, 192), (128, 256), (192, 128), (64, 64), (256, 256))],
     DENSE.with_dims(128, 128).but(seqlen_q=300, seqlen_k=400, causal=True, batch=2),
     DENSE.with_dims(64, 512),
+    DENSE.with_dims(512, 512).but(causal=True),
+    PACKED.with_dims(576, 320),
     DENSE.with_dims(40, 72).with_heads(4, 1, 2).but(window_size=(30, 10)),
     DENSE.with_dims(128, 128).but(window_size=(64, 0), seqlen_k=400),
     DENSE.with_dims(64, 64).but(softcap=15.0, causal=True, dtype="fp16"),
@@ -324,7 +326,7 @@ GROUPS: dict[str, Group] = {
     ),
     "combine": Group("flash2", ("flash2_combine",), _named(combine, **_COMBINES)),
     "merge": Group("flash2", ("flash2_merge",), _named(merge, **_MERGES)),
-    "hopper": Group("hopper", ("hopper_fwd",), _attends(HOPPER, backward=False)),
+    "hopper": Group("hopper", ("hopper_fwd", "hopper_fwd_wide"), _attends(HOPPER, backward=False)),
     "hopper_backward": Group(
         "hopper", _HOPPER_BACKWARD_ENTRIES, _attends(HOPPER_BACKWARD, backward=True)
     ),
