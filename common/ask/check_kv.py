@@ -59,7 +59,7 @@ def check_cache(call: Call) -> Problem:
     check_int32_vector("cache_leftpad", tensors.leftpad_k, batch, q.device)
     alibi_strides = check_alibi_slopes(tensors.alibi_slopes, batch, heads.num_heads_q, q.device)
 
-    check_sinks(tensors.s_aux, heads.num_heads_q)
+    check_sinks(tensors.s_aux, heads.num_heads_q, q.device)
     varlen_q = tensors.cu_seqlens_q is not None
     seqlen_q = seqlen_bound("q", sequences.max_seqlen_q, q) if varlen_q else q.shape[1]
     total_q = q.shape[0] if varlen_q else batch * seqlen_q

@@ -160,9 +160,25 @@ def check_alibi_slopes(
     return batch_stride, slopes.stride(-1) if num_heads_q > 1 else 1
 
 
-def check_sinks(s_aux: Tensor | None, num_heads_q: int) -> None:
-    """That there is one logit for each query head."""
-    if s_aux is not None and s_aux.shape != (num_heads_q,):
+SINK_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_sink_kind(s_aux: Any, device: torch.device) -> None:
+    """TypeError or ValueError for a wrong type, dtype, device or number of dims."""
+    require_tensor("s_aux", s_aux, "a torch.Tensor (num_heads_q,)")
+    if s_aux.dtype not in SINK_DTYPES:
+        raise TypeError(f"s_aux has dtype {s_aux.dtype}: expected float32, bfloat16 or float16")
+    require_device("s_aux", s_aux, device)
+    if s_aux.ndim != 1:
+        raise ValueError(f"s_aux has shape {tuple(s_aux.shape)}: expected (num_heads_q,)")
+
+
+def check_sinks(s_aux: Tensor | None, num_heads_q: int, device: torch.device) -> None:
+    """Likewise, and that there is one logit for each query head."""
+    if s_aux is None:
+        return
+    check_sink_kind(s_aux, device)
+    if s_aux.shape != (num_heads_q,):
         raise ValueError(
             f"s_aux has shape {tuple(s_aux.shape)}: expected (num_heads_q,) = ({num_heads_q},)"
         )

@@ -50,7 +50,7 @@ def check_forward(call: Call) -> Problem:
         check_int32_vector(name, getattr(tensors, name), batch + 1, q.device)
     for name in ("seqused_q", "seqused_k", "leftpad_k"):
         check_int32_vector(name, getattr(tensors, name), batch, q.device)
-    check_sinks(call.tensors.s_aux, heads.num_heads_q)
+    check_sinks(call.tensors.s_aux, heads.num_heads_q, q.device)
     alibi_strides = check_alibi_slopes(tensors.alibi_slopes, batch, heads.num_heads_q, q.device)
 
     varlen_q, varlen_k = tensors.cu_seqlens_q is not None, tensors.cu_seqlens_k is not None

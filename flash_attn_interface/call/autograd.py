@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .._common.ask.call import Call, Tensors
-from .._common.ask.check_tensors import check_tensors
+from .._common.ask.check_tensors import check_sink_kind, check_tensors
 from .._common.ask.check_values import with_flags
 from . import autocast, cached, dispatch, paged, sinks, traced, watched
 from .backends import ForwardResult
@@ -42,7 +42,7 @@ def attention(call: Call) -> ForwardResult:
     ) = tensors  # fmt: skip
     if s_aux is not None:
         check_tensors(q, q, q)
-        sinks.check(s_aux, q)
+        check_sink_kind(s_aux, q.device)
     if page_table is not None:
         return paged.attention(call)
     packing = options.packing

@@ -16,7 +16,7 @@ from torch.compiler import is_compiling
 
 from .._common.ask.call import Cache, Call, Tensors, cache_names
 from .._common.ask.check_kv import check_cache_tensors, check_dense
-from .._common.ask.check_tensors import refuse_layouts, require_tensor
+from .._common.ask.check_tensors import check_sink_kind, refuse_layouts, require_tensor
 from .._common.ask.check_values import with_cache_flags
 from . import autocast, dispatch, sinks
 from .backends import ForwardResult
@@ -47,7 +47,7 @@ def attention(call: Call) -> ForwardResult:
 def _with_sinks(call: Call) -> ForwardResult:
     q, s_aux = call.tensors.q, call.tensors.s_aux
     require_tensor("q", q)
-    sinks.check(s_aux, q)
+    check_sink_kind(s_aux, q.device)
     assert s_aux is not None
     without = call._replace(tensors=call.tensors._replace(s_aux=None))
     if _way(without) is _direct and sinks.takes_no_gradient(s_aux):

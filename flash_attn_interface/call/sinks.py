@@ -8,33 +8,15 @@ through out and softmax_lse, and compilers and subclasses see PyTorch's operatio
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._common.ask.call import Call
-from .._common.ask.check_tensors import require_tensor
 from ..reference.sinks import apply_sinks
 from .backends import ForwardResult
 from .sharding import on_one_mesh
 from .watchers import all_plain
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def check(s_aux: Any, q: Tensor) -> None:
-    """TypeError or ValueError for a wrong type, dtype or device; that it has an entry for each
-    head is checked with the heads."""
-    require_tensor("s_aux", s_aux, "a torch.Tensor (num_heads_q,)")
-    if s_aux.dtype not in _DTYPES:
-        raise TypeError(f"s_aux has dtype {s_aux.dtype}: expected float32, bfloat16 or float16")
-    if s_aux.device != q.device:
-        raise ValueError(
-            f"s_aux is on {s_aux.device} but q is on {q.device}: move them to one device"
-        )
-    if s_aux.ndim != 1:
-        raise ValueError(f"s_aux has shape {tuple(s_aux.shape)}: expected (num_heads_q,)")
 
 
 def takes_no_gradient(s_aux: Tensor) -> bool:

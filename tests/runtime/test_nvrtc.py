@@ -222,7 +222,7 @@ def test_nothing_is_compiled_for_a_driver_that_will_refuse_it(
     monkeypatch.setenv(env.DISK_CACHE.name, "0")
     monkeypatch.setattr(cubins.KernelCache, "image", None)  # calling it would be a TypeError
     with pytest.raises(driver.DriverError, match="supports CUDA 12.4, the compiler is nvrtc 13.1"):
-        driver.device_kernel(tiny_spec(), 0)
+        driver.device_kernel(tiny_spec(num_threads=224), 0)  # none has compiled it
 
 
 def test_a_driver_without_the_functions_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
